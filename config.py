@@ -1,0 +1,153 @@
+"""Every setting of a run, with its default for each data set. Edit here, or give any field as a flag.
+
+python mms_train.py --test-vendor D --ratio 0.05 --num-epoch 50
+python mms_train.py --help
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of one training run. Lengths in px are given for 288 px, whatever the image size."""
+
+    demo: bool = False  # a small run on synthetic data, which it makes itself: the same program, only smaller
+
+    # --- data ---
+    data_root: str  # folder that `prepare` has written
+    test_domain: Annotated[str, tyro.conf.arg(aliases=["--test-vendor"])]  # held out: never seen in training
+    ratio: float  # share of the patients that is labelled
+    val_patients: int = 0  # labelled patients per source domain that only select the checkpoint, instead of training
+    use_extra_unlabeled: bool = False  # train on the scans that come without masks, too
+    image_size: int = 288  # px; smaller images show the same field of view more coarsely
+
+    # --- augmentation ---
+    rotation: int = 90  # degrees: angles are U{0..rotation}
+    shift: int = 300  # px of the window within which images are shifted; 288: no shift
+    flip: bool = True  # horizontally and vertically, each with probability 0.5
+    blur: bool = True  # Gaussian, sigma U(0.25, 1.25) px
+    histogram_matching: bool = True  # to random images of the first source domain; at test time to their mean
+    fourier_aug: bool = True  # the second view; without it only cps_loss "plain" is possible
+    fourier_mode: Literal["AS", "AM"] = "AS"  # AS swaps the low-frequency amplitude, AM mixes the whole of it
+    fourier_window: float = 0.01  # L of AS: half-width of the swapped square, as a share of 288 px
+    fourier_ratio: float = 1.0  # lambda of AS: share of the other image's amplitude
+    fourier_alpha: float = 0.3  # the largest share in AM
+    cutmix: bool = True  # pseudo supervision on pairs of images mixed by boxes
+
+    # --- method ---
+    cps_loss: Literal["pixel", "scalar", "plain"] = "pixel"  # confidence per pixel; as released; no confidence
+    cps_weight: float  # beta; 0: supervised only
+    cps_warmup: float = 0  # epochs before the pseudo supervision begins
+    cps_ramp: float = 0  # epochs over which its weight then rises to cps_weight
+    dice_background: bool = True  # the supervised Dice loss counts the background as a class, too
+    pretrained: str = "timm"  # ImageNet backbone: "timm", "none" or the path of a resnet50_v1c.pth
+
+    # --- optimisation ---
+    lr: float = 1e-4  # of AdamW, constant
+    weight_decay: float = 0.01
+    num_epoch: int = 50  # an epoch shows every unlabelled image once (with CutMix, once more as a partner)
+    batch_size: int = 32  # labelled images per step and process, with twice as many unlabelled ones
+    max_steps: int | None = None  # end after this many steps in all
+    seed: int = 0  # of weights, sampling, augmentation and dropout
+
+    # --- run ---
+    run_name: str  # folder under out_root; {test_domain}, {ratio}, {seed} stand for the settings
+    out_root: str = "runs"
+    restart: bool = False  # delete the run of this name and begin anew, instead of resuming it
+    save_every: int = 0  # steps between checkpoints inside an epoch; 0: at epoch ends only
+    device: str = "auto"  # "cuda", "cpu", or "auto": a GPU where there is one
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 autocast where the device computes it natively
+    workers: int = 4  # processes for each of the two loaders; 0: read in the training process
+    wandb: bool = True  # online when an account is configured, else into the run folder only
+
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot work; the message names the flag."""
+        rules = {
+            "--ratio must be in (0, 1]": 0 < self.ratio <= 1,
+            "--image-size must be 32 to 288": 32 <= self.image_size <= 288,
+            "--batch-size must be at least 2: image pooling has a BatchNorm": self.batch_size >= 2,
+            "--shift must be 288 to 300": 288 <= self.shift <= 300,
+            "--rotation must be 0 to 360": 0 <= self.rotation <= 360,
+            "--fourier-window must be in [0, 0.5)": 0 <= self.fourier_window < 0.5,
+            "--cps-loss pixel and scalar need --fourier-aug (without it: --cps-loss plain)": (
+                self.fourier_aug or self.cps_loss == "plain" or self.cps_weight == 0
+            ),
+            "--num-epoch must be at least 1": self.num_epoch >= 1,
+            "--max-steps must be at least 1": self.max_steps is None or self.max_steps >= 1,
+            "--val-patients, --save-every, --workers, --cps-warmup, --cps-ramp and --cps-weight must not be negative": (
+                min(self.val_patients, self.save_every, self.workers, self.cps_warmup, self.cps_ramp, self.cps_weight)
+                >= 0
+            ),
+            "--lr must be positive": self.lr > 0,
+        }
+        for rule, holds in rules.items():
+            if not holds:
+                sys.exit(f"error: {rule}")
+        object.__setattr__(self, "run_name", self.run_name.format(**vars(self)))
+
+
+MMS = Config(
+    data_root="data/mms",
+    test_domain="D",
+    ratio=0.02,
+    cps_weight=3.0,
+    run_name="mms_{test_domain}_{ratio}_seed{seed}",
+)
+
+# What is wanted within minutes, on a CPU and from scratch: small images, a larger rate, and pseudo labels only
+# after the networks have learnt something from the labelled images.
+MMS_DEMO = replace(
+    MMS,
+    demo=True,
+    data_root="data/mms_demo",
+    run_name="mms_demo",
+    image_size=64,
+    batch_size=8,
+    lr=1e-3,
+    pretrained="none",
+    num_epoch=2,
+    cps_warmup=1,
+    cps_ramp=1,
+    workers=0,
+    wandb=False,
+)
+
+SCGM = Config(
+    data_root="data/scgm",
+    test_domain="4",
+    ratio=0.2,
+    shift=288,
+    flip=False,
+    blur=False,
+    histogram_matching=False,
+    fourier_ratio=0.8,
+    cps_weight=1.5,
+    cps_warmup=4,
+    dice_background=False,
+    run_name="scgm_{test_domain}_{ratio}_seed{seed}",
+)
+
+SCGM_DEMO = replace(
+    SCGM,
+    demo=True,
+    data_root="data/scgm_demo",
+    run_name="scgm_demo",
+    image_size=64,
+    batch_size=8,
+    lr=1e-3,
+    pretrained="none",
+    num_epoch=4,
+    cps_warmup=2,
+    cps_ramp=1,
+    workers=0,
+    wandb=False,
+)
+
+
+def from_cli(base: Config, demo: Config) -> Config:
+    """The settings of `base`, or with --demo those of `demo`, changed by the command line's flags."""
+    return tyro.cli(Config, default=demo if "--demo" in sys.argv[1:] else base)

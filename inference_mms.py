@@ -1,0 +1,12 @@
+"""Evaluate an M&Ms run on the vendor that its training never saw.
+
+python inference_mms.py --run runs/mms_demo
+python inference_mms.py --run runs/NAME --save-predictions --out results
+"""
+
+from mms_dataloader import FACTS
+from network import build_network
+from utils.inference import run_inference
+
+if __name__ == "__main__":
+    run_inference(FACTS, build_network)

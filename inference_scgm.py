@@ -1,0 +1,12 @@
+"""Evaluate an SCGM run on the site that its training never saw.
+
+python inference_scgm.py --run runs/scgm_demo
+python inference_scgm.py --run runs/NAME --save-predictions --out results
+"""
+
+from network import build_network
+from scgm_dataloader import FACTS
+from utils.inference import run_inference
+
+if __name__ == "__main__":
+    run_inference(FACTS, build_network)

@@ -1,0 +1,103 @@
+"""The dilated ResNet-50 backbone, made of timm's blocks, and its pretrained weights."""
+
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.errors import UserError
+
+TIMM_NAME = "resnet50s.gluon_in1k"  # ResNet-50 with the deep stem 64, 64, 128
+
+
+class AtrousConv2d(nn.Conv2d):
+    """A 3x3 convolution with dilation = padding = `rate`, without bias, that keeps the map's size.
+
+    On a map no wider than the rate, the eight outer taps read nothing but padding: there it is a 1x1 convolution with
+    the centre tap, and is computed as one (the rate of 18 at 288 px, every rate above 2 at 64 px).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, rate: int):
+        super().__init__(in_channels, out_channels, 3, padding=rate, dilation=rate, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if max(x.shape[-2:]) <= self.dilation[0]:
+            return F.conv2d(x, self.weight[:, :, 1:2, 1:2])
+        return super().forward(x)
+
+
+class ResNet(nn.Module):
+    """ResNet-50 with a deep stem, output strides 4 (stage 1) and 16 (stage 4).
+
+    forward: (B, C, H, W) -> (stage 1: (B, 256, H/4, W/4), stage 4: (B, 2048, H/16, W/16)).
+    State-dict keys equal those of timm's `resnet50s` without `fc` (METHOD: Chen et al. 2018, DeepLabv3+).
+    """
+
+    def __init__(self, in_channels: int):
+        super().__init__()
+        net = timm.create_model("resnet50s", in_chans=in_channels, num_classes=0, output_stride=16)
+        for block, rate in zip(net.layer4, (2, 4, 8), strict=True):  # one dilation rate per block of stage 4
+            plain = block.conv2
+            block.conv2 = AtrousConv2d(plain.in_channels, plain.out_channels, rate)
+            block.conv2.load_state_dict(plain.state_dict())  # timm's initialisation
+        for name in ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            setattr(self, name, getattr(net, name))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        stage1 = self.layer1(self.maxpool(self.act1(self.bn1(self.conv1(x)))))
+        return stage1, self.layer4(self.layer3(self.layer2(stage1)))
+
+
+def load_pretrained(backbone: ResNet, source: str) -> None:
+    """Load ImageNet weights into `backbone`, from timm's hub (`source="timm"`) or from a v1c file's path.
+
+    A first convolution of 3 channels is summed over its input channels when the network has one.
+    Raises UserError, naming the keys, when anything but `fc.*` does not fit.
+    """
+    state = _timm_weights() if source == "timm" else _file_weights(Path(source))
+    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    own = backbone.state_dict()
+    stem = "conv1.0.weight"
+    if stem in state and state[stem].shape[1:2] == (3,) and own[stem].shape[1] == 1:
+        state[stem] = state[stem].sum(dim=1, keepdim=True)
+    # Files older than PyTorch 0.4.1 lack the batch counters, which only a momentum of None would use.
+    state |= {key: value for key, value in own.items() if key.endswith("num_batches_tracked") and key not in state}
+    problems = [f"missing {key}" for key in own if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in own]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)}, the network wants {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if problems:
+        raise UserError(
+            f"pretrained weights {source!r} do not fit the backbone, a ResNet-50 with the deep stem 64/64/128 "
+            f"(timm's resnet50s, or resnet50_v1c): {len(problems)} keys differ:\n  " + "\n  ".join(problems[:12])
+        )
+    backbone.load_state_dict(state)
+
+
+def _timm_weights() -> dict[str, torch.Tensor]:
+    try:
+        return timm.create_model(TIMM_NAME, pretrained=True).state_dict()
+    except Exception as error:  # timm raises whatever its download layers raise: offline, proxy, missing cache
+        raise UserError(
+            f"the pretrained weights {TIMM_NAME} are neither in the local cache nor to be downloaded "
+            f"({type(error).__name__}). Run once on a machine with a network and copy its Hugging Face cache, or "
+            "give a local file: --pretrained path/to/resnet50_v1c.pth, or train from scratch: --pretrained none"
+        ) from error
+
+
+def _file_weights(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise UserError(f"--pretrained {path}: no such file (choose 'timm', 'none' or the path of a v1c file)")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file or one with pickled code: never executed
+        raise UserError(f"{path} is not a plain PyTorch state dict: {str(error).splitlines()[0]}") from error
+    content = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not content or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise UserError(f"{path} is not a plain PyTorch state dict: it does not map names to tensors")
+    return dict(content)

@@ -1,0 +1,95 @@
+"""SCGM: the facts of the data set, its commands and its loaders.
+
+python scgm_dataloader.py phantom data/scgm_phantom_raw        # synthetic data in the raw layout
+python scgm_dataloader.py check RAW                            # every problem of a raw data set; exit 1 if any
+python scgm_dataloader.py prepare RAW --out data/scgm          # check, then convert
+python scgm_dataloader.py preview --data data/scgm --out preview.png
+"""
+
+import math
+import re
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from utils.commands import run_data_command
+from utils.data import Case, DatasetFacts, RawScan, build_loaders
+from utils.phantom import write_scgm
+
+SITES = ("1", "2", "3", "4")
+RATERS = (1, 2, 3, 4)
+PHASE = "scan"  # the data have no phases: the one volume of a subject carries this name
+
+
+def find_cases(raw: Path) -> RawScan:
+    """Read what the file names say: subjects of `train` with four raters each, subjects of `test` without."""
+    cases, errors = [], []
+    for path in sorted(path for part in ("train", "test") for path in (raw / part).glob("*.nii*")):
+        name = re.fullmatch(r"(site(\w+?)-sc\d+)-(image|mask-r\d+)(\.nii(?:\.gz)?)", path.name)
+        if not name:
+            errors.append(f"{path}: expected a name like site1-sc01-image.nii.gz or site1-sc01-mask-r1.nii.gz")
+            continue
+        subject, site, kind, suffix = name.groups()
+        if site not in SITES:
+            errors.append(f"{path}: unknown site {site!r}, expected one of {', '.join(SITES)}")
+        elif not path.resolve().is_relative_to(raw.resolve()):
+            errors.append(f"{path}: a link that leads out of {raw}")
+        elif kind != "image":
+            image = path.with_name(f"{subject}-image{suffix}")
+            errors += [] if image.is_file() else [f"{path}: a mask without its image {image.name}"]
+        else:
+            masks = [path.with_name(f"{subject}-mask-r{rater}{suffix}") for rater in RATERS]
+            masks = masks if path.parent.name == "train" else []
+            errors += [f"{mask}: missing; an image in train needs all raters" for mask in masks if not mask.is_file()]
+            cases.append(Case(subject, site, site, path, tuple(masks), {PHASE: 0} if masks else {}))
+    names = [case.patient for case in cases]
+    errors += [f"subject {name} is there more than once" for name in sorted({n for n in names if names.count(n) > 1})]
+    if not cases:
+        errors.append(f"{raw}: no images like train/site1-sc01-image.nii.gz")
+    return RawScan(sorted(cases, key=lambda case: case.patient), errors, [])
+
+
+def majority(raters: list[np.ndarray]) -> np.ndarray:
+    """Consensus: 1 (GM) where more than half of the label maps say 1, else 2 where more than half see cord."""
+    votes = np.stack(raters)
+    grey, cord = (2 * np.count_nonzero(voted, axis=0) > len(raters) for voted in (votes == 1, votes > 0))
+    return np.where(grey, 1, np.where(cord, 2, 0)).astype(np.uint8)
+
+
+def normalize(slices: np.ndarray) -> np.ndarray:
+    """Divide every slice (Z, X, Y) by its maximum; negative values and empty slices become 0."""
+    slices = slices.clip(0)
+    maximum = slices.max(axis=(1, 2), keepdims=True)
+    return slices / np.where(maximum > 0, maximum, 1)
+
+
+def labeled_count(subjects: int, ratio: float) -> int:
+    """Labelled subjects of a site: ceil(n * ratio), so that no subject is half labelled."""
+    return math.ceil(round(subjects * ratio, 6))
+
+
+FACTS = DatasetFacts(
+    name="SCGM",
+    key="scgm",
+    domain_word="site",
+    domains=SITES,
+    class_names=("background", "GM"),
+    ndim=3,
+    label_values=3,
+    spacing=0.175,
+    find_cases=find_cases,
+    consensus=majority,
+    normalize=normalize,
+    labeled_count=labeled_count,
+    write_phantom=write_scgm,
+    how_to_get=(
+        "SCGM is free for research after registration at http://niftyweb.cs.ucl.ac.uk/challenge (train, test).\n"
+        "Then prepare it once: python scgm_dataloader.py prepare RAW --out data/scgm   (RAW holds train and test)"
+    ),
+)
+
+build_loaders = partial(build_loaders, facts=FACTS)
+
+if __name__ == "__main__":
+    run_data_command(FACTS)

@@ -1,0 +1,119 @@
+"""Splits and samplers: who is labelled, who is never seen, and what a step reads."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import mms_dataloader
+import scgm_dataloader
+from utils.data import PreparedData, SliceDataset, build_loaders, labeled_batches, scan_batches, unlabeled_batches
+from utils.errors import UserError
+
+GROUPS = {"A": 95, "B centre 2": 74, "B centre 3": 51, "C": 50, "D": 50}  # of the release
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(0.02, [3, 3, 3, 2, 2]), (0.05, [6, 5, 4, 4, 4])])
+def test_labeled_patients_of_mms_as_released(ratio, expected):
+    assert [mms_dataloader.labeled_count(n, ratio) for n in GROUPS.values()] == expected
+
+
+@pytest.mark.parametrize(("subjects", "expected"), [(10, 2), (4, 1), (1, 1), (11, 3), (15, 3)])
+def test_labeled_subjects_of_scgm(subjects, expected):
+    assert scgm_dataloader.labeled_count(subjects, 0.2) == expected
+
+
+@pytest.mark.parametrize("vendor", "ABCD")
+def test_target_vendor_is_nowhere_in_training(mms_config, vendor):
+    loaders = build_loaders(replace(mms_config, test_domain=vendor, use_extra_unlabeled=True), mms_dataloader.FACTS)
+    domain = loaders.data.index["domain"]
+    for loader in (loaders.labeled, loaders.unlabeled, loaders.val):
+        assert vendor not in domain[loader.dataset.rows]
+    assert set(domain[loaders.test.dataset.rows]) == {vendor}
+    # The curves that histograms are matched to are those of the first source vendor alone.
+    first = "B" if vendor == "A" else "A"
+    assert sorted(map(tuple, loaders.reference)) == sorted(map(tuple, loaders.data.quantiles[domain == first]))
+
+
+def test_split_takes_the_first_patients_of_each_group(mms_config):
+    loaders = build_loaders(mms_config, mms_dataloader.FACTS)
+    index = loaders.data.index
+    for group, count in {"A": 2, "B2": 2, "B3": 2, "C": 2}.items():
+        members = sorted(set(index["patient"][(index["group"] == group) & (index["mask"] >= 0)]))
+        assert [p for p in members if p in loaders.split.labeled] == members[:count]
+    # The patient without masks trains only when asked for, and is never evaluated.
+    without = set(index["patient"]) - set(index["patient"][index["mask"] >= 0])
+    extra = build_loaders(replace(mms_config, use_extra_unlabeled=True), mms_dataloader.FACTS).split
+    assert without and not without & {*loaders.split.unlabeled, *loaders.split.held_out}
+    assert set(extra.unlabeled) - set(loaders.split.unlabeled) == without
+
+
+def test_validation_patients_are_kept_out_of_training(mms_config):
+    split = build_loaders(replace(mms_config, val_patients=1), mms_dataloader.FACTS).split
+    assert len(split.validation) == 3 and not set(split.validation) & {*split.labeled, *split.unlabeled}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"test_domain": "E"}, "no such vendor, only A, B, C, D"),
+        ({"ratio": 1.0}, "asks for 5 labelled patients of group A"),
+        ({"val_patients": 2}, "none is left to train on"),
+        ({"batch_size": 500}, "smaller --batch-size"),
+        ({"data_root": "nowhere"}, "mms_train.py --demo"),
+    ],
+)
+def test_impossible_splits_are_refused(mms_config, change, message):
+    with pytest.raises(UserError, match=message):
+        build_loaders(replace(mms_config, **change), mms_dataloader.FACTS)
+
+
+def test_data_of_the_other_set_are_refused(mms_config, scgm_root):
+    with pytest.raises(UserError, match="holds scgm data"):
+        build_loaders(replace(mms_config, data_root=str(scgm_root)), mms_dataloader.FACTS)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_an_epoch_uses_every_image_once_in_each_half(world):
+    count, size = 60, 4
+    samplers = [unlabeled_batches(count, batch_size=size, pairs=True, seed=0, rank=r, world=world) for r in range(world)]
+    steps = count // (size * world)
+    batches = np.array([[s.batch_of_step(step) for s in samplers] for step in range(2 * steps)])  # (steps, ranks, 2B)
+    first, second = batches[..., :size], batches[..., size:]
+    assert (first != second).all()
+    for half in (first, second):
+        for epoch in (half[:steps], half[steps:]):
+            assert sorted(epoch.ravel()) == list(range(count))
+    assert (first[:steps] != first[steps:]).any()
+
+
+def test_batches_follow_from_the_step_alone():
+    def batches(start, stop):
+        sampler = labeled_batches(50, batch_size=8, seed=3)
+        sampler.start, sampler.stop = start, stop
+        return [batch.tolist() for batch in sampler]
+
+    assert batches(0, 9)[5:] == batches(5, 9)
+    assert batches(0, 1) != batches(1, 2)
+    assert labeled_batches(50, batch_size=8, seed=3, rank=1).batch_of_step(0).tolist() != batches(0, 1)[0]
+
+
+def test_scans_come_whole_and_in_order(mms_root):
+    data = PreparedData.open(mms_root, mms_dataloader.FACTS)
+    rows = np.random.default_rng(0).permutation(np.flatnonzero(data.index["mask"] >= 0))
+    batches = [rows[positions] for positions in scan_batches(data, rows)]
+    assert len(batches) == 32  # 16 patients, ED and ES
+    for batch in batches:
+        assert len(set(zip(data.index["patient"][batch], data.index["phase"][batch], strict=True))) == 1
+        assert data.index["slice"][batch].tolist() == list(range(len(batch)))
+
+
+def test_dataset_pairs_image_and_mask(mms_root):
+    data = PreparedData.open(mms_root, mms_dataloader.FACTS)
+    rows = np.flatnonzero(data.index["mask"] >= 0)[[7, 3]]
+    batch = SliceDataset(data, rows, with_mask=True)[[1, 0]]
+    for position, row in enumerate(rows[::-1]):
+        assert (batch["image"][position, 0].numpy() == data.images[row]).all()
+        assert (batch["mask"][position, 0].numpy() == data.masks[data.index["mask"][row]]).all()
+        assert (batch["quantiles"][position].numpy() == data.quantiles[row]).all()
+        assert batch["row"][position] == row

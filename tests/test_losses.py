@@ -1,0 +1,139 @@
+"""The equations against the released numbers (fixtures/losses.npz), loops and values computed by hand."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from utils.losses import cross_pseudo_loss, dice_loss, kl_variance
+
+
+@pytest.fixture(scope="module")
+def released():
+    with np.load(Path(__file__).parent / "fixtures" / "losses.npz") as file:
+        return {key: torch.from_numpy(np.asarray(file[key])) for key in file}
+
+
+def log_odds(*probabilities):
+    """Logits (1, K, 1, 1) of which the softmax is `probabilities`."""
+    return torch.tensor(probabilities).log().view(1, -1, 1, 1)
+
+
+def numpy_dice_loss(probability, target):
+    losses = []
+    for c in range(probability.shape[1]):
+        intersection = total = 0.0
+        for p, g in zip(probability[:, c].ravel(), target[:, c].ravel(), strict=True):
+            intersection += p * g
+            total += p + g
+        losses.append(1 - (2 * intersection + 0.1) / (total + 0.1))
+    return np.array(losses)
+
+
+def test_released_variance(released):
+    variance = kl_variance(released["student"], released["augmented"])
+    assert variance.shape == released["variance"].shape
+    torch.testing.assert_close(variance, released["variance"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["pixel", "scalar"])
+def test_released_cross_pseudo_loss(released, mode):
+    variance = kl_variance(released["student"], released["augmented"])
+    loss = cross_pseudo_loss(released["student"], released["pseudo_label"], variance, mode)
+    torch.testing.assert_close(loss, released[f"{mode}_loss"], rtol=0, atol=1e-5)
+
+
+def test_released_dice(released):
+    probability = released["student"].softmax(1)
+    for target in (released["pseudo_label"], torch.eye(4)[released["pseudo_label"]].permute(0, 3, 1, 2)):
+        loss = dice_loss(probability, target).double()
+        torch.testing.assert_close(loss, released["dice_per_class"], rtol=0, atol=1e-5)
+
+
+def test_variance_is_the_divergence_from_the_fourier_view():
+    plain, fourier = log_odds(0.5, 0.25, 0.25), log_odds(0.8, 0.1, 0.1)
+    expected = 0.8 * math.log(0.8 / 0.5) + 0.2 * math.log(0.1 / 0.25)
+    assert kl_variance(plain, fourier).item() == pytest.approx(expected, abs=1e-6)
+    assert kl_variance(fourier, plain).item() != pytest.approx(expected, abs=1e-2)  # KL is not symmetric
+
+
+def test_variance_is_zero_for_equal_logits_and_never_negative():
+    torch.manual_seed(0)
+    logits = 20 * torch.randn(2, 4, 16, 16)
+    assert kl_variance(logits, logits).abs().max() == 0
+    assert kl_variance(logits, logits + 5).abs().max() < 1e-5  # softmax does not see a constant
+    variance = kl_variance(logits, 20 * torch.randn(2, 4, 16, 16))
+    assert variance.min() > -1e-6 and variance.max() > 1  # up to rounding
+
+
+def test_variance_stays_finite_for_certain_networks():
+    sure, contrary = torch.tensor([[1000.0, -1000.0]]), torch.tensor([[-1000.0, 1000.0]])
+    assert kl_variance(sure.view(1, 2, 1, 1), contrary.view(1, 2, 1, 1)).item() == pytest.approx(2000)
+
+
+@pytest.mark.parametrize("mode", ["pixel", "scalar"])
+def test_variance_carries_gradient_to_both_views(mode):
+    torch.manual_seed(0)
+    other, plain, fourier = (torch.randn(2, 3, 4, 5, dtype=torch.float32, requires_grad=True) for _ in range(3))
+    label = torch.randint(3, (2, 4, 5))
+    cross_pseudo_loss(other, label, kl_variance(plain, fourier), mode).backward()
+    for logits in (other, plain, fourier):
+        assert logits.grad.abs().sum() > 0
+    # d/dV of mean(exp(-V) CE + V), by a finite difference of the whole in float64
+    step = torch.zeros(2, 3, 4, 5)
+    step[1, 2, 3, 4] = 1e-2
+    with torch.no_grad():
+        up, down = (cross_pseudo_loss(other, label, kl_variance(plain, fourier + s), mode) for s in (step, -step))
+    assert fourier.grad[1, 2, 3, 4].item() == pytest.approx((up - down).item() / 2e-2, abs=2e-4)
+
+
+def two_pixels():
+    """Cross entropies ln 2 and ln 4, variances 0 and ln 2."""
+    logits = torch.cat([log_odds(0.5, 0.5), log_odds(0.75, 0.25)], dim=3)
+    return logits, torch.tensor([[[0, 1]]]), torch.tensor([[[0.0, math.log(2)]]])
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("pixel", (1 * math.log(2) + 0.5 * math.log(4) + math.log(2)) / 2),
+        ("scalar", (1 + 0.5) / 2 * 1.5 * math.log(2) + math.log(2) / 2),
+        ("plain", 1.5 * math.log(2)),
+    ],
+)
+def test_cross_pseudo_loss_by_hand(mode, expected):
+    logits, label, variance = two_pixels()
+    assert cross_pseudo_loss(logits, label, variance, mode).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_plain_mode_reads_no_variance_and_a_wrong_mode_fails():
+    logits, label, variance = two_pixels()
+    assert cross_pseudo_loss(logits, label, None, "plain").item() == pytest.approx(1.5 * math.log(2), abs=1e-6)
+    with pytest.raises(KeyError):
+        cross_pseudo_loss(logits, label, variance, "pixels")
+
+
+def test_losses_are_computed_in_float32_from_half_precision_logits():
+    torch.manual_seed(0)
+    plain, fourier = (torch.randn(1, 4, 8, 8).bfloat16() for _ in range(2))
+    variance = kl_variance(plain, fourier)
+    assert variance.dtype == torch.float32
+    torch.testing.assert_close(variance, kl_variance(plain.float(), fourier.float()))
+    assert cross_pseudo_loss(plain, torch.zeros(1, 8, 8, dtype=torch.long), variance, "pixel").dtype == torch.float32
+
+
+def test_dice_loss_equals_a_loop():
+    torch.manual_seed(0)
+    probability = torch.randn(2, 3, 5, 7).softmax(1)
+    label = torch.randint(2, (2, 5, 7))  # class 2 is absent
+    one_hot = np.stack([label.numpy() == c for c in range(3)], axis=1)
+    np.testing.assert_allclose(dice_loss(probability, label), numpy_dice_loss(probability.numpy(), one_hot), atol=1e-6)
+
+
+def test_dice_loss_pools_the_batch_and_knows_empty_classes():
+    label = torch.tensor([[[1, 1]], [[0, 0]]])
+    probability = torch.tensor([[[[0.0, 1.0]], [[1.0, 0.0]], [[0.0, 0.0]]], [[[1.0, 1.0]], [[0.0, 0.0]], [[0.0, 0.0]]]])
+    expected = [1 - 4.1 / 5.1, 1 - 2.1 / 3.1, 0]  # class 2 is empty in both: no loss
+    np.testing.assert_allclose(dice_loss(probability, label), expected, atol=1e-6)

@@ -1,0 +1,202 @@
+"""The network against the released one (fixtures/network*), and its pretrained weights against files made here."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from network import build_network
+from network.resnet import AtrousConv2d
+from utils.errors import UserError
+
+FIXTURES = Path(__file__).parent / "fixtures"
+STEM = "conv1.0.weight"
+
+
+def recipe(shapes, seed):
+    """The weights behind network.npz: for the i-th key in sorted order, drawn from default_rng([seed, i])."""
+    state = {}
+    for i, (key, shape) in enumerate(sorted(shapes.items())):
+        r = np.random.default_rng([seed, i])
+        if key.endswith("num_batches_tracked"):
+            value = np.zeros(shape, np.int64)
+        elif key.endswith("running_var"):
+            value = r.uniform(0.5, 1.5, shape)
+        elif key.endswith("running_mean") or key.endswith("bias"):
+            value = r.normal(0, 0.1, shape)
+        elif len(shape) == 4:
+            value = r.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape)
+        else:
+            value = r.uniform(0.5, 1.0, shape)
+        state[key] = torch.from_numpy(np.asarray(value)).to(torch.int64 if value.dtype == np.int64 else torch.float32)
+    return state
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return {key: tuple(shape) for key, shape in json.loads((FIXTURES / "network_keys.json").read_text()).items()}
+
+
+@pytest.fixture(scope="module")
+def released():
+    with np.load(FIXTURES / "network.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def network(keys, released):
+    """The 4-class network in eval mode, with the released fixture's weights."""
+    network = build_network(4)
+    network.load_state_dict(recipe(keys, int(released["seed"])))
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def pretrained_state():
+    """A resnet50_v1c state dict of an RGB network: random, but zeros of one stored element where nothing is read."""
+    state = build_network(2, in_channels=3).backbone.state_dict()
+    torch.manual_seed(0)
+    state = {key: torch.zeros((), dtype=value.dtype).expand(value.shape) for key, value in state.items()}
+    state |= {STEM: torch.randn(64, 3, 3, 3), "layer4.2.conv2.weight": torch.full((512, 512, 3, 3), 0.25)}
+    return state | {"fc.weight": torch.zeros(1000, 1), "fc.bias": torch.zeros(1000)}
+
+
+def save(path, state):
+    torch.save(state, path)
+    return str(path)
+
+
+def test_state_dict_keys_and_shapes(network, keys):
+    assert {key: tuple(value.shape) for key, value in network.state_dict().items()} == keys
+
+
+def test_parameter_count(network):
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 2) == 40.47
+
+
+@torch.no_grad()
+def test_released_logits(network, released):
+    x = torch.from_numpy(released["x"])
+    stages = network.backbone(x)
+    for name, stage in zip(("layer1_mean", "layer4_mean"), stages, strict=True):
+        mean = released[name]
+        np.testing.assert_allclose(stage.mean((2, 3)), mean, rtol=0, atol=1e-3 * mean.std(), err_msg=name)
+    np.testing.assert_allclose(network(x), released["logits"], rtol=0, atol=1e-3 * released["logits"].std())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(61, 50), (64, 64)])
+def test_output_has_the_size_of_the_input(network, shape):
+    assert network(torch.zeros(1, 1, *shape)).shape == (1, 4, *shape)
+
+
+@torch.no_grad()
+def test_strides_of_the_stages(network):
+    stage1, stage4 = network.backbone(torch.zeros(1, 1, 64, 96))
+    assert stage1.shape == (1, 256, 16, 24) and stage4.shape == (1, 2048, 4, 6)
+
+
+def test_initialisation():
+    network = build_network(3)
+    weight = network.head.last_conv[0].weight
+    assert weight.std().item() == pytest.approx(np.sqrt(2 / (304 * 9)), rel=0.01)  # Kaiming normal, fan_in, relu
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert {(m.eps, m.momentum) for m in norms} == {(1e-5, 0.1)}
+    assert all((m.bias == 0).all() for m in norms) and all((m.weight == 1).all() for m in network.head.aspp.modules()
+                                                          if isinstance(m, torch.nn.BatchNorm2d))
+    assert [m.p for m in network.modules() if isinstance(m, torch.nn.Dropout2d)] == [0.1]
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (6, 6), (4, 7), (7, 4), (13, 11), (1, 1)])
+def test_atrous_convolution_equals_the_full_one(shape):
+    torch.manual_seed(0)
+    conv = AtrousConv2d(3, 4, 6)
+    x = torch.randn(2, 3, *shape, requires_grad=True)
+    y = conv(x)
+    expected = F.conv2d(x, conv.weight, padding=6, dilation=6)
+    torch.testing.assert_close(y, expected)
+    direction = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, (x, conv.weight), direction)
+    for gradient, full in zip(gradients, torch.autograd.grad(expected, (x, conv.weight), direction), strict=True):
+        torch.testing.assert_close(gradient, full)
+
+
+def test_pretrained_rgb_file_is_loaded_with_its_stem_summed(tmp_path, pretrained_state):
+    path = save(tmp_path / "resnet50_v1c.pth", pretrained_state)
+    own = build_network(2, pretrained=path).backbone.state_dict()
+    expected = pretrained_state[STEM].numpy().sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(own[STEM], expected, atol=1e-6)
+    for key in own.keys() - {STEM}:
+        assert torch.equal(own[key], pretrained_state[key]), key
+
+
+def test_pretrained_file_fits_a_network_of_three_channels(tmp_path, pretrained_state):
+    counters = {key for key in pretrained_state if key.endswith("num_batches_tracked")}  # absent in old files
+    state = {key: value for key, value in pretrained_state.items() if key not in counters}
+    path = save(tmp_path / "old.pth", {"state_dict": state})
+    network = build_network(2, in_channels=3, pretrained=path)
+    assert torch.equal(network.backbone.state_dict()[STEM], pretrained_state[STEM])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda s: s | {"conv1.weight": torch.zeros(64, 3, 7, 7)}, "unexpected conv1.weight"),  # the stem of v1b
+        (lambda s: {k: v for k, v in s.items() if not k.startswith("conv1.3")}, "missing conv1.3.weight"),
+        (lambda s: {k: v for k, v in s.items() if k != "bn1.running_var"}, "missing bn1.running_var"),
+        (lambda s: s | {"conv1.3.weight": torch.zeros(32, 32, 3, 3)}, r"conv1.3.weight has shape \(32, 32, 3, 3\)"),
+        (lambda s: s | {STEM: torch.zeros(64, 4, 3, 3)}, r"conv1.0.weight has shape \(64, 4, 3, 3\)"),
+    ],
+    ids=["other stem", "missing layer", "missing key", "misshapen", "four channels"],
+)
+def test_pretrained_weights_that_do_not_fit_are_refused(tmp_path, pretrained_state, change, named):
+    path = save(tmp_path / "other.pth", change(pretrained_state))
+    with pytest.raises(UserError, match=named) as error:
+        build_network(2, pretrained=path)
+    assert path in str(error.value)
+
+
+def test_pretrained_path_that_does_not_exist(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.pth: no such file"):
+        build_network(2, pretrained=str(tmp_path / "absent.pth"))
+
+
+class Touch:
+    """Pickled code: loading it creates the file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("form", ["zip", "pickle", "text", "list"])
+def test_pretrained_file_is_never_executed(tmp_path, form):
+    path, created = tmp_path / "weights.pth", tmp_path / "created"
+    content = {"conv1.0.weight": Touch(created)}
+    if form == "zip":
+        torch.save(content, path)
+    elif form == "list":
+        torch.save([torch.zeros(1)], path)
+    else:
+        path.write_bytes(pickle.dumps(content) if form == "pickle" else b"weights")
+    with pytest.raises(UserError, match=r"weights\.pth is not a plain PyTorch state dict"):
+        build_network(2, pretrained=str(path))
+    assert not created.exists()
+    if form == "zip":  # the trap is a real one
+        torch.load(path, weights_only=False)
+        assert created.exists()
+
+
+def test_pretrained_timm_without_network_or_cache_names_both_ways_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the variable is read at import
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"--pretrained .*resnet50_v1c\.pth.*--pretrained none"):
+        build_network(2, pretrained="timm")

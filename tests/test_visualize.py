@@ -1,0 +1,150 @@
+"""The pictures are read back: colours must lie where the arrays say, not merely exist."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from utils import visualize
+
+NAMES = ("LV", "MYO", "RV")
+CONTOURS = np.array([to_rgb(colour) for colour in visualize.STRUCTURE_COLOURS])
+FILLS = CONTOURS * visualize.FILL_ALPHA  # on a black image; the legend's ground is another grey
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def places(picture, colour):
+    """(n, 2) rows and columns of the pixels of `picture` (rows, columns, RGBA in [0, 1]) in this colour."""
+    return np.argwhere(np.abs(picture[..., :3] - colour).max(axis=-1) < 0.012)
+
+
+@pytest.fixture
+def labels():
+    """(1, 60, 50): RV at small, LV at large axis 0, both at small axis 1; MYO below LV, at large axis 1."""
+    array = np.zeros((1, 60, 50), dtype=np.uint8)
+    array[0, 5:15, 5:15], array[0, 40:50, 5:15], array[0, 40:50, 30:45] = 3, 1, 2
+    return array
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures saved during a test, for what pixels cannot tell: curves and texts."""
+    saved, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (saved.append(self), savefig(self, *a, **k)))
+    return saved
+
+
+def draw_case(path, labels, **changes):
+    arrays = {"image": np.zeros(labels.shape), "truth": None, "prediction": labels, "confidence": None}
+    visualize.plot_case(path, **(arrays | changes), slices=[0], class_names=NAMES, title="case")
+    return imread(path)
+
+
+def test_import_needs_no_pyplot():
+    code = "import sys, utils.visualize; sys.exit('matplotlib.pyplot' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(visualize.__file__).parents[1])
+
+
+def test_case_is_drawn_upright_in_the_structure_colours(tmp_path, labels):
+    picture = draw_case(tmp_path / "new" / "folder" / "case.png", labels)
+    centres = [places(picture, colour).mean(axis=0) for colour in FILLS]  # fails if a colour is absent
+    (lv_row, lv_column), (myo_row, myo_column), (rv_row, rv_column) = centres
+    assert rv_column + 30 < lv_column and abs(rv_row - lv_row) < 2  # axis 0 runs to the right
+    assert lv_row + 30 < myo_row and abs(lv_column - myo_column) < 2  # axis 1 runs down
+
+
+def test_truth_is_a_contour_and_prediction_a_fill(tmp_path, labels):
+    nothing = np.zeros_like(labels)
+    filled = draw_case(tmp_path / "filled.png", labels)
+    outlined = draw_case(tmp_path / "outlined.png", nothing, truth=labels)
+    for contour, fill in zip(CONTOURS, FILLS, strict=True):
+        assert len(places(filled, fill)) > 500 > len(places(outlined, fill))
+        assert len(places(outlined, contour)) > 50 > len(places(filled, contour))
+
+
+def test_case_without_structures_or_contrast(tmp_path, labels):
+    picture = draw_case(tmp_path / "empty.png", np.zeros_like(labels), truth=np.zeros_like(labels))
+    assert not any(len(places(picture, fill)) for fill in FILLS)
+
+
+def test_confidence_map_runs_from_zero_to_one(tmp_path, labels):
+    low, middle, high = (
+        draw_case(tmp_path / f"{value}.png", labels, confidence=np.full(labels.shape, value))
+        for value in (0.0, 0.5, 1.0)
+    )
+    viridis_ends = (0.267, 0.005, 0.329), (0.993, 0.906, 0.144)
+    assert len(places(low, viridis_ends[0])) > 10_000 > len(places(middle, viridis_ends[0]))
+    assert len(places(high, viridis_ends[1])) > 10_000 > len(places(middle, viridis_ends[1]))
+
+
+def test_training_samples_show_each_networks_label_and_the_box(tmp_path, labels):
+    path, image = tmp_path / "samples.png", np.zeros(labels.shape)
+    box = np.zeros(labels.shape)
+    box[:, 45:58, 20:45] = 1  # right of LV, so that it lies left of `lv.min()` only in a column before it
+    pseudo_labels = np.stack([labels == 1, 3 * (labels == 3)])  # network 1 sees LV only, network 2 RV only
+    arrays = {"plain": image, "fourier": image, "mixed": image, "pseudo_labels": pseudo_labels,
+              "confidence": np.ones((2, *labels.shape))}
+    drawn = []
+    for mask_box in (box, np.zeros_like(box)):
+        visualize.plot_training_samples(path, **arrays, mask_box=mask_box, class_names=NAMES)
+        drawn.append(imread(path))
+    lv, rv = (places(drawn[0], FILLS[label])[:, 1] for label in (0, 2))
+    assert len(lv) > 500 and len(rv) > 500 and lv.max() < rv.min()  # columns of network 1, then network 2
+    outline = (drawn[0] - drawn[1])[..., :3].min(axis=-1) > 0.5
+    assert outline.sum() > 100 and np.argwhere(outline)[:, 1].max() < lv.min()
+
+
+def test_preview_difference_is_symmetric_and_unlabelled_rows_have_no_contour(tmp_path, labels, figures):
+    images, mask = np.full((2, *labels.shape[1:]), 0.5), labels[0]
+    fourier = images + np.array([0.25, -0.1])[:, None, None]
+    for masks in ([None, mask], [None, None]):
+        visualize.plot_preview(tmp_path / "preview.png", images=images, masks=masks, fourier=fourier,
+                               mixed=images, titles=["row one", "row two"], class_names=NAMES)
+    with_truth, without_truth = figures
+    axes = np.array(with_truth.axes[:10]).reshape(2, 5)
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["row one", "row two"]
+    assert [len(ax.collections) for ax in axes[:, 1]] == [0, 3]
+    assert axes[0, 3].images[0].get_clim() == (-0.25, 0.25)
+    assert not any(ax.collections for ax in without_truth.axes[:10])
+
+
+@pytest.mark.parametrize("num_lines", [1, 3])
+def test_curves(tmp_path, figures, num_lines):
+    log = [
+        {"epoch": 1, "loss": 2.0, "cps": 0.25, "cps_weight": 2, "variance": 0.0, "val_dice": 60},
+        {"epoch": 2, "loss": float("nan"), "val_dice": None},
+        {"epoch": 3, "loss": 1.0, "cps": 0.1, "cps_weight": 3, "variance": 1.0, "val_dice": 70},
+    ][:num_lines]
+    visualize.plot_curves(log, tmp_path / "curves.png", selected_epoch=1)
+    curves = {line.get_label(): line for ax in figures[0].axes for line in ax.lines}
+    expected = {"total": [2, np.nan, 1], "weight × CPS": [0.5, np.nan, 0.3], "validation": [60, np.nan, 70],
+                "confidence": [1, np.nan, np.exp(-1)]}
+    for name, values in expected.items():
+        np.testing.assert_allclose(curves[name].get_ydata(), values[:num_lines])
+        assert curves[name].get_marker() == "o"  # a lone point has no line to show it
+    assert list(curves["kept: epoch 1"].get_xdata()) == [1, 1]
+
+
+def test_dice_names_the_worst_and_leaves_out_nan(tmp_path, figures):
+    rows = [{"patient": f"P{i}", "structure": "LV", "phase": "ED", "dice": 90.0 - i} for i in range(9)]
+    missing = {"patient": "P9", "structure": "LV", "phase": "ED", "dice": float("nan")}
+    visualize.plot_dice_per_case(tmp_path / "dice.png", [missing, *rows], NAMES, title="Dice", num_named=2)
+    (ax,) = figures[0].axes
+    assert {text.get_text() for text in ax.texts} == {"P8 ED", "P7 ED"}
+    points = [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "o"]
+    assert sorted(points) == [row["dice"] for row in reversed(rows)]
+    assert len(places(imread(tmp_path / "dice.png"), CONTOURS[0])) > 100
+
+
+def test_bland_altman_numbers(tmp_path, figures):
+    pairs = {"EDV": ([100.0, 120.0, 140.0, np.nan], [101.0, 122.0, 143.0, 5.0]), "EF": ([50.0], [48.0])}
+    visualize.plot_bland_altman(tmp_path / "agreement.png", pairs, {"EDV": "ml", "EF": "%"})
+    titles = [ax.get_title() for ax in figures[0].axes]
+    # differences 1, 2, 3: mean 2, sample standard deviation 1
+    assert titles == ["EDV (n = 3)\nbias +2.0 ml, limits +0.0 to +4.0", "EF (n = 1)\nbias -2.0 %"]

@@ -1,0 +1,264 @@
+"""Batched augmentation on the device: geometry, histogram matching, Fourier views, blur, CutMix masks.
+
+Everything here works on whole batches in float32 and draws its random numbers from a passed generator.
+Images are (B, 1, H, W). Images from `prepare` are canvases, wider than the field of view by a margin for shifts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+GRID = 288  # px: the paper's image size, for which shift, blur and Fourier window are given
+CANVAS = 300  # px: the window for random shifts, and the size of the prepared images
+
+
+# --- Fourier views (paper, equations 1 to 3) -----------------------------------------------------------------------
+
+
+def amplitude_swap(
+    image: torch.Tensor, other: torch.Tensor, window: float, ratio: float | torch.Tensor
+) -> torch.Tensor:
+    """Give `image` the low-frequency amplitude of `other`, keeping its phase (mode AS).
+
+    Only the (2b+1)^2 Fourier coefficients in the centred square of half-width b = floor(min(H, W) * window)
+    change, so they alone are computed, by products with thin bases, and only their change is brought back.
+
+    Args:
+        image, other: (B, 1, H, W) float32.
+        window: L, the square's half-width as a share of the image size.
+        ratio: lambda in [0, 1], the share of the other's amplitude; a number or (B, 1, 1, 1).
+
+    Returns:
+        (B, 1, H, W), the real part of the inverse transform.
+    """
+    height, width = image.shape[-2:]
+    half = int(min(height, width) * window)
+    if 2 * half + 1 > min(height, width):
+        raise ValueError(
+            f"window {window}: the square of {2 * half + 1} coefficients exceeds the {height}x{width} image"
+        )
+    rows, columns = _fourier_basis(height, half, image.device), _fourier_basis(width, half, image.device)
+    spectrum = rows @ image.to(rows.dtype) @ columns.T  # (B, 1, 2b+1, 2b+1)
+    other_amplitude = (rows @ other.to(rows.dtype) @ columns.T).abs()
+    change = ratio * (other_amplitude - spectrum.abs()) * torch.exp(1j * spectrum.angle())
+    return image + (rows.mH @ change @ columns.conj()).real / (height * width)
+
+
+def _fourier_basis(size: int, half: int, device: torch.device) -> torch.Tensor:
+    """Rows exp(-2 pi i k x / size) of the DFT matrix for k = -half..half: (2 half + 1, size) complex64."""
+    frequency = torch.arange(-half, half + 1, device=device)
+    # The product is reduced modulo the size as integers: the angle stays exact.
+    turns = (frequency[:, None] * torch.arange(size, device=device)).remainder(size) / size
+    return torch.exp(-2j * torch.pi * turns.double()).to(torch.complex64)
+
+
+def amplitude_mix(image: torch.Tensor, other: torch.Tensor, ratio: float | torch.Tensor) -> torch.Tensor:
+    """Mix the whole amplitude spectrum of `image` with that of `other`, keeping its phase (mode AM).
+
+    Args:
+        image, other: (B, 1, H, W) float32.
+        ratio: l in [0, 1], the share of the other's amplitude; a number or (B, 1, 1, 1).
+
+    Returns:
+        (B, 1, H, W), the real part of the inverse transform.
+    """
+    spectrum = torch.fft.fft2(image)
+    amplitude = (1 - ratio) * spectrum.abs() + ratio * torch.fft.fft2(other).abs()
+    return torch.fft.ifft2(torch.polar(amplitude, spectrum.angle())).real
+
+
+# --- intensity -----------------------------------------------------------------------------------------------------
+
+
+def match_histogram(image: torch.Tensor, source: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Match the histogram of each image to a reference, both known by their quantile curves.
+
+    Args:
+        image: (B, 1, H, W).
+        source: (B, Q) rising quantile curve of each image.
+        reference: (B, Q) quantile curves to match, or (1, Q) for one reference.
+
+    Returns:
+        (B, 1, H, W): reference quantile at the rank that each pixel has in its own image.
+    """
+    values = image.flatten(1)
+    # side="right": a value that many pixels share (the background) takes the highest of their ranks,
+    # as scikit-image's match_histograms does.
+    upper = torch.searchsorted(source, values, right=True).clamp(1, source.shape[1] - 1)
+    low, high = source.gather(1, upper - 1), source.gather(1, upper)
+    reference = reference.expand_as(source)
+    low_reference, high_reference = reference.gather(1, upper - 1), reference.gather(1, upper)
+    fraction = ((values - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    return torch.lerp(low_reference, high_reference, fraction).view_as(image)
+
+
+def gaussian_blur(image: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Blur each image with its own 5x5 Gaussian, mirrored at the border.
+
+    Args:
+        image: (B, 1, H, W).
+        sigma: (B,) in px.
+    """
+    offsets = torch.arange(-2, 3, device=image.device)
+    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True))[:, :, None, None, None]  # (B, 5, 1, 1, 1)
+    for dim in (2, 3):
+        padded = F.pad(image, (0, 0, 2, 2) if dim == 2 else (2, 2, 0, 0), mode="reflect")
+        image = sum(kernel[:, i] * padded.narrow(dim, i, image.shape[dim]) for i in range(5))
+    return image
+
+
+# --- geometry ------------------------------------------------------------------------------------------------------
+
+
+def canvas_to_grid(canvas: torch.Tensor, size: int, theta: torch.Tensor | None = None) -> torch.Tensor:
+    """Sample the field of view of prepared canvases at `size` px: anti-aliased and bilinear, labels nearest.
+
+    Args:
+        canvas: (B, 1, C, C): float images, or uint8 labels (as the dtype tells).
+        size: px of the output; the field of view is GRID / CANVAS of the canvas at every size.
+        theta: (B, 2, 3) affine on normalised coordinates, output to canvas; None for the centre crop.
+
+    Returns:
+        (B, 1, size, size), of the canvas's kind: float32 or uint8. Outside the canvas: 0.
+    """
+    labels = canvas.dtype == torch.uint8
+    image = canvas.float()
+    if size < GRID and not labels:
+        image = F.interpolate(image, size=round(CANVAS * size / GRID), mode="bilinear", antialias=True)
+    if theta is None:
+        theta = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]], device=canvas.device) * (GRID / CANVAS)
+    grid = F.affine_grid(theta.expand(len(canvas), 2, 3), [len(canvas), 1, size, size], align_corners=False)
+    sampled = F.grid_sample(image, grid, mode="nearest" if labels else "bilinear", align_corners=False)
+    return sampled.to(torch.uint8) if labels else sampled
+
+
+def random_affine(count: int, *, generator: torch.Generator, rotation: int, shift: int, flip: bool) -> torch.Tensor:
+    """Draw `count` affine maps from the output's field of view to the canvas, for `canvas_to_grid`.
+
+    Args:
+        generator: also names the device.
+        rotation: largest angle; the angle is an integer, U{0..rotation} degrees.
+        shift: px of the window (at 288 px) in which the field of view is shifted by whole px.
+        flip: horizontal and vertical flips, each with probability 0.5.
+
+    Returns:
+        (count, 2, 3) float32.
+    """
+    device = generator.device
+    angle = torch.randint(0, rotation + 1, (count,), generator=generator, device=device).deg2rad()
+    shift_range = max(shift - GRID, 0)
+    offset = torch.randint(0, shift_range + 1, (count, 2), generator=generator, device=device) - shift_range / 2
+    sign = 1 - 2 * torch.randint(0, 2, (count, 2), generator=generator, device=device) * flip
+    cos, sin = angle.cos(), angle.sin()
+    rotate = torch.stack([cos, -sin, sin, cos], dim=1).view(count, 2, 2)
+    linear = rotate * sign[:, None, :] * (GRID / CANVAS)
+    return torch.cat([linear, (rotate @ (offset * 2 / CANVAS)[:, :, None])], dim=2)
+
+
+def cutmix_mask(count: int, size: int, *, generator: torch.Generator, boxes: int = 3) -> torch.Tensor:
+    """Draw box masks for CutMix, 1 where the second image shows (section 3, "Box mask").
+
+    Returns:
+        (count, 1, size, size) float32 of 0 and 1; every box toggles the mask inside it.
+    """
+    device = generator.device
+    area, split, top, left = torch.rand(4, count, boxes, generator=generator, device=device)
+    area = 0.25 + 0.25 * area
+    height_share = torch.exp(split * area.log())
+    scale = size * boxes**-0.5
+    height, width = (height_share * scale).round(), (area / height_share * scale).round()
+    top, left = (top * (size - height)).round(), (left * (size - width)).round()
+    position = torch.arange(size, device=device)
+    rows = (position >= top[..., None]) & (position < (top + height)[..., None])  # (count, boxes, size)
+    columns = (position >= left[..., None]) & (position < (left + width)[..., None])
+    inside = rows[:, :, :, None] & columns[:, :, None, :]
+    return (inside.sum(dim=1, keepdim=True) % 2).float()
+
+
+def random_partner(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw a permutation of `count` indices without fixed points: one random cycle. (count,) int64."""
+    if count < 2:
+        raise ValueError("a Fourier partner needs a batch of at least 2 unlabelled images")
+    order = torch.randperm(count, generator=generator, device=generator.device)
+    partner = torch.empty_like(order)
+    partner[order] = order.roll(1)
+    return partner
+
+
+# --- what training does with them ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """The views that training takes of prepared canvases; px at 288, whatever the image size."""
+
+    size: int  # px of the views
+    rotation: int  # degrees, the largest random angle
+    shift: int  # px, the window for random shifts; at most CANVAS
+    flip: bool
+    blur: bool
+    fourier_mode: str  # "AS", "AM"
+    fourier_window: float  # L of mode AS
+    fourier_ratio: float  # lambda of mode AS
+    fourier_alpha: float  # the largest l of mode AM
+    reference: torch.Tensor | None = None  # (P, Q) quantile curves, one drawn per image; None: no histogram matching
+
+    def labeled(
+        self, image: torch.Tensor, mask: torch.Tensor, quantiles: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Augment a labelled batch.
+
+        Args:
+            image, mask: canvases (B, 1, C, C), float and uint8.
+            quantiles: (B, Q) curve of each image.
+
+        Returns:
+            image (B, 1, size, size) float32, mask (B, size, size) int64.
+        """
+        theta = self._affine(len(image), generator)
+        view = self._match(canvas_to_grid(image, self.size, theta), quantiles, generator)
+        view = self._blur(view, generator)[0]
+        return view, canvas_to_grid(mask, self.size, theta)[:, 0].long()
+
+    def unlabeled(
+        self, image: torch.Tensor, quantiles: torch.Tensor, generator: torch.Generator, *, fourier: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Take the plain and, where `fourier`, the Fourier view of an unlabelled batch, of the same geometry.
+
+        Args:
+            image: canvases (B, 1, C, C), quantiles: (B, Q).
+
+        Returns:
+            plain and Fourier view, each (B, 1, size, size) float32; None for a view not asked for.
+        """
+        theta = self._affine(len(image), generator)
+        plain = self._match(canvas_to_grid(image, self.size, theta), quantiles, generator)
+        if not fourier:
+            return self._blur(plain, generator)[0], None
+        # The partner comes from the unmatched batch and undergoes the image's own geometry (section 2).
+        partner = canvas_to_grid(image[random_partner(len(image), generator)], self.size, theta)
+        if self.fourier_mode == "AS":
+            # The window counts cycles per field of view, which smaller images show whole.
+            view = amplitude_swap(plain, partner, self.fourier_window * GRID / self.size, self.fourier_ratio)
+        else:
+            ratio = torch.rand(len(image), 1, 1, 1, generator=generator, device=image.device) * self.fourier_alpha
+            view = amplitude_mix(plain, partner, ratio)
+        return self._blur(plain, generator, view)
+
+    def _affine(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        return random_affine(count, generator=generator, rotation=self.rotation, shift=self.shift, flip=self.flip)
+
+    def _match(self, image: torch.Tensor, quantiles: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        if self.reference is None:
+            return image
+        drawn = torch.randint(len(self.reference), (len(image),), generator=generator, device=image.device)
+        return match_histogram(image, quantiles, self.reference[drawn])
+
+    def _blur(self, image: torch.Tensor, generator: torch.Generator, *more: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Blur views of one batch alike: sigma U(0.25, 1.25) px at 288 px."""
+        if not self.blur:
+            return image, *more
+        sigma = 0.25 + torch.rand(len(image), generator=generator, device=image.device)
+        return tuple(gaussian_blur(view, sigma * self.size / GRID) for view in (image, *more))

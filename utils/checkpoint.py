@@ -1,0 +1,156 @@
+"""Saving and loading what a run must not lose: atomically, and never by unpickling code."""
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from utils.errors import UserError
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on success it replaces `path`, flushed to the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); the earlier state is intact"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as indented JSON, atomically."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Save `state` as last.pt; the checkpoint before it stays as previous.pt."""
+    last, previous = folder / "last.pt", folder / "previous.pt"
+    with atomic_write(last) as temporary:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # PyTorch's zip writer reports a full disk this way
+            raise UserError(f"{last}: cannot be written ({error}); the earlier state is intact") from error
+        if last.exists():
+            os.replace(last, previous)
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """Load last.pt, or previous.pt when it is missing or damaged; None when there is neither.
+
+    Raises:
+        UserError: there are checkpoints, but none can be read.
+    """
+    problems = []
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        if not path.exists():
+            continue
+        try:
+            with zipfile.ZipFile(path) as file:
+                if (damaged := file.testzip()) is not None:  # PyTorch itself does not verify the checksums
+                    raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged files raise a dozen kinds
+            problems.append(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]})")
+            continue
+        for problem in problems:
+            print(f"warning: {problem}; resuming from {path}")
+        return state
+    if problems:
+        raise UserError("; ".join(problems) + ". Begin anew with --restart")
+    return None
+
+
+def save_networks(path: Path, nets: list[nn.Module], metadata: dict[str, Any]) -> None:
+    """Save both networks' weights, keys prefixed "0." and "1.", with `metadata` as JSON, in one safetensors file."""
+    tensors = {
+        f"{i}.{key}": value.detach().cpu().contiguous()
+        for i, net in enumerate(nets)
+        for key, value in net.state_dict().items()
+    }
+    with atomic_write(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"semidg": json.dumps(metadata)})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What was saved beside the weights; raises UserError when the file is missing or not ours."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; train first, or check --run")
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["semidg"])
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{path} is damaged or was not written by this project ({error})") from error
+
+
+def load_networks(path: Path, nets: list[nn.Module]) -> None:
+    """Load the weights that `save_networks` wrote."""
+    try:
+        tensors = load_file(path)
+        for i, net in enumerate(nets):
+            net.load_state_dict({key[2:]: value for key, value in tensors.items() if key.startswith(f"{i}.")})
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged or holds other networks ({str(error).splitlines()[0]})") from error
+
+
+def provenance() -> dict[str, Any]:
+    """What made a result: the code's git commit ("+" where it was changed since) and the packages' versions."""
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    packages = ("torch", "torchvision", "timm", "monai", "numpy", "nibabel", "scikit-image")
+    return {"git_commit": git.stdout.strip() or None, "versions": {name: version(name) for name in packages}}
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process; UserError when another one does.
+
+    A POSIX record lock: it goes with the process that took it, however that dies, and forked workers do not inherit it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / "lock", "a")  # noqa: SIM115 (closed below, with the lock)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder} is in use by another process: choose another --run-name, or wait") from error
+        yield
+
+
+def require_space(folder: Path, need: int) -> None:
+    """Raise UserError when fewer than `need` bytes are free where `folder` is."""
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise UserError(f"{folder}: checkpoints take {need / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free there")

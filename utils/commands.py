@@ -1,0 +1,109 @@
+"""The commands of a data set: phantom, check, prepare, preview; and the demo's data."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from tyro.conf import Positional
+
+from utils.augment import Augmentation, cutmix_mask
+from utils.data import DatasetFacts, PreparedData, SliceDataset
+from utils.errors import clear_errors
+from utils.prepare import check_dataset, prepare_dataset
+from utils.visualize import plot_preview
+
+
+def run_data_command(facts: DatasetFacts) -> None:
+    """Run the command that the command line names."""
+
+    def check(raw: Positional[Path], /, workers: int = os.cpu_count() or 1) -> None:
+        """Read every raw file and print every problem; exit status 1 if there is an error.
+
+        Args:
+            raw: the raw data set.
+            workers: processes; each holds one scan in memory.
+        """
+        if not check_dataset(raw, facts, workers=workers):
+            sys.exit(1)
+
+    def prepare(raw: Positional[Path], /, out: Path, workers: int = os.cpu_count() or 1) -> None:
+        """Check a raw data set, then convert it for training.
+
+        Args:
+            raw: the raw data set.
+            out: folder to write, with 180 kB per slice (M&Ms: 16 GB).
+            workers: processes; each holds one scan in memory.
+        """
+        prepare_dataset(raw, out, facts, workers=workers)
+
+    def preview(
+        data: Path, out: Path = Path("preview.png"), images: int = 4, fourier_ratio: float = 1.0, seed: int = 0
+    ) -> None:
+        """Draw what the network sees: plain, Fourier and CutMix views.
+
+        Args:
+            data: a prepared folder.
+            out: the PNG file to write.
+            images: how many, from as many domains as there are.
+            fourier_ratio: lambda of the amplitude swap.
+            seed: of the choice and of the augmentation.
+        """
+        draw_preview(facts, data, out, count=images, fourier_ratio=fourier_ratio, seed=seed)
+
+    with clear_errors():
+        tyro.extras.subcommand_cli_from_dict(
+            {"phantom": facts.write_phantom, "check": check, "prepare": prepare, "preview": preview}
+        )
+
+
+def make_demo_data(cfg: Any, facts: DatasetFacts) -> None:
+    """For a demo run whose data are not there yet: write a phantom and prepare it."""
+    root = Path(cfg.data_root)
+    if not cfg.demo or root.exists():
+        return
+    raw = root.with_name(root.name + "_raw")
+    shutil.rmtree(raw, ignore_errors=True)  # left by a demo that was stopped while writing
+    facts.write_phantom(raw, seed=0)
+    prepare_dataset(raw, root, facts, workers=os.cpu_count() or 1)
+
+
+def draw_preview(facts: DatasetFacts, root: Path, out: Path, *, count: int, fourier_ratio: float, seed: int) -> None:
+    """Draw labelled slices of all domains of a prepared folder, and the views that training takes of them."""
+    data = PreparedData.open(root, facts)
+    rng = np.random.default_rng(seed)
+    masks = np.asarray(data.index["mask"])
+    filled = np.array([row for row in np.flatnonzero(masks >= 0) if data.masks[masks[row]].any()])
+    domains = sorted(set(data.index["domain"][filled]))
+    rows = np.array(
+        [rng.choice(filled[data.index["domain"][filled] == domains[i % len(domains)]]) for i in range(count)]
+    )
+    batch = SliceDataset(data, rows, with_mask=True)[list(range(count))]
+    views = Augmentation(
+        size=288, rotation=0, shift=0, flip=False, blur=False,
+        fourier_mode="AS", fourier_window=0.01, fourier_ratio=fourier_ratio, fourier_alpha=0.3,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    plain, mask = views.labeled(batch["image"], batch["mask"], batch["quantiles"], generator)
+    plain, fourier = views.unlabeled(batch["image"], batch["quantiles"], generator, fourier=True)
+    boxes = cutmix_mask(count, 288, generator=generator)
+    mixed = torch.where(boxes > 0, plain.roll(1, 0), plain)
+    plot_preview(
+        out,
+        images=plain[:, 0].numpy(),
+        masks=mask.numpy(),
+        fourier=fourier[:, 0].numpy(),
+        mixed=mixed[:, 0].numpy(),
+        titles=[
+            f"{facts.domain_word} {domain}\n{patient} {phase} slice {number}"
+            for domain, patient, phase, number in zip(
+                *(data.index[name][rows] for name in ("domain", "patient", "phase", "slice")), strict=True
+            )
+        ],
+        class_names=facts.class_names[1:],
+    )
+    print(out)

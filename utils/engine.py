@@ -1,0 +1,484 @@
+"""Training: the step, and the loop around it that never loses a run.
+
+Everything random in a step follows from (seed, step): sampling, augmentation, CutMix and dropout. A checkpoint
+therefore needs no generator states, and a run that was stopped anywhere continues bit for bit on a CPU.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from utils.augment import Augmentation, cutmix_mask
+from utils.checkpoint import (
+    load_checkpoint,
+    provenance,
+    require_space,
+    run_lock,
+    save_checkpoint,
+    save_networks,
+    write_json,
+)
+from utils.data import Loaders
+from utils.errors import UserError
+from utils.evaluate import autocast, mean_dice, predict_scans
+from utils.logger import Logger
+from utils.losses import cross_pseudo_loss, dice_loss, kl_variance
+from utils.visualize import plot_curves, plot_training_samples
+
+EXIT_INTERRUPTED = 75  # after SIGTERM, SIGUSR1 or Ctrl-C: the state is saved, run the same command to go on
+MAX_BAD_STEPS = 10  # non-finite steps in a row before training gives up
+SYNC_EVERY = 10  # steps between looks at the device's counters, for the progress bar
+
+# What may differ between the command that began a run and the one that resumes it.
+FREE_ON_RESUME = {
+    "data_root", "out_root", "num_epoch", "max_steps", "restart", "save_every", "device", "workers", "wandb",
+}  # fmt: skip
+
+SELECTION = "highest ensemble Dice (paper protocol) on labelled source images; the target domain is never looked at"
+
+
+class UnlabeledViews(NamedTuple):
+    """Views of the unlabelled batch: u0 and, with CutMix, its partners u1. (B, 1, H, W) each."""
+
+    plain: Sequence[torch.Tensor]  # (u0,) or (u0, u1)
+    fourier: Sequence[torch.Tensor] | None  # as plain; None without Fourier augmentation
+    box_mask: torch.Tensor | None  # (B, 1, H, W), 1 where u1 shows
+
+    def mix(self, pair: Sequence[torch.Tensor]) -> torch.Tensor:
+        """CutMix a pair of (B, C, H, W), or return the first when there is no partner."""
+        return pair[0] if self.box_mask is None else torch.lerp(pair[0], pair[1], self.box_mask)
+
+
+def cross_pseudo_supervision(
+    nets: Sequence[nn.Module], views: UnlabeledViews, mode: str, forward: Callable[[], Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """L_cacps of section 3: each network learns the other's pseudo labels, weighed by the other's confidence.
+
+    Returns:
+        The loss, and the mean KL variance (0 in mode "plain").
+    """
+    # Teachers in train mode, as released: their BatchNorm statistics move. Logits, not softmax, are averaged.
+    with torch.no_grad(), forward():
+        pseudo_labels = []
+        for teacher in nets:
+            logits = [teacher(image) for image in views.plain]
+            if views.fourier is not None:
+                logits = [(a + teacher(image)) / 2 for a, image in zip(logits, views.fourier, strict=True)]
+            pseudo_labels.append(views.mix([x.float() for x in logits]).argmax(1))
+    # A context of its own: the teachers' bf16 copies of the weights carry no gradient.
+    with forward():
+        plain = [student(views.mix(views.plain)).float() for student in nets]
+        variance = [None, None]
+        if mode != "plain":
+            augmented = [student(views.mix(views.fourier)).float() for student in nets]
+            variance = [kl_variance(p, a) for p, a in zip(plain, augmented, strict=True)]
+    loss = sum(
+        cross_pseudo_loss(plain[student], pseudo_labels[teacher], variance[teacher], mode)
+        for student, teacher in ((1, 0), (0, 1))
+    )
+    return loss, torch.stack(variance).mean().detach() if mode != "plain" else torch.zeros_like(loss)
+
+
+def training_step(
+    nets: Sequence[nn.Module],
+    image: torch.Tensor,
+    mask: torch.Tensor,
+    views: UnlabeledViews | None,
+    *,
+    dice_classes: slice,
+    cps_loss: str,
+    cps_weight: float,
+    forward: Callable[[], Any],
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The whole objective, L = L_s + beta L_cacps.
+
+    Args:
+        nets: the two networks, in train mode.
+        image, mask: labelled (B, 1, H, W) float32 and (B, H, W) int64.
+        views: of the unlabelled batch; None while there is no pseudo supervision.
+        dice_classes: the classes that the supervised loss sums.
+        cps_weight: beta at this step.
+        forward: makes the autocast context of the forward passes.
+
+    Returns:
+        The loss, and detached scalars for the log.
+    """
+    with forward():
+        logits = [net(image).float() for net in nets]
+    supervised = sum(dice_loss(x.softmax(1), mask)[dice_classes].sum() for x in logits)
+    cps = variance = torch.zeros_like(supervised)
+    if views is not None:
+        cps, variance = cross_pseudo_supervision(nets, views, cps_loss, forward)
+    loss = supervised + cps_weight * cps
+    scalars = {"loss": loss, "supervised": supervised, "cps": cps, "variance": variance}
+    return loss, {name: value.detach() for name, value in scalars.items()}
+
+
+class Trainer:
+    """The state of a run on its device: networks, optimisers, step, and what the log accumulates."""
+
+    def __init__(self, cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module], device: torch.device):
+        self.cfg, self.loaders, self.device = cfg, loaders, device
+        classes = loaders.facts.class_names
+        self.nets = []
+        for i in range(2):
+            torch.manual_seed(derive_seed(cfg.seed, 3, i))
+            net = build_network(len(classes), pretrained=cfg.pretrained)
+            # channels_last gains on GPUs with tensor cores; on CPUs the plain layout was as fast or faster.
+            memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+            self.nets.append(net.to(device, memory_format=memory_format).train())
+        self.optimizers = [
+            torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+            for net in self.nets
+        ]
+        reference = torch.from_numpy(loaders.reference).to(device) if cfg.histogram_matching else None
+        self.mean_reference = reference.mean(0) if cfg.histogram_matching else None
+        self.augmentation = Augmentation(
+            size=cfg.image_size,
+            rotation=cfg.rotation,
+            shift=cfg.shift,
+            flip=cfg.flip,
+            blur=cfg.blur,
+            fourier_mode=cfg.fourier_mode,
+            fourier_window=cfg.fourier_window,
+            fourier_ratio=cfg.fourier_ratio,
+            fourier_alpha=cfg.fourier_alpha,
+            reference=reference,
+        )
+        self.generator = torch.Generator(device)
+        self.batch_norms = [
+            m for net in self.nets for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase)
+        ]
+        self.step = 0
+        self.best = -1.0  # percent
+        self.sums: dict[str, torch.Tensor] = {}  # since the last line of the log, on the device
+        self.bad_steps = torch.zeros(2, device=device)  # non-finite steps: in a row, since the last line
+
+    def forward(self) -> Any:
+        return autocast(self.device, self.cfg.precision)
+
+    def cps_weight(self) -> float:
+        """beta at this step, after warm-up and ramp."""
+        epoch = self.step / self.loaders.steps_per_epoch
+        if epoch < self.cfg.cps_warmup:
+            return 0.0
+        ramp = (epoch - self.cfg.cps_warmup) / self.cfg.cps_ramp if self.cfg.cps_ramp else 1.0
+        return self.cfg.cps_weight * min(ramp, 1.0)
+
+    def views(self, batch: dict[str, torch.Tensor]) -> UnlabeledViews:
+        """Augment an unlabelled batch of B, or with CutMix 2 B, canvases."""
+        image, quantiles = (batch[name].to(self.device, non_blocking=True) for name in ("image", "quantiles"))
+        plain, fourier = self.augmentation.unlabeled(image, quantiles, self.generator, fourier=self.cfg.fourier_aug)
+        parts = 2 if self.cfg.cutmix else 1
+        box_mask = None
+        if self.cfg.cutmix:
+            box_mask = cutmix_mask(len(image) // 2, self.cfg.image_size, generator=self.generator)
+        return UnlabeledViews(plain.chunk(parts), fourier.chunk(parts) if fourier is not None else None, box_mask)
+
+    def train_step(self, labeled: dict[str, torch.Tensor], unlabeled: dict[str, torch.Tensor]) -> None:
+        """One step of both networks. A step that is not finite changes nothing, which the device decides alone."""
+        self.generator.manual_seed(derive_seed(self.cfg.seed, 4, self.step))
+        torch.manual_seed(derive_seed(self.cfg.seed, 5, self.step))  # dropout
+        image, mask, quantiles = (
+            labeled[name].to(self.device, non_blocking=True) for name in ("image", "mask", "quantiles")
+        )
+        image, mask = self.augmentation.labeled(image, mask, quantiles, self.generator)
+        weight = self.cps_weight()
+        statistics = [buffer.clone() for norm in self.batch_norms for buffer in (norm.running_mean, norm.running_var)]
+        loss, scalars = training_step(
+            self.nets,
+            image,
+            mask,
+            self.views(unlabeled) if weight else None,
+            dice_classes=slice(0 if self.cfg.dice_background else 1, None),
+            cps_loss=self.cfg.cps_loss,
+            cps_weight=weight,
+            forward=self.forward,
+        )
+        loss.backward()
+        gradients = [p.grad for net in self.nets for p in net.parameters() if p.grad is not None]
+        finite = torch.isfinite(loss.detach() + torch.nn.utils.get_total_norm(gradients))
+        for optimizer in self.optimizers:
+            optimizer.found_inf = (~finite).float()  # the fused step leaves everything as it is where this is 1
+            optimizer.step()
+            optimizer.zero_grad()
+        buffers = [buffer for norm in self.batch_norms for buffer in (norm.running_mean, norm.running_var)]
+        for buffer, before in zip(buffers, statistics, strict=True):
+            buffer.copy_(torch.where(finite, buffer, before))
+        bad = (~finite).float()
+        self.bad_steps = torch.stack([(self.bad_steps[0] + 1) * bad, self.bad_steps[1] + bad])
+        scalars |= {"steps": torch.ones_like(loss.detach()), "cps_weight": torch.full_like(loss.detach(), weight)}
+        for name, value in scalars.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
+        self.step += 1
+
+    def means(self) -> dict[str, float]:
+        """Mean scalars over the finite steps since the last line of the log."""
+        steps = max(float(self.sums["steps"]), 1)
+        return {name: float(total) / steps for name, total in self.sums.items() if name != "steps"}
+
+    def validate(self) -> float:
+        """Mean paper-protocol Dice (percent) on the labelled source images, without augmentation."""
+        for net in self.nets:
+            net.eval()
+        scans = predict_scans(
+            self.nets,
+            self.loaders.val,
+            self.loaders.data,
+            size=self.cfg.image_size,
+            reference=self.mean_reference,
+            device=self.device,
+            precision=self.cfg.precision,
+        )
+        dice = mean_dice(scans)
+        for net in self.nets:
+            net.train()
+        return float(np.mean(list(dice.values())))
+
+    def state(self) -> dict[str, Any]:
+        """Everything that resuming needs, as plain tensors and values."""
+        return {
+            "step": self.step,
+            "best": self.best,
+            "sums": self.sums,
+            "bad_steps": self.bad_steps,
+            "metadata": self.metadata(),
+            "networks": [net.state_dict() for net in self.nets],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        if state["metadata"]["content_hash"] != self.loaders.data.info["content_hash"]:
+            raise UserError(
+                f"{self.loaders.data.root} holds other data than this run began with: "
+                "give its --data-root, or begin anew with --restart"
+            )
+        self.step, self.best = state["step"], state["best"]
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        self.bad_steps = state["bad_steps"].to(self.device)
+        for net, weights in zip(self.nets, state["networks"], strict=True):
+            net.load_state_dict(weights)
+        for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(moments)
+
+    @torch.no_grad()
+    def draw_samples(self, path: Path, batch: dict[str, torch.Tensor]) -> None:
+        """Draw the views of a batch, the networks' pseudo labels on them and their confidence."""
+        self.generator.manual_seed(derive_seed(self.cfg.seed, 6, self.step))
+        half = len(batch["image"]) // (2 if self.cfg.cutmix else 1)
+        count = min(4, half)
+        chosen = [*range(count), *range(half, half + count)] if self.cfg.cutmix else list(range(max(count, 2)))
+        views = self.views({name: value[chosen] for name, value in batch.items()})
+        fourier = views.fourier or views.plain
+        mixed = [views.mix(views.plain), views.mix(fourier)]
+        for net in self.nets:
+            net.eval()
+        with self.forward():
+            logits = [[net(image).float() for image in mixed] for net in self.nets]
+        for net in self.nets:
+            net.train()
+        box_mask = torch.zeros_like(mixed[0]) if views.box_mask is None else views.box_mask
+        plot_training_samples(
+            path,
+            plain=_numpy(views.plain[0]),
+            fourier=_numpy(fourier[0]),
+            mixed=_numpy(mixed[0]),
+            mask_box=_numpy(box_mask),
+            pseudo_labels=np.stack([_numpy((a + b).argmax(1, keepdim=True)) for a, b in logits]),
+            confidence=np.stack([_numpy(torch.exp(-kl_variance(a, b))[:, None]) for a, b in logits]),
+            class_names=self.loaders.facts.class_names[1:],
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        """What inference needs beside the weights."""
+        facts = self.loaders.facts
+        return {
+            "dataset": facts.key,
+            "class_names": list(facts.class_names),
+            "spacing_mm": facts.spacing,
+            "reference": None if self.mean_reference is None else self.mean_reference.tolist(),
+            "config": asdict(self.cfg),
+            "selection": SELECTION,
+            "step": self.step,
+            "content_hash": self.loaders.data.info["content_hash"],
+            "phantom": self.loaders.data.info["phantom"],
+            **provenance(),
+        }
+
+
+def fit(cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module]) -> None:
+    """Train two networks by `cfg`, resuming the run of that name if there is one.
+
+    Raises:
+        UserError: the run was begun with other settings or data, is in use, or cannot be written.
+        SystemExit: EXIT_INTERRUPTED, after a signal, with the state saved.
+    """
+    device = choose_device(cfg.device)
+    folder = Path(cfg.out_root) / cfg.run_name
+    total = cfg.num_epoch * loaders.steps_per_epoch
+    total = min(total, cfg.max_steps or total)
+    with run_lock(folder):
+        open_run(folder, cfg, loaders)
+        trainer = Trainer(cfg, loaders, build_network, device)
+        if checkpoint := load_checkpoint(folder):
+            trainer.load_state(checkpoint)
+            del checkpoint
+        if trainer.step >= total:
+            print(f"{folder}: this run is finished ({trainer.step} steps); --num-epoch or --max-steps may extend it")
+            return
+        # Weights and two moments, as last, as previous and as the file being written; and the best weights.
+        weights = sum(p.numel() * p.element_size() for net in trainer.nets for p in net.parameters())
+        require_space(folder, 10 * weights)
+        with (
+            Logger(folder, since=trainer.step, use_wandb=cfg.wandb, config=asdict(cfg)) as logger,
+            Interrupt() as interrupt,
+        ):
+            _train(trainer, folder, total, logger, interrupt)
+    print(f"{folder}: {trainer.step} steps, best source Dice {trainer.best:.2f} %")
+
+
+def _train(trainer: Trainer, folder: Path, total: int, logger: Logger, interrupt: "Interrupt") -> None:
+    cfg, loaders = trainer.cfg, trainer.loaders
+    for loader in (loaders.labeled, loaders.unlabeled):
+        loader.sampler.start, loader.sampler.stop = trainer.step, total
+    progress = tqdm(total=total, initial=trainer.step, unit="step", desc="train", smoothing=0.05)
+    recent: deque[list[int]] = deque(maxlen=MAX_BAD_STEPS)
+    began = time.monotonic()
+    for labeled, unlabeled in zip(loaders.labeled, loaders.unlabeled, strict=True):
+        trainer.train_step(labeled, unlabeled)
+        recent.append([*labeled["row"].tolist(), *unlabeled["row"].tolist()])
+        epoch_ends = trainer.step % loaders.steps_per_epoch == 0 or trainer.step == total
+        if trainer.step % SYNC_EVERY == 0 or epoch_ends:
+            stop_if_diverged(trainer, recent)
+            means = trainer.means()
+            progress.set_postfix(loss=f"{means['loss']:.3f}", cps=f"{means['cps']:.3f}")
+        progress.update()
+        if epoch_ends:
+            epoch = -(-trainer.step // loaders.steps_per_epoch)
+            dice = trainer.validate()
+            if dice > trainer.best:
+                trainer.best = dice
+                save_networks(folder / "best.safetensors", trainer.nets, trainer.metadata())
+            line = {"epoch": epoch, "step": trainer.step, **means, "lr": cfg.lr, "val_dice": dice}
+            line["skipped_steps"] = int(trainer.bad_steps[1])
+            trainer.sums, trainer.bad_steps[1] = {}, 0
+            samples = folder / "samples" / f"epoch_{epoch:03d}.png"
+            trainer.draw_samples(samples, unlabeled)
+            logger.log({**line, "seconds": round(time.monotonic() - began, 1)}, {"samples": samples})
+            plot_curves(logger.lines, folder / "curves.png", selected_epoch=_best_epoch(logger.lines))
+            progress.write(
+                f"epoch {epoch}: loss {means['loss']:.4f}, source Dice {dice:.2f} % (best {trainer.best:.2f})"
+            )
+            began = time.monotonic()
+        if epoch_ends or interrupt.received or (cfg.save_every and trainer.step % cfg.save_every == 0):
+            save_checkpoint(folder, trainer.state())
+        if interrupt.received and trainer.step < total:
+            progress.close()
+            print(f"stopped by {interrupt.received} at step {trainer.step}, saved; the same command goes on from there")
+            sys.exit(EXIT_INTERRUPTED)
+    progress.close()
+
+
+def open_run(folder: Path, cfg: Any, loaders: Loaders) -> None:
+    """Make `folder` the run of `cfg`: new, resumed (its settings must agree), or with `restart` emptied first."""
+    settings = json.loads(json.dumps(asdict(cfg)))
+    known = folder / "config.json"
+    if cfg.restart:
+        for name in ("last.pt", "previous.pt", "best.safetensors", "log.jsonl", "config.json", "wandb_id"):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "samples", ignore_errors=True)
+    if known.exists():
+        try:
+            began = json.loads(known.read_text())
+        except ValueError as error:
+            raise UserError(f"{known} is damaged ({error}): restore it, or begin anew with --restart") from error
+        differing = {
+            key: (began.get(key), settings.get(key))
+            for key in {*began, *settings} - FREE_ON_RESUME
+            if began.get(key) != settings.get(key)
+        }
+        if differing:
+            lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in sorted(differing.items())]
+            raise UserError(
+                f"{folder} holds a run with other settings:\n" + "\n".join(lines) + "\n"
+                "Choose another --run-name, or begin anew with --restart"
+            )
+    write_json(known, settings)
+    write_json(folder / "split.json", loaders.split._asdict())
+
+
+def stop_if_diverged(trainer: Trainer, recent: Sequence[list[int]]) -> None:
+    """Raise UserError, naming the images, after MAX_BAD_STEPS non-finite steps in a row."""
+    if trainer.bad_steps[0] < MAX_BAD_STEPS:
+        return
+    index = trainer.loaders.data.index
+    rows = sorted({row for rows in recent for row in rows})
+    names = sorted({f"{index['patient'][r]} frame {index['frame'][r]} slice {index['slice'][r]}" for r in rows})
+    raise UserError(
+        f"the loss was not finite in {MAX_BAD_STEPS} steps in a row, up to step {trainer.step}; the last checkpoint is "
+        "from before. Try a smaller --lr or --precision fp32. The images of these steps:\n  " + "\n  ".join(names)
+    )
+
+
+class Interrupt:
+    """Notes SIGTERM, SIGUSR1 and Ctrl-C while active; a second signal ends the process at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received = ""
+
+    def __enter__(self) -> "Interrupt":
+        self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        self.process = os.getpid()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if os.getpid() != self.process:  # a loader's worker, forked with this handler: the parent ends it
+            return
+        if self.received:
+            os._exit(EXIT_INTERRUPTED)
+        self.received = signal.Signals(number).name
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one, with a warning where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu":
+            print("warning: no GPU found, running on the CPU")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: PyTorch finds no GPU here (torch {torch.__version__}); use --device cpu")
+    return torch.device(name)
+
+
+def derive_seed(*key: int) -> int:
+    """A seed for PyTorch from whole numbers that name what it is for."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _best_epoch(lines: Sequence[dict[str, Any]]) -> int:
+    return max(lines, key=lambda line: line["val_dice"])["epoch"]
+
+
+def _numpy(image: torch.Tensor) -> np.ndarray:
+    """(N, 1, H, W) -> (N, H, W) on the CPU."""
+    return image[:, 0].cpu().numpy()

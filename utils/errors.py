@@ -1,0 +1,25 @@
+"""Errors that are a user's to mend: one clear message, exit status 1, no traceback."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+import torch
+
+
+class UserError(Exception):
+    """A mistake in the input or its surroundings; the message names the file, key or value and the remedy."""
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn a UserError, or a full GPU memory, inside the block into a message on stderr and exit status 1."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"error: out of GPU memory ({str(error).splitlines()[0]})\n"
+            "Use a smaller --batch-size or --image-size, or --precision bf16."
+        )

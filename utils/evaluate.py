@@ -1,0 +1,126 @@
+"""Ensemble prediction and evaluation, used by training and inference alike."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from utils.augment import GRID, canvas_to_grid, match_histogram
+from utils.data import PreparedData
+from utils.metrics import paper_dice, structure_metrics
+from utils.volume import PlaneMap, read_volume
+
+
+class ScanPrediction(NamedTuple):
+    """One scan (patient and phase) as the networks see it: S slices."""
+
+    patient: str
+    phase: str
+    rows: np.ndarray  # (S,) of the index
+    image: torch.Tensor  # (S, size, size) input
+    probability: torch.Tensor  # (S, K, size, size) mean softmax of the networks
+    agreement: torch.Tensor  # (S, size, size) exp(-KL) between the networks, in [0, 1]
+    slice_dice: np.ndarray  # (S,) paper protocol, on the GRID
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """bf16 autocast, or float32; "auto" is bf16 where the device computes it natively."""
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
+    enabled = precision == "bf16" or (precision == "auto" and native)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def prepare_view(
+    canvas: torch.Tensor, quantiles: torch.Tensor, *, size: int, reference: torch.Tensor | None
+) -> torch.Tensor:
+    """The network's input without augmentation, deterministic: (B, 1, C, C) canvases -> (B, 1, size, size).
+
+    `reference` is the (256,) mean quantile curve that histograms are matched to, or None.
+    """
+    view = canvas_to_grid(canvas, size)
+    return view if reference is None else match_histogram(view, quantiles, reference[None])
+
+
+@torch.inference_mode()
+def predict(nets: Sequence[nn.Module], image: torch.Tensor, *, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predict with both networks (in eval mode).
+
+    Returns:
+        (B, K, H, W) mean softmax and (B, H, W) agreement of the networks, exp(-KL(first || second)).
+    """
+    with autocast(image.device, precision):
+        logits = [net(image) for net in nets]
+    log_first, log_second = (F.log_softmax(x.float(), dim=1) for x in logits)
+    divergence = (log_first.exp() * (log_first - log_second)).sum(1)
+    return (log_first.exp() + log_second.exp()) / 2, torch.exp(-divergence)
+
+
+def predict_scans(
+    nets: Sequence[nn.Module],
+    loader: DataLoader,
+    data: PreparedData,
+    *,
+    size: int,
+    reference: torch.Tensor | None,
+    device: torch.device,
+    precision: str,
+) -> Iterator[ScanPrediction]:
+    """Predict every scan of a loader that yields one scan per batch."""
+    for batch in loader:
+        canvas, quantiles, mask = (batch[name].to(device) for name in ("image", "quantiles", "mask"))
+        view = prepare_view(canvas, quantiles, size=size, reference=reference)
+        probability, agreement = predict(nets, view, precision=precision)
+        # Images of every size are scored on the same grid.
+        on_grid = F.interpolate(probability, size=GRID, mode="bilinear") if size != GRID else probability
+        dice = paper_dice(on_grid, canvas_to_grid(mask, GRID)[:, 0])
+        rows = batch["row"].numpy()
+        patient, phase = data.index["patient"][rows[0]], data.index["phase"][rows[0]]
+        yield ScanPrediction(str(patient), str(phase), rows, view[:, 0], probability, agreement, dice.cpu().numpy())
+
+
+def mean_dice(scans: Iterator[ScanPrediction]) -> dict[str, float]:
+    """Paper-protocol Dice (percent) by patient: the mean over the slices of all the patient's scans."""
+    slices: dict[str, list[np.ndarray]] = defaultdict(list)
+    for scan in scans:
+        slices[scan.patient].append(scan.slice_dice)
+    return {patient: 100 * float(np.concatenate(dice).mean()) for patient, dice in slices.items()}
+
+
+class NativeScan(NamedTuple):
+    """A prediction in the scan's own grid, beside its truth."""
+
+    labels: np.ndarray  # (X, Y, Z) uint8
+    truth: np.ndarray  # (X, Y, Z) uint8
+    zooms: tuple[float, ...]  # mm
+    outside: tuple[int, int]  # labelled voxels outside the field of view, and all
+
+
+def to_native(scan: ScanPrediction, data: PreparedData) -> NativeScan:
+    """Map a prediction back to its scan's grid: softmax resampled bilinearly, then argmax."""
+    classes, size = scan.probability.shape[1:3]
+    truth = read_volume(data.truth_path(scan.patient, scan.phase), 3)
+    plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, data.info["spacing_mm"] * GRID / size)
+    labels = plane.to_native(scan.probability.float().cpu().numpy()).argmax(1).astype(np.uint8)  # outside: background
+    known = np.where(truth.array < classes, truth.array, 0)
+    outside = np.count_nonzero(known[~plane.inside()]), np.count_nonzero(known)
+    return NativeScan(np.ascontiguousarray(np.moveaxis(labels, 0, 2)), known, truth.zooms, outside)
+
+
+def volumetric_rows(scan: ScanPrediction, native: NativeScan, class_names: Sequence[str]) -> list[dict]:
+    """Dice, HD95 and ASSD of every structure of one scan; structures empty in truth and prediction carry no figures."""
+    rows = []
+    for label, name in enumerate(class_names[1:], start=1):
+        figures = structure_metrics(native.labels == label, native.truth == label, native.zooms)
+        rows.append({"patient": scan.patient, "phase": scan.phase, "structure": name, **(figures or {})})
+    return rows

@@ -1,0 +1,343 @@
+"""Synthetic scans in the raw layouts: beating hearts of four vendors (M&Ms), necks of four sites (SCGM).
+
+    write_mms(Path("raw/mms"), patients=4, frames=6, seed=0)
+    write_scgm(Path("raw/scgm"), patients=4, seed=0)
+
+Every structure is an analytic signed distance (mm, positive inside) on coordinates bent by a smooth field.
+The image is painted from it with soft edges and the mask is its positive side, so the truth is exact.
+Coordinates are the patient's: x to the left, y to the back, z across the slices (heart: from base to apex);
+the affine says how a scanner's array lies to them. All randomness derives from (seed, scanner, subject).
+"""
+
+import csv
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+from scipy.ndimage import gaussian_filter
+from scipy.spatial.transform import Rotation
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from utils.errors import UserError
+
+PHANTOM_NOTE = "PHANTOM.txt"  # marks a raw folder as synthetic, so that no table takes it for the real data
+
+
+class Scanner(NamedTuple):
+    matrix: tuple[int, int]  # pixels
+    spacing: float  # in-plane, mm
+    thickness: float  # mm
+    slices: tuple[int, int]  # fewest and most
+    axes: str  # where the array axes point: Left/Right, Posterior/Anterior, Superior/Inferior
+    gain: float  # stored value of a signal of 1
+    gamma: float
+    noise: float  # standard deviation, as a share of a signal of 1
+    bias: float  # standard deviation of the logarithm of the coil's sensitivity
+    blur: float  # standard deviation of the point spread, pixels
+    signal: tuple[float, ...]  # of the tissues, in the order named beside each table
+
+
+# Balanced steady-state cine: blood and fat bright, muscle grey, lung dark; vendors weigh them differently.
+CHEST = ("blood", "muscle", "fat", "lung", "liver", "bone")
+VENDORS = {
+    "A": Scanner((256, 216), 1.35, 9, (8, 10), "LPS", 350, 1.0, 0.025, 0.15, 0.6,
+                 (0.95, 0.3, 0.8, 0.07, 0.38, 0.45)),
+    "B": Scanner((288, 288), 1.15, 8, (9, 11), "RPS", 900, 0.85, 0.03, 0.25, 0.8,
+                 (0.85, 0.22, 0.95, 0.05, 0.3, 0.55)),
+    "C": Scanner((192, 208), 1.5, 10, (7, 9), "PLS", 1400, 1.15, 0.035, 0.2, 0.5,
+                 (0.9, 0.36, 1.05, 0.12, 0.46, 0.5)),
+    "D": Scanner((320, 288), 0.98, 9, (8, 10), "LAI", 600, 0.95, 0.045, 0.3, 1.0,
+                 (1.0, 0.28, 0.65, 0.09, 0.5, 0.35)),
+}
+# Vendor -> name and centres.
+MAKERS = {"A": ("Siemens", (1,)), "B": ("Philips", (2, 3)), "C": ("GE", (4,)), "D": ("Canon", (5,))}
+# T2*-weighted: fluid brightest, grey above white matter, bone dark. Sites 1 and 3 see little but the canal.
+NECK = ("fluid", "grey", "white", "muscle", "fat", "bone", "blood")
+SITES = {
+    1: Scanner((100, 100), 0.5, 5, (3, 3), "RAS", 300, 1, 0.02, 0.1, 0.4,
+               (0.95, 0.68, 0.46, 0.4, 0.3, 0.12, 0.8)),
+    2: Scanner((650, 600), 0.25, 7.5, (3, 5), "LAS", 800, 0.85, 0.03, 0.2, 1.2,
+               (0.8, 0.62, 0.44, 0.32, 0.6, 0.15, 0.7)),
+    3: Scanner((192, 180), 0.25, 2.5, (20, 28), "RAS", 1500, 1.2, 0.04, 0.15, 1,
+               (1, 0.78, 0.58, 0.5, 0.6, 0.2, 0.95)),
+    4: Scanner((380, 340), 0.29, 5, (8, 12), "LAI", 500, 1, 0.025, 0.25, 0.8,
+               (0.9, 0.58, 0.4, 0.45, 0.55, 0.1, 0.85)),
+}
+TABLE = "211230_M&Ms_Dataset_information_diagnosis_opendataset.csv"
+COLUMNS = ",External code,VendorName,Vendor,Centre,ED,ES,Age,Pathology,Sex,Height,Weight"
+
+
+def ellipse(x, y, centre, radii, angle=0.0) -> np.ndarray:
+    """Approximate signed distance (mm) to an ellipse turned by `angle` (rad); all arguments broadcast."""
+    values = *centre, *radii, np.cos(angle), np.sin(angle)
+    cx, cy, a, b, cos, sin = (np.asarray(value, np.float32) for value in values)
+    u, v = (x - cx) * (cos / a) + (y - cy) * (sin / a), (y - cy) * (cos / b) - (x - cx) * (sin / b)
+    return (1 - np.sqrt(u * u + v * v)) * np.sqrt(a * b)
+
+
+def stroke(x, y, start, end, widths) -> np.ndarray:
+    """Signed distance (mm) to a tapering stroke from `start` to `end` with two half-widths (mm)."""
+    dx, dy = end[0] - start[0], end[1] - start[1]
+    along = np.clip(((x - start[0]) * dx + (y - start[1]) * dy) / (dx**2 + dy**2), 0, 1)
+    distance = np.hypot(x - start[0] - along * dx, y - start[1] - along * dy)
+    return widths[0] + along * (widths[1] - widths[0]) - distance
+
+
+def paint(image: np.ndarray, edge: float, inside: np.ndarray, value) -> None:
+    """Lay `value` over `image` in place where `inside` > 0, with an edge that is `edge` mm soft."""
+    image += np.clip(inside / edge + 0.5, 0, 1) * (value - image)
+
+
+def smooth_field(shape, zooms, rng: np.random.Generator, size: float) -> np.ndarray:
+    """Gaussian random field on a grid (X, Y, Z) with blobs of about `size` mm, mean 0 and variance 1."""
+    weights = []
+    for n, zoom in zip(shape, zooms, strict=True):
+        knots = np.arange(-1, n * zoom / size * 2 + 2)
+        weight = np.exp(-0.5 * (np.arange(n)[:, None] * zoom / size * 2 - knots) ** 2)
+        weights.append((weight / np.linalg.norm(weight, axis=1, keepdims=True)).astype(np.float32))
+    field = rng.standard_normal([weight.shape[1] for weight in weights], dtype=np.float32)
+    for weight in weights:  # each turn consumes the first axis and appends the finished one
+        field = np.tensordot(field, weight, (0, 1))
+    return field
+
+
+def place(scanner: Scanner, tilt: float, rng: np.random.Generator):
+    """The grid of one scan, oblique by about `tilt` rad.
+
+    Returns the coordinates x, y, z (mm from the image centre), each (X, Y, Z), the affine, and the grid's
+    `smooth_field` as a function of the size.
+    """
+    shape = np.array((*scanner.matrix, rng.integers(*scanner.slices, endpoint=True)))
+    zooms = np.array((scanner.spacing, scanner.spacing, scanner.thickness))
+    codes = nib.orientations.axcodes2ornt(scanner.axes, (("R", "L"), ("A", "P"), ("I", "S"))).astype(int)
+    turn = np.zeros((3, 3))
+    turn[codes[:, 0], range(3)] = codes[:, 1]
+    index = np.indices(shape, dtype=np.float32)
+    position = [np.float32(turn[row, axis] * zooms[axis]) * (index[axis] - np.float32((shape[axis] - 1) / 2))
+                for row, axis in enumerate(np.abs(turn).argmax(axis=1))]
+    affine = np.eye(4)
+    oblique = Rotation.from_rotvec(rng.normal(0, tilt, 3)).as_matrix()
+    affine[:3, :3] = oblique @ np.diag((-1, -1, 1)) @ turn @ np.diag(zooms)  # the world is right, front, head
+    affine[:3, 3] = rng.uniform(-30, 30, 3) - affine[:3, :3] @ (shape - 1) / 2
+    return position, affine, partial(smooth_field, shape, zooms, rng)
+
+
+def middle(shape, reach: float) -> tuple[slice, slice]:
+    """The in-plane pixels at most `reach` pixels from the image centre."""
+    return tuple(slice(max(0, n // 2 - int(reach)), n // 2 + int(reach)) for n in shape[:2])
+
+
+def acquire(image: np.ndarray, scanner: Scanner, field, rng: np.random.Generator) -> np.ndarray:
+    """Stored values of a signal (X, Y, Z, T): point spread, coil sensitivity, Rician noise, gamma."""
+    sensitivity = np.exp(scanner.bias * field(250)) * (1 + 0.04 * field(9))  # coil, tissue grain
+    image = gaussian_filter(image, scanner.blur, axes=(0, 1), truncate=3) * sensitivity[..., None]
+    real, imaginary = scanner.noise * rng.standard_normal((2, *image.shape), dtype=np.float32)
+    image = np.sqrt((image + real) ** 2 + imaginary**2)
+    return (scanner.gain * image**scanner.gamma).astype(np.int16)
+
+
+def save(path: Path, array: np.ndarray, affine: np.ndarray, frame_s: float = 1.0) -> None:
+    """Write a 3D or 4D NIfTI whose zooms, qform and sform agree; `frame_s` is the time between frames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(array, affine)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header["pixdim"][4] = frame_s
+    image.set_qform(affine, code=1)
+    image.set_sform(affine, code=1)
+    nib.save(image, path)
+
+
+def chest(x, y, depth, spacing, tissue, field, rng) -> np.ndarray:
+    """Signal (X, Y, Z) around a heart at the origin; `depth` (Z,) is 0 at its base and 1 at its apex."""
+    image = np.full(x.shape, 0.02, np.float32)
+    draw = partial(paint, image, spacing)
+    front, sink = rng.uniform(14, 30), rng.uniform(-8, 8)  # fat over the breastbone; height of the diaphragm
+    trunk = ellipse(x, y, (-15, 15 + front / 3), (150 - front / 2, 122 - front / 2), 0.1)
+    draw(ellipse(x, y, (-15, 15), (150, 125)), tissue["fat"])
+    draw(trunk, tissue["muscle"])
+    draw(trunk - 6 - 2 * field(30), tissue["fat"] * 0.7)
+    draw(trunk - 10, tissue["lung"])
+    draw(np.minimum(trunk - 18, 3 * (field(9) - 2.2)), 0.55 * tissue["blood"])  # the lung's vessels
+    draw(ellipse(x, y, (-25, 62 + sink), (42, 60), 0.5), 0.4 * (tissue["muscle"] + tissue["fat"]))
+    liver = ellipse(x, y, (-75, 88 + sink - 25 * depth), (75, 52), 0.25)
+    stomach = ellipse(x, y, (62, 90 + sink - 15 * depth), (38, 36))
+    draw(np.minimum(liver, trunk - 10), tissue["liver"])
+    draw(np.minimum(stomach, trunk - 10), 0.85 * tissue["liver"])
+    draw(np.minimum(stomach - 9 - 3 * field(40), trunk - 10), tissue["muscle"])
+    for centre, radius, name in (  # vertebra and its canal, wall and blood of the descending aorta
+        ((-25, 104), 22, "bone"), ((-25, 130), 8, "blood"), ((2, 80), 13, "muscle"), ((2, 80), 11, "blood")
+    ):
+        draw(ellipse(x, y, centre, (radius, radius)), tissue[name])
+    above = np.where(depth < 0, 0, 1e3).astype(np.float32)  # fat with the great vessels, unlabelled
+    draw(ellipse(x, y, (-4, 6), (38, 27), 0.5) - above, 0.6 * tissue["fat"])
+    for centre in ((-16, 0), (10, 8)):
+        draw(ellipse(x, y, centre, (10, 9)) - above, tissue["blood"])
+    return image
+
+
+def heart(position, spacing, contraction, tissue, field, rng) -> tuple[np.ndarray, np.ndarray]:
+    """Signal and labels (X, Y, Z, T) of a chest whose heart follows `contraction` (T,), from 0 to 1."""
+    x, y = (axis - rng.uniform(-10, 10) + 3 * field(90) for axis in position[:2])
+    z, beat = position[2][0, 0], contraction.astype(np.float32)
+    length, wall, cavity = rng.uniform(78, 90), rng.uniform(8.5, 11), rng.uniform(23, 27)  # mm, relaxed
+    depth = (z - z.min() - rng.integers(0, 2) * abs(z[1] - z[0])) / length + 0.08
+    angle = np.radians(210 + rng.uniform(-40, 40))  # from the left to the right ventricle; y points down
+    towards = np.array((np.cos(angle), np.sin(angle)))
+    still = chest(x, y, depth.astype(np.float32), spacing, tissue, field, rng)
+    image = np.repeat(still[..., None], len(beat), axis=-1)
+    labels = np.zeros(image.shape, np.uint8)
+
+    # Sizes over slices and frames, (Z, T). The base moves towards the apex, the muscle keeps its volume.
+    level = (depth[:, None] - 0.06 * beat) / (1 - 0.06 * beat)
+    absent = np.where((level > 0) & (level < 0.93), 0, 1e3).astype(np.float32)
+    level = np.clip(level, 0, 0.93)
+    inner = cavity * (1 - 0.34 * beat)
+    outer = np.sqrt(inner**2 + (cavity + wall) ** 2 - cavity**2) * np.sqrt(1 - level**2.4)
+    inner = inner * np.sqrt(np.clip(1 - (level / 0.95) ** 2.4, 0, 1))
+    right = rng.uniform(28, 34) * (1 - 0.38 * beat) * np.sqrt(np.clip(1 - (level / 0.88) ** 2, 0, 1))
+
+    inside = middle(x.shape, 80 / spacing)  # all else stands still
+    x, y, moving = x[inside][..., None], y[inside][..., None], image[inside]
+    shape = partial(ellipse, x, y)
+    left = [-14 * t * np.ones_like(outer) for t in towards]
+    right_centre = [c + t * (0.4 * outer + 0.5 * right) for c, t in zip(left, towards, strict=True)]
+    left_outer = shape(left, (1.03 * outer, 0.97 * outer), angle + 0.8) - absent
+    left_inner = shape(left, (1.04 * inner, 0.96 * inner), angle + 0.4) - absent
+    right_inner = shape(right_centre, (0.6 * outer + 0.5 * right, 0.75 * outer + 0.4 * right), angle) - absent
+    whole = np.maximum(left_outer, right_inner)
+    labels[inside] = np.select([left_inner > 0, left_outer > 0, right_inner > 0], [1, 2, 3])
+
+    draw = partial(paint, moving, spacing)
+    draw(whole + 6 + 3 * field(40)[inside][..., None], tissue["fat"] * 0.8)
+    draw(whole + 3, tissue["muscle"])
+    draw(right_inner, tissue["blood"] * (0.94 + 0.05 * field(12)[inside][..., None]))  # trabeculae
+    draw(left_outer, tissue["muscle"])
+    draw(left_inner, tissue["blood"])
+    for around in angle + np.array((1.9, 3.9)):  # papillary muscles: the truth counts them as cavity
+        muscle = left[0] + 0.62 * inner * np.cos(around), left[1] + 0.62 * inner * np.sin(around)
+        outside = absent + 1e3 * ((level < 0.2) | (level > 0.75))
+        draw(shape(muscle, (5.0, 3.8), around) - outside.astype(np.float32), tissue["muscle"])
+    return image, labels
+
+
+def begin(out: Path, enough: bool) -> None:
+    """Begin a phantom in the folder `out`, which must be empty or absent, and mark it as one."""
+    if not enough:
+        raise UserError("a phantom needs at least 1 patient and 2 frames")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: remove it, or choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / PHANTOM_NOTE).write_text("Synthetic data made by this project; no patient was scanned.\n")
+
+
+def write_mms(out: Positional[Path], *, patients: int = 4, frames: int = 6, seed: int = 0) -> None:
+    """Write synthetic data in the raw M&Ms layout: four vendors, beating hearts, the info table.
+
+    One more patient, of vendor C, lies in Training/Unlabeled with an empty mask, as in the release. In every
+    fifth patient the recording begins late in the cycle, so that ED comes after ES.
+
+    Args:
+        out: folder to write; must be empty or absent.
+        patients: per vendor.
+        frames: per patient.
+        seed: of everything random.
+    """
+    begin(out, patients >= 1 and frames >= 2)
+    people = [(vendor, number) for vendor in VENDORS for number in range(patients)] + [("C", patients)]
+    sizes = (26, 10) * 3  # a code is letter, digit, three times
+    draws = np.random.default_rng(seed).choice(np.prod(sizes), len(people), replace=False)
+    systole = round(frames / 3)
+    rows = []
+    for index, (vendor, number) in enumerate(tqdm(people, desc="phantom patients")):
+        scanner, rng = VENDORS[vendor], np.random.default_rng([seed, ord(vendor), number])
+        letters = np.unravel_index(draws[index], sizes)
+        code = "".join(chr(65 + n) if size == 26 else str(n) for n, size in zip(letters, sizes, strict=True))
+        ed = frames - systole if index % 5 == 1 else 0
+        es = (ed + systole) % frames
+        step = (np.arange(frames) - ed) % frames
+        contraction = np.sin(np.pi / 2 * np.interp(step, (0, systole, 0.85 * frames), (0, 1, 0))) ** 2
+        position, affine, field = place(scanner, 0.35, rng)
+        tissue = dict(zip(CHEST, scanner.signal, strict=True))
+        image, labels = heart(position, scanner.spacing, contraction, tissue, field, rng)
+        labeled = number < patients
+        drawn = np.isin(np.arange(frames), (ed, es)) & labeled  # raters drew in two frames only
+        part = ("Training/Labeled", "Validation", "Testing")[index % 3] if labeled else "Training/Unlabeled"
+        folder = Path(out) / "OpenDataset" / part / code
+        save(folder / f"{code}_sa.nii.gz", acquire(image, scanner, field, rng), affine, 0.9 / frames)
+        save(folder / f"{code}_sa_gt.nii.gz", labels * drawn.astype(np.uint8), affine, 0.9 / frames)
+        name, centres = MAKERS[vendor]
+        age, height, weight = rng.integers((20, 155, 50), (80, 195, 100))
+        disease, sex = rng.choice(["NOR", "HCM", "DCM"]), rng.choice(["F", "M"])
+        centre = centres[number % len(centres)]
+        rows.append((code, name, vendor, centre, ed, es, age, disease, sex, height, weight))
+    with open(Path(out) / TABLE, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([COLUMNS.split(","), *((i, *row) for i, row in enumerate(sorted(rows)))])
+
+
+def neck(x, y, spacing, tissue, field) -> np.ndarray:
+    """Signal (X, Y, Z) of a neck around the canal at the origin; the throat lies at negative y."""
+    image = np.full(x.shape, 0.02, np.float32)
+    draw = partial(paint, image, spacing)
+    skin, side = ellipse(x, y, (0, -8), (66, 58)), np.abs(x)
+    draw(skin, tissue["fat"])
+    draw(skin - 6, tissue["muscle"] * (1 + 0.12 * field(15) + 0.1 * field(4)))
+    for belly in (((11, 30), (8, 14), 0.3), ((27, 22), (9, 17), 0.5), ((43, -5), (7, 20), -0.2)):
+        fascia = 0.5 - np.abs(ellipse(side, y, *belly) + field(15))
+        draw(fascia, 0.5 * (tissue["fat"] + tissue["muscle"]))
+    draw(ellipse(x, y, (0, -46), (12, 9)), 0.03)  # windpipe
+    for centre, radius in (((16.5, -9), 2.0), ((27, -30), 3.6), ((33, -24), 4.5)):  # arteries and a vein
+        draw(ellipse(side, y, centre, (radius, radius)), tissue["blood"])
+    draw(ellipse(x, y, (0, -18), (13, 9)), tissue["bone"] * 1.8)
+    draw(stroke(side, y, (15, -4), (0, 12), (3.0, 3.0)), tissue["bone"])  # the arch, then its spine
+    draw(stroke(x, y, (0, 9), (0, 30), (3.0, 3.5)), tissue["bone"])
+    draw(ellipse(x, y, (0, -0.3), (11.7, 9.0)), tissue["bone"])
+    draw(ellipse(x, y, (0, -0.3), (10.5, 7.8)), tissue["fluid"] * (0.95 + 0.05 * field(6)))
+    return image
+
+
+def cord(x, y, size: float) -> tuple[np.ndarray, np.ndarray]:
+    """Signed distances (mm) to the grey matter's butterfly and to the cord, `size` times the common one."""
+    x, y = np.abs(x) / size, y / size
+    front = stroke(x, y, (1.9, -0.3), (2.4, -1.4), (0.9, 1.15))
+    back = stroke(x, y, (1.8, -0.3), (3.0, 2.6), (0.9, 0.55))
+    bridge = stroke(x, y, (0, 0.0), (1.8, -0.3), (0.6, 0.8))
+    whole = np.minimum(ellipse(x, y, (0, 0), (6.6, 4.5)), 3.6 + y + 2.5 * x)  # less the fissure at the front
+    return size * np.maximum(np.maximum(front, back), bridge), size * whole
+
+
+def write_scgm(out: Positional[Path], *, patients: int = 4, seed: int = 0) -> None:
+    """Write synthetic data in the raw SCGM layout: four sites, four raters who disagree a little.
+
+    Args:
+        out: folder to write; must be empty or absent.
+        patients: per site, with masks; one more without.
+        seed: of everything random.
+    """
+    begin(out, patients >= 1)
+    people = [(site, number) for site in SITES for number in [*range(1, patients + 1), max(11, patients + 1)]]
+    for site, number in tqdm(people, desc="phantom subjects"):
+        scanner, rng = SITES[site], np.random.default_rng([seed, site, number])
+        spacing, tissue = scanner.spacing, dict(zip(NECK, scanner.signal, strict=True))
+        position, affine, field = place(scanner, 0.08, rng)
+        x, y = (axis - rng.uniform(-3, 3) + 0.5 * field(40) for axis in position[:2])
+        size, turn = rng.uniform(0.95, 1.15), rng.normal(0, 0.08)
+        x, y = x + turn * y, y - turn * x
+        image = neck(x + 0.8 * field(60), y + 0.8 * field(60), spacing, tissue, field)
+        inside = middle(x.shape, 16 / spacing)  # where the cord is
+        grey, whole = cord(x[inside], y[inside], size)
+        paint(image[inside], spacing, whole, tissue["white"])
+        paint(image[inside], spacing, grey, tissue["grey"])
+        labeled = number <= patients
+        folder, stem = Path(out) / ("train" if labeled else "test"), f"site{site}-sc{number:02d}"
+        save(folder / f"{stem}-image.nii.gz", acquire(image[..., None], scanner, field, rng)[..., 0], affine)
+        levels = [f"{k},{2 + int(k * scanner.thickness // 15)}\n" for k in range(image.shape[2])]
+        (folder / f"{stem}-levels.txt").write_text("".join(levels))  # slice, vertebra
+        for rater in range(1, 5) if labeled else ():  # each follows the boundary a little differently
+            seen = [axis[inside] + 0.1 * field(4)[inside] for axis in (x, y)]
+            grey, whole = cord(*seen, size * rng.uniform(0.98, 1.02))
+            mask = np.zeros(x.shape, np.uint8)
+            mask[inside] = np.select([(grey > 0) & (whole > 0), whole > 0], [1, 2])
+            save(folder / f"{stem}-mask-r{rater}.nii.gz", mask, affine)

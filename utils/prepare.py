@@ -1,0 +1,250 @@
+"""From raw volumes to memory-mapped arrays: every file checked, all problems reported at once, in parallel."""
+
+import csv
+import hashlib
+import json
+import math
+import shutil
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.lib.format import open_memmap
+from tqdm import tqdm
+
+from utils.augment import CANVAS, GRID
+from utils.data import FORMAT_VERSION, INDEX_COLUMNS, Case, DatasetFacts
+from utils.errors import UserError
+from utils.phantom import PHANTOM_NOTE
+from utils.volume import PlaneMap, Volume, read_shape, read_volume, write_volume
+
+QUANTILES = 256  # points of a slice's quantile curve
+
+
+class Report(NamedTuple):
+    """What the files of one scan gave; the table's own problems are reported as one without a case."""
+
+    errors: list[str]
+    warnings: list[str]
+    rows: list[dict[str, Any]]  # of index.csv
+    outside: tuple[int, int] = (0, 0)  # labelled voxels outside the field of view, and all
+    digest: bytes = b""  # of the converted arrays
+
+
+Reports = list[tuple[Case | None, Report]]
+
+
+def check_dataset(raw: Path, facts: DatasetFacts, *, workers: int) -> bool:
+    """Read every file of a raw data set and print every problem; True when there is no error."""
+    return _summarise(raw, facts, _process(raw, facts, workers=workers, out=None))
+
+
+def prepare_dataset(raw: Path, out: Path, facts: DatasetFacts, *, workers: int) -> None:
+    """Check `raw` and convert it into the folder `out`, which appears only when it is complete.
+
+    Raises:
+        UserError: `out` exists, the disk is too small or read-only, or a file has a problem (all are printed).
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already: remove it, or choose another --out")
+    unfinished = out.with_name(out.name + ".partial")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        reports = _process(raw, facts, workers=workers, out=unfinished)
+        if not _summarise(raw, facts, reports):
+            raise UserError(f"{raw} has the errors listed above: nothing was prepared")
+        _write_index(unfinished, raw, facts, reports)
+        unfinished.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error})") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{out}: {sum(len(report.rows) for _, report in reports)} slices, {size / 1e9:.2f} GB")
+
+
+def _process(raw: Path, facts: DatasetFacts, *, workers: int, out: Path | None) -> Reports:
+    """Check every scan and, with `out`, convert it; each worker holds one scan in memory."""
+    if not raw.is_dir():
+        raise UserError(f"{raw}: no such folder\n{facts.how_to_get}")
+    found = facts.find_cases(raw)
+    reports: Reports = [(None, Report(found.errors, found.warnings, []))]
+    offsets = _allocate(found.cases, out) if out and not found.errors else None
+    with ProcessPoolExecutor(max_workers=workers) as pool:
+        jobs = {}
+        for number, case in enumerate(found.cases):
+            target = (out, offsets[number]) if offsets else None
+            jobs[pool.submit(process_case, case, facts, target)] = case
+        try:
+            progress = tqdm(as_completed(jobs), total=len(jobs), unit="scan", desc="prepare" if out else "check")
+            reports += [(jobs[job], job.result()) for job in progress]
+        except BrokenProcessPool as error:
+            raise UserError("a worker process died, most likely for lack of memory: use fewer --workers") from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    # In the order of the cases, which is the order of their slices in the arrays.
+    place = {case.patient: number for number, case in enumerate(found.cases)}
+    return sorted(reports, key=lambda pair: place[pair[0].patient] if pair[0] else -1)
+
+
+def _allocate(cases: list[Case], out: Path) -> list[tuple[int, int]] | None:
+    """Create the arrays for all slices that the headers promise.
+
+    Returns the first slice and the first mask of each case, or None when a header is bad.
+    """
+    offsets, slices, masks = [], 0, 0
+    for case in cases:
+        offsets.append((slices, masks))
+        try:
+            shape = read_shape(case.image)
+        except UserError:
+            return None  # the scan's own check will say why
+        slices += math.prod(shape[2:])
+        masks += shape[2] * len(case.phases) if len(shape) > 2 else 0
+    need = slices * (CANVAS**2 * 2 + QUANTILES * 4) + masks * CANVAS**2
+    free = shutil.disk_usage(out).free
+    if need > 0.98 * free:
+        raise UserError(f"{out.parent}: the prepared data take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
+    open_memmap(out / "images.npy", "w+", np.float16, (slices, CANVAS, CANVAS))
+    open_memmap(out / "masks.npy", "w+", np.uint8, (masks, CANVAS, CANVAS))
+    open_memmap(out / "quantiles.npy", "w+", np.float32, (slices, QUANTILES))
+    return offsets
+
+
+def process_case(case: Case, facts: DatasetFacts, target: tuple[Path, tuple[int, int]] | None) -> Report:
+    """Check the files of one scan and, with `target` (folder, first slice and mask), convert it."""
+    errors: list[str] = []
+    volumes: list[Volume] = []
+    for path in (case.image, *case.masks):
+        try:
+            volumes.append(read_volume(path, facts.ndim))
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        return Report(errors, [], [])
+    image, *masks = volumes
+    warnings = [f"{case.image}: {image.warning}"] if image.warning else []
+    for path, mask in zip(case.masks, masks, strict=True):
+        if mask.array.shape != image.array.shape:
+            errors.append(f"{path}: shape {mask.array.shape} differs from the image's {image.array.shape}")
+        unknown = np.setdiff1d(mask.array, range(facts.label_values))
+        if unknown.size:
+            errors.append(f"{path}: labels {unknown[:5].tolist()} outside 0..{facts.label_values - 1}")
+        if not np.allclose(mask.affine, image.affine, atol=1e-3):
+            warnings.append(f"{path}: its affine differs from the image's by more than 1e-3")
+    for phase, frame in case.phases.items():
+        if frame >= _frames(image):
+            errors.append(f"{case.image}: {phase} is frame {frame}, but the file holds 0..{_frames(image) - 1}")
+    if errors:
+        return Report(errors, warnings, [])
+    plane = PlaneMap(image.array.shape[:2], image.zooms[:2], CANVAS, facts.spacing)
+    truth = {
+        phase: facts.consensus([_slices(mask, frame).astype(np.uint8) for mask in masks])
+        for phase, frame in case.phases.items()
+    }
+    warnings += [f"{case.masks[0]}: no label in {phase}" for phase, label in truth.items() if not label.any()]
+    field = replace(plane, size=GRID).inside()
+    structures = np.array([(label > 0) & (label < len(facts.class_names)) for label in truth.values()], bool)
+    outside = (np.count_nonzero(structures & ~field), np.count_nonzero(structures)) if truth else (0, 0)
+    report = Report(errors, warnings, [], outside)
+    return _convert(case, facts, image, truth, plane, *target, report) if target else report
+
+
+def _convert(
+    case: Case,
+    facts: DatasetFacts,
+    image: Volume,
+    truth: dict[str, np.ndarray],
+    plane: PlaneMap,
+    out: Path,
+    offset: tuple[int, int],
+    report: Report,
+) -> Report:
+    """Write the slices and masks of one checked scan."""
+    images, masks, quantiles = (np.load(out / f"{n}.npy", mmap_mode="r+") for n in ("images", "masks", "quantiles"))
+    row, mask_row = offset
+    phases = {frame: phase for phase, frame in case.phases.items() if phase in truth}
+    depth = image.array.shape[2]
+    digest = hashlib.sha256()
+    for frame in range(_frames(image)):
+        canvas = plane.to_canvas(facts.normalize(_slices(image, frame).astype(np.float32))).astype(np.float16)
+        images[row : row + depth] = canvas
+        quantiles[row : row + depth] = quantile_curves(canvas)
+        digest.update(canvas.tobytes())
+        phase = phases.get(frame, "")
+        if phase:
+            label = np.where(truth[phase] < len(facts.class_names), truth[phase], 0).astype(np.uint8)
+            label = plane.to_canvas(label)
+            masks[mask_row : mask_row + depth] = label
+            digest.update(label.tobytes())
+            path = out / "truth" / f"{case.patient}_{phase}.nii.gz"
+            write_volume(path, np.ascontiguousarray(np.moveaxis(truth[phase], 0, 2)), like=image)
+        for z in range(depth):
+            mask = mask_row + z if phase else -1
+            place = (case.patient, case.domain, case.group, phase, frame, z, mask, *plane.shape, *plane.zooms)
+            report.rows.append(dict(zip(INDEX_COLUMNS, place, strict=True)))
+        row, mask_row = row + depth, mask_row + depth * bool(phase)
+    return report._replace(digest=digest.digest())
+
+
+def quantile_curves(canvas: np.ndarray) -> np.ndarray:
+    """Quantile curve of every image over the field of view: (N, C, C) -> (N, QUANTILES) float32."""
+    margin = (CANVAS - GRID) // 2
+    field = np.sort(canvas[:, margin:-margin, margin:-margin].reshape(len(canvas), -1).astype(np.float32), axis=1)
+    position = np.linspace(0, field.shape[1] - 1, QUANTILES)
+    low = position.astype(int)
+    high = np.minimum(low + 1, field.shape[1] - 1)
+    return field[:, low] + (field[:, high] - field[:, low]) * (position - low).astype(np.float32)
+
+
+def _frames(volume: Volume) -> int:
+    return volume.array.shape[3] if volume.array.ndim == 4 else 1
+
+
+def _slices(volume: Volume, frame: int) -> np.ndarray:
+    """One frame of a 3D or 4D volume as slices: (Z, X, Y)."""
+    array = volume.array[..., frame] if volume.array.ndim == 4 else volume.array
+    return np.moveaxis(array, 2, 0)
+
+
+def _write_index(out: Path, raw: Path, facts: DatasetFacts, reports: list[tuple[Case | None, Report]]) -> None:
+    rows = [row for _, report in reports for row in report.rows]
+    with open(out / "index.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, INDEX_COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    info = {
+        "format": FORMAT_VERSION,
+        "dataset": facts.key,
+        "source": str(raw),
+        "phantom": (raw / PHANTOM_NOTE).exists(),
+        "spacing_mm": facts.spacing,
+        "canvas_px": CANVAS,
+        "field_px": GRID,
+        "class_names": facts.class_names,
+        "content_hash": hashlib.sha256(b"".join(report.digest for _, report in reports)).hexdigest(),
+    }
+    (out / "dataset.json").write_text(json.dumps(info, indent=2) + "\n")
+
+
+def _summarise(raw: Path, facts: DatasetFacts, reports: list[tuple[Case | None, Report]]) -> bool:
+    """Print every problem and what was found; True when there is no error."""
+    errors = [text for _, report in reports for text in report.errors]
+    warnings = [text for _, report in reports for text in report.warnings]
+    for kind, texts in (("error", errors), ("warning", warnings)):
+        for text in texts:
+            print(f"{kind}: {text}")
+    by_domain = Counter(case.domain for case, _ in reports if case)
+    labeled = Counter(case.domain for case, _ in reports if case and case.masks)
+    counts = ", ".join(f"{d}: {by_domain[d]} ({labeled[d]} with masks)" for d in sorted(by_domain))
+    outside, voxels = (sum(report.outside[i] for _, report in reports) for i in (0, 1))
+    print(f"{raw}: scans by {facts.domain_word}: {counts or 'none'}")
+    print(f"{100 * outside / max(voxels, 1):.2f} % of the labelled voxels lie outside the network's field of view")
+    print(f"{len(errors)} errors, {len(warnings)} warnings")
+    return not errors

@@ -1,0 +1,286 @@
+"""Pictures of a run, each written as one PNG: curves, training samples, previews, overlays, result plots.
+
+Conventions shared by all: images are arrays as stored, (H, W) with H along NIfTI axis 0; structures are the
+labels 1..K, named by `class_names` (label 1 first, no background); the truth is a solid contour, a prediction
+or pseudo label a translucent fill. Figures are built without pyplot, so no display is needed.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+# Okabe-Ito colours of the labels 1, 2, 3. To colour-blind eyes, too, these three look neither grey, like the
+# image below them, nor like each other.
+STRUCTURE_COLOURS = ("#D55E00", "#56B4E9", "#F0E442")  # M&Ms: LV, MYO, RV; SCGM: GM
+LINE_COLOURS = ("#000000", "#0072B2", "#009E73")  # Okabe-Ito colours that stand for no structure
+FILL_ALPHA = 0.5
+
+
+def plot_curves(log: list[dict], path, *, selected_epoch: int | None = None) -> None:
+    """Losses, source validation Dice, variance and confidence over the epochs.
+
+    log: a dict per epoch with `epoch` and any of loss, supervised, cps, cps_weight, variance (mean KL, >= 0),
+    val_dice (percent); a missing, None or NaN value is a gap in its curve.
+    selected_epoch: the epoch whose weights were kept, marked in the Dice panel.
+    """
+
+    def column(key):
+        return np.array([line.get(key) for line in log], dtype=float)  # None becomes NaN
+
+    weighted_cps = column("cps_weight") * column("cps")
+    panels = {
+        "Loss": {"total": column("loss"), "supervised": column("supervised"), "weight × CPS": weighted_cps},
+        "Source validation Dice (%)": {"validation": column("val_dice")},
+        "Variance V (mean KL)": {"variance": column("variance")},
+        "Confidence exp(−mean V)": {"confidence": np.exp(-column("variance"))},
+    }
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True).flat
+    if selected_epoch is not None:
+        axes[1].axvline(selected_epoch, color="grey", linestyle="--", label=f"kept: epoch {selected_epoch}")
+    for ax, (title, curves) in zip(axes, panels.items(), strict=True):
+        for (name, values), colour in zip(curves.items(), LINE_COLOURS, strict=False):
+            # The markers keep a run of one epoch, or an epoch between two gaps, visible.
+            ax.plot(column("epoch"), values, color=colour, marker="o", markersize=3, label=name)
+        ax.set_title(title, fontsize=10)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes[0].set_xlim(column("epoch").min() - 0.5, column("epoch").max() + 0.5)
+    figure.supxlabel("epoch", fontsize=10)
+    _save(figure, path)
+
+
+def plot_training_samples(path, *, plain, fourier, mixed, mask_box, pseudo_labels, confidence, class_names) -> None:
+    """What one unlabelled training step works with, a row per image (the first 4).
+
+    plain, fourier, mixed: (N, H, W) in about [0, 1], `mixed` after CutMix; mask_box: (N, H, W), 1 where the
+    other image was pasted; pseudo_labels: (2, N, H, W) int, for the mixed image, and confidence: (2, N, H, W)
+    exp(-V) in [0, 1], both per network.
+    """
+    titles = ["plain", "Fourier view", "CutMix"]
+    titles += [f"{kind} {network}" for kind in ("pseudo label", "confidence") for network in (1, 2)]
+    figure, axes = _grid(min(len(plain), 4), titles)
+    for n, row in enumerate(axes):
+        for ax, image in zip(row, (plain[n], fourier[n], mixed[n], mixed[n], mixed[n]), strict=False):
+            _show(ax, image)
+        _contour(row[2], mask_box[n], "white")
+        for network in range(2):
+            _fill_structures(row[3 + network], pseudo_labels[network, n], class_names)
+            confidence_map = _show(row[5 + network], confidence[network, n], cmap="viridis")
+    figure.colorbar(confidence_map, ax=axes, shrink=0.6, label="confidence exp(−V)")
+    box = Line2D([], [], color="white", label="edge of pasted region")
+    _finish(figure, path, class_names, fill="pseudo label", more_handles=[box])
+
+
+def plot_preview(path, *, images, masks, fourier, mixed, titles, class_names) -> None:
+    """What the networks see, a row per image.
+
+    images, fourier, mixed: (N, H, W) in about [0, 1]; masks: N label maps (H, W), None where unlabelled;
+    titles: N row names, such as "vendor A, P012 ED slice 4".
+    """
+    difference = np.asarray(fourier, dtype=float) - images
+    limit = max(np.abs(difference).max(), 1e-6)
+    figure, axes = _grid(len(images), ["plain", "truth", "Fourier view", "Fourier − plain", "CutMix"], titles)
+    for n, row in enumerate(axes):
+        for column, image in ((0, images[n]), (1, images[n]), (2, fourier[n]), (4, mixed[n])):
+            _show(row[column], image)
+        if masks[n] is None:
+            row[1].text(0.5, 0.04, "unlabelled", color="white", ha="center", transform=row[1].transAxes)
+        else:
+            _contour_structures(row[1], masks[n], class_names)
+        difference_map = _show(row[3], difference[n], cmap="RdBu_r", limits=(-limit, limit))
+    figure.colorbar(difference_map, ax=axes, shrink=0.6, label="Fourier − plain")
+    _finish(figure, path, class_names, contour="truth")
+
+
+def plot_case(path, *, image, truth, prediction, confidence, slices, class_names, title) -> None:
+    """One held-out scan, a column per chosen slice, cropped to its structures.
+
+    image: (S, H, W), any intensity scale; truth: (S, H, W) int or None; prediction: (S, H, W) int;
+    confidence: (S, H, W) in [0, 1] or None; slices: the indices to draw, not empty.
+    """
+    window = _structure_window((prediction if truth is None else np.maximum(prediction, truth))[slices])
+    limits = np.percentile(image[slices], (1, 99))  # one grey scale, so that slices can be compared
+    rows = ["image", "prediction" if truth is None else "prediction, truth"]
+    rows += [] if confidence is None else ["confidence"]
+    figure, axes = _grid(len(rows), [f"slice {s}" for s in slices], rows)
+    for s, column in zip(slices, axes.T, strict=True):
+        for ax in column[:2]:
+            _show(ax, image[s][window], limits=limits)
+        _fill_structures(column[1], prediction[s][window], class_names)
+        if truth is not None:
+            _contour_structures(column[1], truth[s][window], class_names)
+        if confidence is not None:
+            confidence_map = _show(column[2], confidence[s][window], cmap="viridis")
+    if confidence is not None:
+        figure.colorbar(confidence_map, ax=axes, shrink=0.6, label="confidence exp(−V)")
+    figure.suptitle(title, fontsize=10)
+    _finish(figure, path, class_names, contour=None if truth is None else "truth", fill="prediction")
+
+
+def plot_dice_per_case(path, rows: list[dict], class_names, *, title, num_named: int = 3) -> None:
+    """Dice of every case by structure, over a box of the quartiles; the worst `num_named` cases are named.
+
+    rows: dicts with patient, structure (one of class_names), phase (such as "ED"; "" where there is none) and
+    dice (percent); a NaN Dice (structure absent from truth and prediction) is left out.
+    """
+    rows = sorted((row for row in rows if np.isfinite(row["dice"])), key=lambda row: row["dice"])
+    markers = dict(zip(sorted({row["phase"] for row in rows}), "o^sD", strict=False))
+    lowest = rows[0]["dice"] if rows else 0
+    span = max(100 - lowest, 1)
+    figure = Figure(figsize=(2 + 2.2 * len(class_names), 4.5), layout="constrained")
+    ax = figure.add_subplot()
+    for x, name, colour in _structures(class_names):
+        cases = [row for row in rows if row["structure"] == name]
+        ax.boxplot(
+            [row["dice"] for row in cases], positions=[x], widths=0.5, showfliers=False, medianprops={"color": "black"}
+        )
+        # Golden ratio steps spread neighbours in Dice apart, the same way each time.
+        places = [(x + 0.36 * (i * 0.618 % 1 - 0.5), row["dice"]) for i, row in enumerate(cases)]
+        for place, row in zip(places, cases, strict=True):
+            ax.plot(
+                *place, markers[row["phase"]], color=colour, markeredgecolor="black", markersize=5, markeredgewidth=0.5
+            )
+        text_y = np.inf
+        for place, row in reversed(list(zip(places, cases, strict=True))[:num_named]):
+            text_y = min(row["dice"], text_y - 0.045 * span)  # names move down until they are apart
+            ax.annotate(
+                f"{row['patient']} {row['phase']}",
+                place,
+                (x + 0.3, text_y),
+                fontsize=7,
+                va="center",
+                arrowprops={"arrowstyle": "-", "linewidth": 0.5},
+            )
+    ax.set(xlim=(0.5, len(class_names) + 0.8), ylim=(lowest - 0.15 * span, 100 + 0.03 * span))
+    ax.set_xticks(range(1, len(class_names) + 1), class_names)
+    ax.set_ylabel("Dice (%)")
+    ax.set_title(title, fontsize=10)
+    ax.grid(axis="y", alpha=0.3)
+    handles = [Patch(facecolor=c, edgecolor="black", label=n) for _, n, c in _structures(class_names)]
+    handles += [Line2D([], [], color="grey", marker=m, ls="", label=p) for p, m in markers.items() if p]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
+    _save(figure, path)
+
+
+def plot_bland_altman(path, pairs: dict, units: dict[str, str]) -> None:
+    """Agreement of predicted with reference quantities: difference against mean, bias, limits of agreement.
+
+    pairs: quantity -> (reference, predicted), two equally long 1-d arrays; a pair with a NaN is left out;
+    units: quantity -> unit. The limits are bias ± 1.96 sample standard deviations (none for a single pair).
+    """
+    num_columns = min(len(pairs), 4)
+    num_rows = -(-len(pairs) // num_columns)
+    figure = Figure(figsize=(2.9 * num_columns + 0.6, 2.8 * num_rows + 0.4), layout="constrained")
+    axes = figure.subplots(num_rows, num_columns, squeeze=False).flat
+    for ax, (quantity, values) in zip(axes, pairs.items(), strict=False):
+        reference, predicted = np.asarray(values, dtype=float)
+        valid = np.isfinite(reference + predicted)
+        mean, difference = ((reference + predicted) / 2)[valid], (predicted - reference)[valid]
+        text = f"{quantity} (n = {len(mean)})"
+        ax.axhline(0, color="grey", linewidth=0.8, label="no difference")
+        ax.plot(mean, difference, "o", color=LINE_COLOURS[1], markersize=4, alpha=0.7, label="one case")
+        if len(mean) > 0:
+            bias = difference.mean()
+            ax.axhline(bias, color="black", label="bias")
+            text += f"\nbias {bias:+.1f} {units[quantity]}"
+        if len(mean) > 1:
+            low, high = bias + 1.96 * difference.std(ddof=1) * np.array([-1, 1])
+            for limit in (low, high):
+                ax.axhline(limit, color="black", linestyle="--", label="bias ± 1.96 SD")
+            text += f", limits {low:+.1f} to {high:+.1f}"
+        ax.set_title(text, fontsize=8)
+        ax.set_xlabel(f"mean of both ({units[quantity]})", fontsize=8)
+        ax.set_ylabel(f"predicted − reference ({units[quantity]})", fontsize=8)
+        ax.tick_params(labelsize=8)
+    for ax in axes[len(pairs) :]:
+        ax.set_axis_off()
+    by_label = {line.get_label(): line for ax in axes[: len(pairs)] for line in ax.lines}
+    figure.legend(handles=list(by_label.values()), loc="outside lower center", ncols=4, fontsize=8)
+    _save(figure, path)
+
+
+def _structures(class_names):
+    """(label, name, colour) of every structure."""
+    return list(zip(range(1, len(class_names) + 1), class_names, STRUCTURE_COLOURS, strict=False))
+
+
+def _upright(array):
+    """(H, W, ...) as stored -> (rows, columns, ...) as drawn: NIfTI axis 0 runs from left to right."""
+    return array.swapaxes(0, 1)
+
+
+def _show(ax, image, cmap="gray", limits=(0, 1)):
+    return ax.imshow(_upright(image), cmap=cmap, vmin=limits[0], vmax=limits[1], origin="upper")
+
+
+def _contour(ax, mask, colour) -> None:
+    if mask.any() and not mask.all():  # matplotlib warns about a contour that is nowhere
+        ax.contour(_upright(mask), levels=[0.5], colors=[colour], linewidths=1.2)
+
+
+def _contour_structures(ax, labels, class_names) -> None:
+    # LV last: its edge is also the inner edge of MYO, which stays recognisable by its outer one.
+    for label, _, colour in reversed(_structures(class_names)):
+        _contour(ax, labels == label, colour)
+
+
+def _fill_structures(ax, labels, class_names) -> None:
+    overlay = np.zeros((*labels.shape, 4))
+    for label, _, colour in _structures(class_names):
+        overlay[labels == label] = (*to_rgb(colour), FILL_ALPHA)
+    ax.imshow(_upright(overlay), origin="upper")
+
+
+def _structure_window(labels, margin: float = 0.35) -> tuple:
+    """Index into (H, W): a square around the structures of `labels` (S, H, W); everything if it has none."""
+    places = np.argwhere(labels.any(axis=0))
+    if len(places) == 0:
+        return np.s_[:, :]
+    low, high = places.min(axis=0), places.max(axis=0) + 1
+    half = int((0.5 + margin) * (high - low).max()) + 1
+    centre = (low + high) // 2
+    (x0, y0), (x1, y1) = np.maximum(centre - half, 0), centre + half
+    return np.s_[x0:x1, y0:y1]
+
+
+def _grid(num_rows, column_titles, row_titles=()):
+    figure = Figure(figsize=(1.65 * len(column_titles) + 1, 1.65 * num_rows + 1), layout="compressed")
+    axes = figure.subplots(num_rows, len(column_titles), squeeze=False)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    for ax, text in zip(axes[0], column_titles, strict=True):
+        ax.set_title(text, fontsize=9)
+    for ax, text in zip(axes[:, 0], row_titles, strict=False):
+        ax.set_ylabel(text, fontsize=8)
+    return figure, axes
+
+
+def _finish(figure, path, class_names, *, contour=None, fill=None, more_handles=()) -> None:
+    """Save a grid of images above a legend; contour, fill: what these mean in it, None where not drawn."""
+    handles = []
+    for _, name, colour in _structures(class_names):
+        handles += [Line2D([], [], color=colour, label=f"{name} {contour}")] if contour else []
+        handles += [Patch(color=colour, alpha=FILL_ALPHA, label=f"{name} {fill}")] if fill else []
+    handles += more_handles
+    # As dark as the images, so that the colours (one of them white) look as they do there.
+    num_columns = figure.axes[0].get_gridspec().ncols
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(len(handles), 2 * num_columns),
+        fontsize=8,
+        facecolor="dimgrey",
+        labelcolor="white",
+    )
+    _save(figure, path)
+
+
+def _save(figure, path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, bbox_inches="tight", pad_inches=0.05)

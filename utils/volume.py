@@ -1,0 +1,184 @@
+"""NIfTI volumes: reading that validates, writing, and the way between native grid and canvas."""
+
+import gzip
+import math
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+
+from utils.errors import UserError
+
+MAX_DEFLATE_RATIO = 1032  # zlib's densest possible compression: more data than this a file cannot hold
+
+
+class Volume(NamedTuple):
+    """One NIfTI file in memory."""
+
+    array: np.ndarray  # (X, Y, Z) or (X, Y, Z, T), scaled by the header's slope
+    header: nib.Nifti1Header
+    affine: np.ndarray  # (4, 4) voxel to mm
+    zooms: tuple[float, ...]  # mm per voxel, three values
+
+    @property
+    def warning(self) -> str | None:
+        """What is odd about the geometry but no error: affine columns whose norm is not the voxel size."""
+        norms = np.linalg.norm(self.affine[:3, :3], axis=0)
+        if np.allclose(norms, self.zooms, rtol=0.01):
+            return None
+        return f"voxel size by the affine {np.round(norms, 3).tolist()} is not that of the header {self.zooms}"
+
+
+def read_volume(path: Path, ndim: int | Sequence[int] = (3, 4)) -> Volume:
+    """Read a .nii or .nii.gz file whole, checksum included, and validate it.
+
+    nibabel accepts many damaged files in silence, so header, length and values are checked here.
+
+    Raises:
+        UserError: names the file and what is wrong with it: truncated or corrupt gzip, short data, impossible
+            dimensions, voxel size or affine, NaN or infinite voxels, another number of dimensions than `ndim`.
+    """
+    allowed = [ndim] if isinstance(ndim, int) else list(ndim)
+    opener = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opener(path, "rb") as file:
+            head = file.read(540)
+            header, size = _parse_header(path, head, allowed)
+            content = head + file.read(max(size - len(head), 0))
+            while file.read(1 << 20):  # what follows is not data, but the gzip checksum comes after it
+                pass
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read whole ({error}); copy or download it again") from error
+    if len(content) < size:
+        raise UserError(f"{path}: {len(content)} bytes, but its header promises {size}; copy or download it again")
+    image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    try:
+        image = image_class.from_bytes(content)
+        array = np.asanyarray(image.dataobj)
+    except Exception as error:  # nibabel raises a dozen kinds for what a header can hold
+        raise UserError(f"{path}: not a valid NIfTI file ({error})") from error
+    if array.dtype.kind not in "biuf":
+        raise UserError(f"{path}: voxels are of type {array.dtype}, expected one number per voxel")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise UserError(f"{path}: {np.count_nonzero(~np.isfinite(array))} voxels are NaN or infinite")
+    affine = image.affine
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise UserError(f"{path}: the affine (sform or qform) is NaN or singular")
+    return Volume(array, image.header, affine, tuple(float(z) for z in image.header.get_zooms()[:3]))
+
+
+def read_shape(path: Path) -> tuple[int, ...]:
+    """The shape by the header alone, without reading the voxels; raises UserError as `read_volume` does."""
+    try:
+        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
+            header, _ = _parse_header(path, file.read(540), [3, 4])
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: cannot be read ({error}); copy or download it again") from error
+    return tuple(int(n) for n in header["dim"][1 : header["dim"][0] + 1])
+
+
+def _parse_header(path: Path, head: bytes, allowed: list[int]) -> tuple[nib.Nifti1Header, int]:
+    """Parse and check the header; returns it with the length in bytes of the file it describes."""
+    sizes = {int.from_bytes(head[:4], order) for order in ("little", "big")}
+    found = next((c for c in (nib.Nifti1Header, nib.Nifti2Header) if c.sizeof_hdr in sizes), None)
+    if found is None or len(head) < found.sizeof_hdr:
+        raise UserError(f"{path}: not a NIfTI file (expected .nii or .nii.gz)")
+    try:
+        header = found(head[: found.sizeof_hdr], check=False)
+        itemsize = header.get_data_dtype().itemsize
+    except Exception as error:
+        raise UserError(f"{path}: not a valid NIfTI header ({error})") from error
+    dim, pixdim = header["dim"], header["pixdim"]
+    if not header["magic"].item().startswith(b"n+"):
+        raise UserError(f"{path}: not a single-file NIfTI (magic {header['magic'].item()!r})")
+    if not 1 <= dim[0] <= 7 or (dim[1 : dim[0] + 1] < 1).any():
+        raise UserError(f"{path}: impossible dimensions {dim.tolist()} in the header")
+    if dim[0] not in allowed:
+        names = " or ".join(f"{n}D" for n in allowed)
+        raise UserError(f"{path}: {dim[0]}D image of shape {dim[1 : dim[0] + 1].tolist()}, expected {names}")
+    if not np.isfinite(pixdim[1:4]).all() or (pixdim[1:4] <= 0).any():
+        raise UserError(f"{path}: voxel size {pixdim[1:4].tolist()} mm in the header; must be positive")
+    offset = float(header["vox_offset"])
+    voxels = math.prod(int(n) for n in dim[1 : dim[0] + 1])
+    limit = path.stat().st_size * (MAX_DEFLATE_RATIO if path.name.endswith(".gz") else 1) + 1024
+    if not (found.sizeof_hdr <= offset <= limit) or voxels * itemsize > limit:
+        raise UserError(f"{path}: the header claims {voxels * itemsize:.3g} bytes of data, more than the file can hold")
+    return header, int(offset) + voxels * itemsize
+
+
+def write_volume(path: Path, array: np.ndarray, like: Volume) -> None:
+    """Write `array` in the grid of `like`: its affine, zooms, qform and sform codes; through a temporary file."""
+    header = like.header.copy()
+    header.set_data_dtype(array.dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0  # display window of the scan, not of this map
+    image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    image = image_class(array, None, header)  # affine None: the header's own qform and sform stay to the bit
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        nib.save(image, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class PlaneMap:
+    """The way between the in-plane grid of a scan and a square canvas on one centre (METHOD, sections 5 and 6).
+
+    Both directions interpolate separably; the outside is 0. `shape`, `zooms` and `center` are of the scan's first
+    two axes, in voxels, mm and voxels; `center` None is the image's centre.
+    """
+
+    shape: tuple[int, int]
+    zooms: tuple[float, float]
+    size: int  # px of the canvas
+    spacing: float  # mm per canvas px
+    center: tuple[float, float] | None = None
+
+    def to_canvas(self, array: np.ndarray) -> np.ndarray:
+        """(..., X, Y) -> (..., size, size): labels (uint8) by nearest neighbour, else bilinear in float32."""
+        for axis in (0, 1):
+            position = self._center(axis) + self._offsets(self.size) * self.spacing / self.zooms[axis]
+            array = _sample(array, position, axis - 2)
+        return array
+
+    def to_native(self, array: np.ndarray) -> np.ndarray:
+        """(..., size, size) -> (..., X, Y), as `to_canvas`."""
+        for axis in (0, 1):
+            distance = (np.arange(self.shape[axis]) - self._center(axis)) * self.zooms[axis]
+            array = _sample(array, (self.size - 1) / 2 + distance / self.spacing, axis - 2)
+        return array
+
+    def inside(self) -> np.ndarray:
+        """Voxels of the native plane that lie on the canvas: (X, Y) bool."""
+        return self.to_native(np.ones((self.size, self.size), np.uint8)) > 0
+
+    def _center(self, axis: int) -> float:
+        return (self.shape[axis] - 1) / 2 if self.center is None else self.center[axis]
+
+    @staticmethod
+    def _offsets(size: int) -> np.ndarray:
+        return np.arange(size) - (size - 1) / 2
+
+
+def _sample(array: np.ndarray, position: np.ndarray, axis: int) -> np.ndarray:
+    """Sample `array` along a negative `axis` at fractional indices; 0 beyond half a voxel outside."""
+    last = array.shape[axis] - 1
+    inside = ((position >= -0.5) & (position <= last + 0.5)).reshape(-1, *(1,) * (-axis - 1))
+    position = position.clip(0, last)
+    if array.dtype == np.uint8:
+        return array.take(np.floor(position + 0.5).astype(int).clip(0, last), axis) * inside
+    low = np.floor(position).astype(int)
+    weight = (position - low).astype(np.float32).reshape(inside.shape)
+    array = array.astype(np.float32, copy=False)
+    upper = array.take(np.minimum(low + 1, last), axis)
+    return (array.take(low, axis) * (1 - weight) + upper * weight) * inside
