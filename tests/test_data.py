@@ -76,7 +76,8 @@ def test_data_of_the_other_set_are_refused(mms_config, scgm_root):
 @pytest.mark.parametrize("world", [1, 3])
 def test_an_epoch_uses_every_image_once_in_each_half(world):
     count, size = 60, 4
-    samplers = [unlabeled_batches(count, batch_size=size, pairs=True, seed=0, rank=r, world=world) for r in range(world)]
+    parts = [{"rank": rank, "world": world} for rank in range(world)]
+    samplers = [unlabeled_batches(count, batch_size=size, pairs=True, seed=0, **part) for part in parts]
     steps = count // (size * world)
     batches = np.array([[s.batch_of_step(step) for s in samplers] for step in range(2 * steps)])  # (steps, ranks, 2B)
     first, second = batches[..., :size], batches[..., size:]

@@ -91,15 +91,14 @@ def test_released_logits(network, released):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shape", [(61, 50), (64, 64)])
-def test_output_has_the_size_of_the_input(network, shape):
-    assert network(torch.zeros(1, 1, *shape)).shape == (1, 4, *shape)
+def test_output_has_the_size_of_the_input(network):
+    assert network(torch.zeros(1, 1, 61, 50)).shape == (1, 4, 61, 50)
 
 
 @torch.no_grad()
 def test_strides_of_the_stages(network):
-    stage1, stage4 = network.backbone(torch.zeros(1, 1, 64, 96))
-    assert stage1.shape == (1, 256, 16, 24) and stage4.shape == (1, 2048, 4, 6)
+    stage1, stage4 = network.backbone(torch.zeros(1, 1, 32, 48))
+    assert stage1.shape == (1, 256, 8, 12) and stage4.shape == (1, 2048, 2, 3)
 
 
 def test_initialisation():
@@ -108,8 +107,8 @@ def test_initialisation():
     assert weight.std().item() == pytest.approx(np.sqrt(2 / (304 * 9)), rel=0.01)  # Kaiming normal, fan_in, relu
     norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert {(m.eps, m.momentum) for m in norms} == {(1e-5, 0.1)}
-    assert all((m.bias == 0).all() for m in norms) and all((m.weight == 1).all() for m in network.head.aspp.modules()
-                                                          if isinstance(m, torch.nn.BatchNorm2d))
+    head = [m for m in network.head.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert all((m.weight == 1).all() and (m.bias == 0).all() for m in head)
     assert [m.p for m in network.modules() if isinstance(m, torch.nn.Dropout2d)] == [0.1]
 
 
@@ -186,7 +185,7 @@ def test_pretrained_file_is_never_executed(tmp_path, form):
     elif form == "list":
         torch.save([torch.zeros(1)], path)
     else:
-        path.write_bytes(pickle.dumps(content) if form == "pickle" else b"weights")
+        path.write_bytes(pickle.dumps(content, protocol=2) if form == "pickle" else b"weights")
     with pytest.raises(UserError, match=r"weights\.pth is not a plain PyTorch state dict"):
         build_network(2, pretrained=str(path))
     assert not created.exists()

@@ -62,6 +62,15 @@ class UnlabeledViews(NamedTuple):
         return pair[0] if self.box_mask is None else torch.lerp(pair[0], pair[1], self.box_mask)
 
 
+@torch.no_grad()
+def pseudo_label(teacher: nn.Module, views: UnlabeledViews) -> torch.Tensor:
+    """What a network teaches about the mixed batch: logits averaged over both views, CutMix, argmax. (B, H, W)."""
+    logits = [teacher(image).float() for image in views.plain]
+    if views.fourier is not None:
+        logits = [(plain + teacher(image)) / 2 for plain, image in zip(logits, views.fourier, strict=True)]
+    return views.mix(logits).argmax(1)
+
+
 def cross_pseudo_supervision(
     nets: Sequence[nn.Module], views: UnlabeledViews, mode: str, forward: Callable[[], Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,16 +79,10 @@ def cross_pseudo_supervision(
     Returns:
         The loss, and the mean KL variance (0 in mode "plain").
     """
-    # Teachers in train mode, as released: their BatchNorm statistics move. Logits, not softmax, are averaged.
-    with torch.no_grad(), forward():
-        pseudo_labels = []
-        for teacher in nets:
-            logits = [teacher(image) for image in views.plain]
-            if views.fourier is not None:
-                logits = [(a + teacher(image)) / 2 for a, image in zip(logits, views.fourier, strict=True)]
-            pseudo_labels.append(views.mix([x.float() for x in logits]).argmax(1))
-    # A context of its own: the teachers' bf16 copies of the weights carry no gradient.
+    # Teachers in train mode, as released: their BatchNorm statistics move.
     with forward():
+        pseudo_labels = [pseudo_label(teacher, views) for teacher in nets]
+    with forward():  # a context of its own: the teachers' bf16 copies of the weights carry no gradient
         plain = [student(views.mix(views.plain)).float() for student in nets]
         variance = [None, None]
         if mode != "plain":
@@ -288,6 +291,7 @@ class Trainer:
         for net in self.nets:
             net.eval()
         with self.forward():
+            labels = [pseudo_label(net, views) for net in self.nets]
             logits = [[net(image).float() for image in mixed] for net in self.nets]
         for net in self.nets:
             net.train()
@@ -298,7 +302,7 @@ class Trainer:
             fourier=_numpy(fourier[0]),
             mixed=_numpy(mixed[0]),
             mask_box=_numpy(box_mask),
-            pseudo_labels=np.stack([_numpy((a + b).argmax(1, keepdim=True)) for a, b in logits]),
+            pseudo_labels=np.stack([_numpy(label[:, None]) for label in labels]),
             confidence=np.stack([_numpy(torch.exp(-kl_variance(a, b))[:, None]) for a, b in logits]),
             class_names=self.loaders.facts.class_names[1:],
         )
@@ -355,7 +359,7 @@ def _train(trainer: Trainer, folder: Path, total: int, logger: Logger, interrupt
     cfg, loaders = trainer.cfg, trainer.loaders
     for loader in (loaders.labeled, loaders.unlabeled):
         loader.sampler.start, loader.sampler.stop = trainer.step, total
-    progress = tqdm(total=total, initial=trainer.step, unit="step", desc="train", smoothing=0.05)
+    progress = tqdm(total=total, initial=trainer.step, unit="step", desc="train", smoothing=0.1)
     recent: deque[list[int]] = deque(maxlen=MAX_BAD_STEPS)
     began = time.monotonic()
     for labeled, unlabeled in zip(loaders.labeled, loaders.unlabeled, strict=True):

@@ -49,7 +49,9 @@ def read_volume(path: Path, ndim: int | Sequence[int] = (3, 4)) -> Volume:
         with opener(path, "rb") as file:
             head = file.read(540)
             header, size = _parse_header(path, head, allowed)
-            content = head + file.read(max(size - len(head), 0))
+            content = bytearray(head)
+            while len(content) < size and (piece := file.read(min(size - len(content), 1 << 24))):
+                content += piece  # piece by piece: one read would allocate whatever a damaged header claims
             while file.read(1 << 20):  # what follows is not data, but the gzip checksum comes after it
                 pass
     except (OSError, EOFError, zlib.error) as error:
@@ -119,15 +121,16 @@ def write_volume(path: Path, array: np.ndarray, like: Volume) -> None:
     header["cal_min"] = header["cal_max"] = 0  # display window of the scan, not of this map
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     image = image_class(array, None, header)  # affine None: the header's own qform and sform stay to the bit
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        nib.save(image, temporary)
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            nib.save(image, temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,404 @@
+"""Augmentation against NumPy, SciPy, scikit-image, torchvision and the released fixture."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from skimage.exposure import match_histograms
+from torchvision.transforms.functional import gaussian_blur as torchvision_blur
+
+from utils.augment import (
+    CANVAS,
+    GRID,
+    Augmentation,
+    amplitude_mix,
+    amplitude_swap,
+    canvas_to_grid,
+    cutmix_mask,
+    gaussian_blur,
+    match_histogram,
+    random_affine,
+    random_partner,
+)
+from utils.prepare import quantile_curves
+
+PLAIN = {"size": 64, "rotation": 0, "shift": GRID, "flip": False, "blur": False, "fourier_mode": "AS",
+         "fourier_window": 0.01, "fourier_ratio": 1.0, "fourier_alpha": 0.3}  # fmt: skip
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(*shape, seed=0):
+    return torch.rand(*shape, generator=seeded(seed))
+
+
+def smooth(count, *, seed=0, sigma=6, size=CANVAS):
+    """Smooth random images in [0, 1], (count, 1, size, size)."""
+    images = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(count, size, size)), (0, sigma, sigma))
+    low, high = images.min((1, 2), keepdims=True), images.max((1, 2), keepdims=True)
+    return torch.from_numpy((images - low) / (high - low)).float()[:, None]
+
+
+def numpy_swap(image, other, half, ratio):
+    spectrum = np.fft.fftshift(np.fft.fft2(image))
+    amplitude, other = np.abs(spectrum), np.abs(np.fft.fftshift(np.fft.fft2(other)))
+    row, column = (n // 2 for n in image.shape)
+    window = np.s_[row - half : row + half + 1, column - half : column + half + 1]
+    amplitude[window] = (1 - ratio) * amplitude[window] + ratio * other[window]
+    return np.fft.ifft2(np.fft.ifftshift(amplitude * np.exp(1j * np.angle(spectrum)))).real
+
+
+def centroid(image):
+    """Centre of mass in shares of the image size, (row, column)."""
+    return (np.array(ndimage.center_of_mass(np.asarray(image))) + 0.5) / image.shape
+
+
+# --- Fourier views
+
+
+def test_released_fourier_views():
+    with np.load(Path(__file__).parent / "fixtures" / "fourier.npz") as file:
+        released = {key: torch.from_numpy(file[key])[None, None] for key in file}
+    pair = released["source"], released["other"]
+    views = {
+        "amplitude_swap_L001": amplitude_swap(*pair, 0.01, 1.0),
+        "amplitude_swap_L005_ratio08": amplitude_swap(*pair, 0.05, 0.8),
+        "amplitude_mix_027": amplitude_mix(*pair, 0.27),
+    }
+    for name, view in views.items():
+        torch.testing.assert_close(view, released[name], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("shape", "half"), [((48, 48), 4), ((47, 47), 4), ((40, 61), 4), ((61, 40), 4), ((9, 11), 0)])
+def test_amplitude_swap_equals_numpy(shape, half):
+    image, other = noise(3, 1, *shape), noise(3, 1, *shape, seed=1)
+    ratio = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1)
+    view = amplitude_swap(image, other, 0.1, ratio)
+    for i in range(3):
+        expected = numpy_swap(image[i, 0].numpy(), other[i, 0].numpy(), half, ratio[i].item())
+        np.testing.assert_allclose(view[i, 0], expected, atol=1e-5)
+        same_ratio = amplitude_swap(image[i : i + 1], other[i : i + 1], 0.1, ratio[i].item())
+        torch.testing.assert_close(same_ratio[0], view[i])
+    torch.testing.assert_close(view[0], image[0])
+
+
+def test_amplitude_mix_equals_numpy():
+    image, other, ratio = noise(2, 1, 31, 40), noise(2, 1, 31, 40, seed=1), torch.tensor([0.0, 0.3])
+    view = amplitude_mix(image, other, ratio.view(2, 1, 1, 1))
+    for i in range(2):
+        spectrum, other_spectrum = (np.fft.fft2(x[i, 0].numpy()) for x in (image, other))
+        amplitude = (1 - ratio[i].item()) * np.abs(spectrum) + ratio[i].item() * np.abs(other_spectrum)
+        expected = np.fft.ifft2(amplitude * np.exp(1j * np.angle(spectrum))).real
+        np.testing.assert_allclose(view[i, 0], expected, atol=1e-5)
+    torch.testing.assert_close(view[0], image[0])
+
+
+def test_fourier_views_of_a_zero_image_are_finite():
+    zero, other = torch.zeros(1, 1, 32, 32), noise(1, 1, 32, 32)
+    for view in (amplitude_swap(zero, other, 0.1, 1.0), amplitude_mix(zero, other, 0.3)):
+        assert view.isfinite().all()
+    for view in (amplitude_swap(other, zero, 0.1, 1.0), amplitude_mix(other, zero, 0.3)):
+        assert view.isfinite().all()
+
+
+def test_window_wider_than_the_spectrum_is_refused():
+    image = noise(1, 1, 16, 20)
+    with pytest.raises(ValueError, match="exceeds the 16x20 image"):
+        amplitude_swap(image, image, 0.5, 1.0)
+
+
+# --- intensity
+
+
+def quantiles(image):
+    curves = np.quantile(image.flatten(1).numpy(), np.linspace(0, 1, 256), axis=1)
+    return torch.from_numpy(curves.T.astype(np.float32, order="C"))
+
+
+def test_match_histogram_equals_scikit_image():
+    image, reference = smooth(3), smooth(3, seed=1) ** 2
+    image[1] = (image[1] - 0.4).clamp_min(0)  # a background of zeros, a third of the image
+    reference[2] = (reference[2] - 0.3).clamp_min(0)
+    matched = match_histogram(image, quantiles(image), quantiles(reference))
+    for i in range(3):
+        expected = match_histograms(image[i, 0].numpy(), reference[i, 0].numpy())
+        assert np.abs(matched[i, 0].numpy() - expected).mean() < 1e-3, i
+        assert np.abs(image[i, 0].numpy() - expected).mean() > 0.05, i  # there was something to match
+
+
+def test_match_histogram_takes_one_reference_for_all():
+    image, reference = smooth(2), quantiles(smooth(1, seed=1))
+    each = match_histogram(image, quantiles(image), reference.expand(2, -1))
+    assert torch.equal(match_histogram(image, quantiles(image), reference), each)
+
+
+def test_match_histogram_of_constant_images_is_finite_and_in_range():
+    constant, reference = torch.full((2, 1, 20, 20), 0.3), quantiles(smooth(1))
+    constant[1] = 0
+    matched = match_histogram(constant, quantiles(constant), reference)
+    assert matched.isfinite().all() and matched.min() >= 0 and matched.max() <= 1
+    assert (match_histogram(smooth(1), reference, quantiles(constant[:1])) - 0.3).abs().max() < 1e-6
+
+
+def test_quantile_curves_of_the_field_of_view():
+    canvas = smooth(2).numpy()[:, 0]
+    field = canvas[:, 6:-6, 6:-6].reshape(2, -1)
+    np.testing.assert_allclose(quantile_curves(canvas), np.quantile(field, np.linspace(0, 1, 256), axis=1).T, atol=1e-6)
+
+
+def test_gaussian_blur_equals_torchvision():
+    image, sigma = noise(4, 1, 30, 41), torch.tensor([0.05, 0.25, 0.8, 1.25])
+    blurred = gaussian_blur(image, sigma)
+    for i in range(4):
+        torch.testing.assert_close(blurred[i], torchvision_blur(image[i], [5, 5], [sigma[i].item()]))
+
+
+# --- geometry
+
+
+def test_grid_of_288_is_the_centre_of_the_canvas():
+    image, label = smooth(2), torch.randint(0, 4, (2, 1, CANVAS, CANVAS), generator=seeded(), dtype=torch.uint8)
+    torch.testing.assert_close(canvas_to_grid(image, GRID), image[..., 6:-6, 6:-6], rtol=0, atol=1e-4)
+    view = canvas_to_grid(label, GRID)
+    assert view.dtype == torch.uint8 and torch.equal(view, label[..., 6:-6, 6:-6])
+
+
+@pytest.mark.parametrize("size", [64, 96, 144, 288])
+def test_grid_keeps_the_field_of_view(size):
+    blob = torch.zeros(1, 1, CANVAS, CANVAS)
+    blob[..., 80:121, 180:201] = 1
+    expected = (np.array([100.5, 190.5]) - 6) / GRID  # centre of the blob's rectangle, in the field of view
+    for canvas in (blob, blob.to(torch.uint8)):
+        view = canvas_to_grid(canvas, size)[0, 0]
+        np.testing.assert_allclose(centroid(view), expected, atol=0.3 / size)
+        assert view.float().mean().item() == pytest.approx(41 * 21 / GRID**2, rel=0.1)
+    assert (canvas_to_grid(torch.full((1, 1, CANVAS, CANVAS), 0.7), size) - 0.7).abs().max() < 1e-5
+
+
+def test_small_grid_is_antialiased():
+    checkerboard = torch.from_numpy(np.indices((CANVAS, CANVAS)).sum(0) % 2).float()[None, None]
+    inner = canvas_to_grid(checkerboard, 64)[..., 1:-1, 1:-1]
+    assert (inner - 0.5).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("angle", [0, 30, 45, 90])
+def test_rotation_equals_scipy(angle, monkeypatch):
+    monkeypatch.setattr(torch, "randint", lambda low, high, size, **_: torch.full(size, angle if high == 91 else 0))
+    theta = random_affine(1, generator=seeded(), rotation=90, shift=GRID, flip=False)
+    monkeypatch.undo()
+    image = smooth(1)
+    view = canvas_to_grid(image, GRID, theta)[0, 0].numpy()
+    rotated = ndimage.rotate(image[0, 0].numpy(), angle, reshape=False, order=1)[6:-6, 6:-6]
+    disc = np.hypot(*(np.indices((GRID, GRID)) - (GRID - 1) / 2)) < 140  # inside, the canvas is visible at any angle
+    assert np.abs(view - rotated)[disc].max() < 1e-3
+
+
+def test_angles_are_all_integers_from_0_to_90():
+    theta = random_affine(4000, generator=seeded(), rotation=90, shift=GRID, flip=False)
+    angle = torch.atan2(theta[:, 1, 0], theta[:, 0, 0]).rad2deg()
+    assert (angle - angle.round()).abs().max() < 1e-3
+    assert set(angle.round().int().tolist()) == set(range(91))
+    torch.testing.assert_close(theta[:, :, :2].det(), torch.full((4000,), (GRID / CANVAS) ** 2))  # no shear, no zoom
+
+
+def test_shifts_are_whole_px_within_the_window():
+    theta = random_affine(2000, generator=seeded(), rotation=0, shift=CANVAS, flip=False)
+    shift = theta[:, :, 2] * CANVAS / 2
+    assert (shift - shift.round()).abs().max() < 1e-3
+    for axis in (0, 1):
+        assert set(shift[:, axis].round().int().tolist()) == set(range(-6, 7))
+    image = smooth(1)
+    for i in range(3):
+        x, y = shift[i].round().int().tolist()
+        view = canvas_to_grid(image, GRID, theta[i : i + 1])
+        torch.testing.assert_close(view, image[..., 6 + y : 294 + y, 6 + x : 294 + x], rtol=0, atol=1e-4)
+
+
+def test_shift_is_scaled_with_the_image_size():
+    theta = random_affine(1, generator=seeded(1), rotation=0, shift=CANVAS, flip=False)
+    blob = torch.zeros(1, 1, CANVAS, CANVAS)
+    blob[..., 130:150, 160:190] = 1
+    large, small = (centroid(canvas_to_grid(blob, size, theta)[0, 0]) for size in (GRID, 64))
+    assert np.abs(large - centroid(blob[0, 0, 6:-6, 6:-6])).max() > 2.5 / GRID  # it is shifted
+    np.testing.assert_allclose(small, large, atol=0.2 / 64)
+
+
+def test_flips_are_independent_and_mirror_the_field_of_view():
+    theta = random_affine(400, generator=seeded(), rotation=0, shift=GRID, flip=True)
+    signs = theta[:, (0, 1), (0, 1)].sign().int()
+    counts = [(signs == torch.tensor(pair)).all(1).sum().item() for pair in ((1, 1), (1, -1), (-1, 1), (-1, -1))]
+    assert min(counts) > 70  # 100 expected, standard deviation 9
+    image = smooth(1)
+    for i in range(8):
+        axes = [axis for axis, sign in ((-1, signs[i, 0]), (-2, signs[i, 1])) if sign < 0]
+        expected = image[..., 6:-6, 6:-6].flip(axes)
+        torch.testing.assert_close(canvas_to_grid(image, GRID, theta[i : i + 1]), expected, rtol=0, atol=1e-4)
+
+
+def test_flips_come_after_the_rotation():
+    """So that the image turns one way, by 0 to 90 degrees, whatever is flipped."""
+    theta = random_affine(200, generator=seeded(), rotation=90, shift=GRID, flip=True)
+    (a, b), (c, d) = theta[:, 0, :2].T, theta[:, 1, :2].T
+    assert (a * c > -1e-6).all() and (b * d < 1e-6).all()  # columns +-(cos, sin) and +-(-sin, cos)
+
+
+def test_geometry_is_reproducible():
+    settings = {"rotation": 90, "shift": CANVAS, "flip": True}
+    first, again, other = (random_affine(8, generator=seeded(s), **settings) for s in (5, 5, 6))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("size", [64, GRID])
+def test_image_and_mask_stay_aligned(size):
+    mask = (smooth(6, sigma=25) > 0.5).to(torch.uint8)
+    augmentation = Augmentation(**PLAIN | {"size": size, "rotation": 90, "shift": CANVAS, "flip": True})
+    image_view, mask_view = augmentation.labeled(mask.float(), mask, torch.zeros(6, 256), seeded())
+    assert image_view.shape == (6, 1, size, size) and image_view.dtype == torch.float32
+    assert mask_view.shape == (6, size, size) and mask_view.dtype == torch.int64
+    # Away from the mask's edge, and from the view's, the image is the mask; a px of displacement would show.
+    inside, box = mask_view.bool(), np.ones((1, 3, 3))
+    core = ndimage.binary_erosion(inside, box)
+    outside = ndimage.binary_erosion(~inside, box)
+    assert core.mean() > 0.1 and image_view[:, 0].numpy()[core].min() > 0.85
+    assert outside.mean() > 0.1 and image_view[:, 0].numpy()[outside].max() < 0.15
+
+
+# --- CutMix and partners
+
+
+def test_cutmix_of_one_box_is_a_rectangle_of_the_stated_area():
+    masks = cutmix_mask(300, 240, generator=seeded(), boxes=1)
+    assert masks.shape == (300, 1, 240, 240) and set(masks.unique().tolist()) == {0, 1}
+    masks = masks[:, 0].bool().numpy()
+    rows, columns = masks.any(2), masks.any(1)
+    assert (masks == rows[:, :, None] & columns[:, None, :]).all()  # the product ...
+    for side in (rows, columns):
+        assert (np.count_nonzero(np.diff(side, prepend=False, append=False), axis=1) == 2).all()  # ... of two intervals
+    shares, heights = masks.mean((1, 2)), rows.mean(1)
+    assert 0.25 - 0.005 < min(shares) < 0.27 and 0.48 < max(shares) < 0.5 + 0.005
+    assert np.mean(shares) == pytest.approx(0.375, abs=0.02)
+    # height = a^u: its logarithm is uniform, the median is E[sqrt(a)], about 0.61
+    assert np.median(heights) == pytest.approx(0.61, abs=0.05) and max(heights) > 0.97
+
+
+def test_cutmix_boxes_lie_anywhere_inside():
+    masks = cutmix_mask(1000, 64, generator=seeded(), boxes=1)[:, 0].bool()
+    rows, columns = masks.any(2), masks.any(1)
+    # A box cut off at the border would be smaller than its share.
+    assert masks.float().mean((1, 2)).min() > 0.25 - 1.5 / 64
+    for edge in (rows[:, 0], rows[:, -1], columns[:, 0], columns[:, -1]):
+        assert 0 < edge.float().mean() < 0.5
+
+
+def test_cutmix_toggles_three_boxes():
+    mask = cutmix_mask(2000, 64, generator=seeded())
+    assert set(mask.unique().tolist()) == {0, 1}
+    # Independent boxes of mean area 0.125 (0.375 / 3): at most 0.375 is covered, overlaps of two go back to 0.
+    assert 0.25 < mask.mean().item() < 0.36
+    assert torch.equal(mask, cutmix_mask(2000, 64, generator=seeded()))
+    assert not torch.equal(mask, cutmix_mask(2000, 64, generator=seeded(1)))
+
+
+@pytest.mark.parametrize("boxes", [1, 2, 3])
+def test_cutmix_boxes_on_each_other_cancel(monkeypatch, boxes):
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, 0.5))
+    share = cutmix_mask(1, 200, generator=seeded(), boxes=boxes).mean().item()
+    assert share == pytest.approx(0.375 / boxes if boxes % 2 else 0, abs=0.01)
+
+
+@pytest.mark.parametrize("count", range(2, 21))
+def test_partners_are_a_permutation_without_fixed_points(count):
+    identity = list(range(count))
+    drawn = {tuple(random_partner(count, seeded(seed)).tolist()) for seed in range(30)}
+    for partner in drawn:
+        assert sorted(partner) == identity
+        assert all(i != p for i, p in enumerate(partner))
+    assert len(drawn) > (1 if count > 2 else 0)
+
+
+def test_a_lone_image_has_no_partner():
+    with pytest.raises(ValueError, match="at least 2"):
+        random_partner(1, seeded())
+
+
+# --- the views of training
+
+
+def unlabeled(image, *, seed=0, fourier=True, **settings):
+    augmentation = Augmentation(**PLAIN | settings)
+    curves = torch.from_numpy(np.ascontiguousarray(quantile_curves(image[:, 0].numpy())))
+    return augmentation.unlabeled(image, curves, seeded(seed), fourier=fourier)
+
+
+@pytest.mark.parametrize("mode", ["AS", "AM"])
+def test_unlabeled_views(mode):
+    settings = {"rotation": 90, "shift": CANVAS, "flip": True, "blur": True, "fourier_mode": mode,
+                "reference": quantiles(smooth(3, seed=7))}  # fmt: skip
+    image = smooth(4)
+    plain, fourier = unlabeled(image, **settings)
+    assert plain.shape == fourier.shape == (4, 1, 64, 64) and plain.dtype == fourier.dtype == torch.float32
+    assert (plain - fourier).abs().mean() > 0.003
+    again, other = unlabeled(image, **settings), unlabeled(image, seed=1, **settings)
+    assert torch.equal(plain, again[0]) and torch.equal(fourier, again[1])
+    assert not torch.equal(plain, other[0])
+    assert unlabeled(image, fourier=False, **settings)[1] is None
+
+
+@pytest.mark.parametrize("off", [{"fourier_ratio": 0.0}, {"fourier_mode": "AM", "fourier_alpha": 0.0}])
+def test_fourier_view_of_ratio_0_is_the_plain_view(off):
+    settings = {"rotation": 90, "shift": CANVAS, "flip": True, "blur": True, "reference": quantiles(smooth(3, seed=7))}
+    plain, fourier = unlabeled(smooth(4), **settings | off)
+    torch.testing.assert_close(fourier, plain, rtol=0, atol=1e-5)
+
+
+def test_both_views_are_blurred_alike():
+    plain, fourier = unlabeled(smooth(2, sigma=1), size=GRID, blur=True, fourier_ratio=0.0)
+    sharp, _ = unlabeled(smooth(2, sigma=1), size=GRID)
+    torch.testing.assert_close(fourier, plain, rtol=0, atol=1e-5)
+    assert plain.diff().abs().mean() < 0.97 * sharp.diff().abs().mean()
+
+
+@pytest.mark.parametrize("size", [64, 96, GRID])
+def test_fourier_window_is_two_cycles_at_every_size(size):
+    plain, fourier = unlabeled(smooth(2, sigma=3), size=size)
+    change = torch.fft.fftshift(torch.fft.fft2(fourier - plain), dim=(-2, -1)).abs()
+    changed = change > 1e-4 * change.amax((-2, -1), keepdim=True)
+    expected = torch.zeros(size, size, dtype=torch.bool)
+    expected[size // 2 - 2 : size // 2 + 3, size // 2 - 2 : size // 2 + 3] = True
+    assert (changed == expected).all()
+
+
+def low_amplitude(view, half=2):
+    window = slice(32 - half, 33 + half)
+    return torch.fft.fftshift(torch.fft.fft2(view), dim=(-2, -1))[..., window, window].abs()
+
+
+def test_partner_takes_the_geometry_of_its_image():
+    """The partner is the image doubled: in the image's own geometry, the low amplitudes double exactly."""
+    image = smooth(1).expand(2, 1, CANVAS, CANVAS) * torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
+    plain, fourier = unlabeled(image, rotation=90, shift=CANVAS, flip=True)
+    assert (low_amplitude(plain[1]) / low_amplitude(plain[0]) - 2).abs().max() > 0.1  # their geometries differ
+    for i, factor in enumerate((2.0, 0.5)):
+        torch.testing.assert_close(low_amplitude(fourier[i]), factor * low_amplitude(plain[i]), rtol=2e-3, atol=1e-2)
+
+
+def test_partner_is_not_histogram_matched():
+    """Only the plain view follows the reference: the partner's amplitudes come from the batch as it was."""
+    image = smooth(2)
+    reference = quantiles(0.1 * smooth(1, seed=7))
+    plain, fourier = unlabeled(image, reference=reference)
+    unmatched, _ = unlabeled(image)
+    assert plain.max() < 0.11
+    torch.testing.assert_close(low_amplitude(fourier[0]), low_amplitude(unmatched[1]), rtol=2e-3, atol=1e-2)
+
+
+def test_histogram_matching_draws_a_reference_for_each_image():
+    references = torch.tensor([0.2, 0.6])[:, None].expand(2, 256)  # two constant images
+    plain, _ = unlabeled(smooth(32), reference=references)
+    levels = plain.mean((1, 2, 3))
+    assert ((levels - 0.2).abs() < 1e-4).sum() + ((levels - 0.6).abs() < 1e-4).sum() == 32
+    assert 4 < ((levels - 0.2).abs() < 1e-4).sum() < 28

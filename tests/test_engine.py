@@ -1,0 +1,328 @@
+"""The training step against a plain reading of the equations, and the loop that never loses a run."""
+
+import copy
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import mms_dataloader
+import scgm_dataloader
+from utils.checkpoint import load_checkpoint, read_metadata
+from utils.data import build_loaders
+from utils.engine import (
+    EXIT_INTERRUPTED,
+    MAX_BAD_STEPS,
+    Interrupt,
+    Trainer,
+    UnlabeledViews,
+    derive_seed,
+    fit,
+    training_step,
+)
+from utils.errors import UserError
+from utils.evaluate import autocast
+
+CPU = torch.device("cpu")
+MMS = mms_dataloader.FACTS
+
+
+def plain_objective(nets, image, mask, u0, u1, f0, f1, box, mode, beta):
+    """L = L_s + beta L_cacps written out as METHOD's section 3 says it, for networks without randomness."""
+    supervised = 0
+    for net in nets:
+        probability = net(image).softmax(1)
+        for c in range(probability.shape[1]):
+            p, g = probability[:, c], (mask == c).float()
+            supervised += 1 - (2 * (p * g).sum() + 0.1) / (p.sum() + g.sum() + 0.1)
+    with torch.no_grad():
+        labels = []
+        for net in nets:
+            logits0, logits1 = (net(u0) + net(f0)) / 2, (net(u1) + net(f1)) / 2
+            labels.append(torch.where(box > 0, logits1, logits0).argmax(1))
+    plain, fourier = torch.where(box > 0, u1, u0), torch.where(box > 0, f1, f0)
+    outputs = [(net(plain), net(fourier)) for net in nets]
+    loss = 0
+    for (o, f), (student, _), label in zip(outputs, outputs[::-1], labels, strict=True):
+        p_o, p_f = o.softmax(1), f.softmax(1)
+        v = (p_f * (p_f / p_o).log()).sum(1)
+        log_probability = student.log_softmax(1)
+        ce = -log_probability.gather(1, label[:, None])[:, 0]
+        loss += {"pixel": (torch.exp(-v) * ce + v).mean(), "scalar": (torch.exp(-v) * ce.mean() + v).mean(),
+                 "plain": ce.mean()}[mode]  # fmt: skip
+    return supervised + beta * loss
+
+
+@pytest.mark.parametrize("mode", ["pixel", "scalar", "plain"])
+def test_step_equals_the_equations(build_tiny, mode):
+    torch.manual_seed(0)
+    nets = [build_tiny(4).double().eval() for _ in range(2)]  # eval: no dropout, fixed BatchNorm
+    image, u0, u1, f0, f1 = torch.rand(5, 3, 1, 16, 16, dtype=torch.double)
+    mask, box = torch.randint(0, 4, (3, 16, 16)), torch.randint(0, 2, (3, 1, 16, 16)).double()
+    expected = plain_objective(nets, image, mask, u0, u1, f0, f1, box, mode, 3.0)
+    reference = torch.autograd.grad(expected, [p for net in nets for p in net.parameters()])
+    loss, scalars = training_step(
+        nets, image, mask, UnlabeledViews((u0, u1), (f0, f1), box),
+        dice_classes=slice(0, None), cps_loss=mode, cps_weight=3.0, forward=lambda: autocast(CPU, "fp32"),
+    )  # fmt: skip
+    gradients = torch.autograd.grad(loss, [p for net in nets for p in net.parameters()])
+    assert torch.allclose(loss, expected.to(loss.dtype), rtol=1e-5)
+    for ours, theirs in zip(gradients, reference, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+    assert (scalars["variance"] > 0) == (mode != "plain")
+
+
+def test_supervised_loss_of_scgm_counts_grey_matter_only(build_tiny):
+    nets = [build_tiny(2).eval() for _ in range(2)]
+    image, mask = torch.rand(2, 1, 16, 16), torch.randint(0, 2, (2, 16, 16))
+    loss, _ = training_step(
+        nets, image, mask, None,
+        dice_classes=slice(1, None), cps_loss="pixel", cps_weight=0.0, forward=lambda: autocast(CPU, "fp32"),
+    )  # fmt: skip
+    expected = 0
+    for net in nets:
+        p, g = net(image).softmax(1)[:, 1], mask.float()
+        expected += 1 - (2 * (p * g).sum() + 0.1) / (p.sum() + g.sum() + 0.1)
+    assert torch.allclose(loss, expected)
+
+
+def test_switching_cutmix_off_reads_one_batch_and_mixes_nothing(mms_config, build_tiny):
+    cfg = replace(mms_config, cutmix=False)
+    trainer = Trainer(cfg, build_loaders(cfg, MMS), build_tiny, CPU)
+    batch = trainer.loaders.unlabeled.dataset[trainer.loaders.unlabeled.sampler.batch_of_step(0).tolist()]
+    assert len(batch["image"]) == cfg.batch_size
+    views = trainer.views(batch)
+    assert views.box_mask is None and len(views.plain) == len(views.fourier) == 1
+    assert views.mix(views.plain) is views.plain[0]
+
+
+def test_weight_of_the_pseudo_supervision_warms_up_and_ramps(mms_config, build_tiny):
+    cfg = replace(mms_config, cps_warmup=1, cps_ramp=2)
+    trainer = Trainer(cfg, build_loaders(cfg, MMS), build_tiny, CPU)
+    steps = trainer.loaders.steps_per_epoch
+    weights = []
+    for trainer.step in (0, steps - 1, steps, 2 * steps, 3 * steps, 9 * steps):
+        weights.append(trainer.cps_weight())
+    assert weights == [0, 0, 0, 1.5, 3, 3]
+    trainer.cfg = replace(cfg, cps_warmup=0, cps_ramp=0)
+    trainer.step = 0
+    assert trainer.cps_weight() == 3
+
+
+def run(cfg, build, facts=MMS):
+    fit(cfg, build_loaders(cfg, facts), build)
+    folder = f"{cfg.out_root}/{cfg.run_name}"
+    lines = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["seconds"]
+    state = torch.load(f"{folder}/last.pt", weights_only=True)
+    return state, lines
+
+
+def tensors(state):
+    """Every tensor of a checkpoint by its path."""
+    found = {}
+
+    def walk(value, path):
+        if isinstance(value, torch.Tensor):
+            found[path] = value
+        elif isinstance(value, dict):
+            for key in value:
+                walk(value[key], f"{path}/{key}")
+        elif isinstance(value, (list, tuple)):
+            for i, item in enumerate(value):
+                walk(item, f"{path}/{i}")
+
+    walk(state, "")
+    return found
+
+
+def assert_same(first, second):
+    (state, lines), (other_state, other_lines) = first, second
+    assert lines == other_lines
+    ours, theirs = tensors(state), tensors(other_state)
+    assert ours.keys() == theirs.keys() and len(ours) > 40
+    assert [path for path in ours if not torch.equal(ours[path], theirs[path])] == []
+
+
+def test_same_seed_same_weights_other_seed_others(mms_config, build_tiny):
+    cfg = replace(mms_config, max_steps=4)
+    first, again, other = (run(replace(cfg, run_name=n, seed=s), build_tiny) for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    assert_same(first, again)
+    ours, theirs = tensors(first[0]), tensors(other[0])
+    assert any(not torch.equal(ours[path], theirs[path]) for path in ours)
+    folder = f"{cfg.out_root}/a"
+    assert sorted(os.listdir(folder)) == sorted(
+        ["best.safetensors", "config.json", "curves.png", "last.pt", "lock", "log.jsonl", "previous.pt", "samples",
+         "split.json"]
+    )  # fmt: skip
+    metadata = read_metadata(Path(folder) / "best.safetensors")
+    assert metadata["class_names"] == ["background", "LV", "MYO", "RV"] and len(metadata["reference"]) == 256
+
+
+@pytest.mark.parametrize("interval", [0, 2])
+def test_stopped_and_resumed_run_equals_the_uninterrupted_one(mms_config, build_tiny, interval):
+    whole = run(replace(mms_config, run_name="whole"), build_tiny)
+    cfg = replace(mms_config, run_name="parts", save_every=interval)
+    steps = whole[0]["step"]
+    original = Trainer.train_step
+    for stop in (2, 5, steps - 1):  # a signal in the midst of an epoch; the step it comes in is finished
+
+        def stepping(self, labeled, unlabeled, stop=stop):
+            original(self, labeled, unlabeled)
+            if self.step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "train_step", stepping)
+            with pytest.raises(SystemExit) as exit_info:
+                run(cfg, build_tiny)
+        assert exit_info.value.code == EXIT_INTERRUPTED
+        assert load_checkpoint(Path(cfg.out_root) / "parts")["step"] == stop
+    assert_same(whole, run(cfg, build_tiny))
+    best = [load_file(f"{cfg.out_root}/{name}/best.safetensors") for name in ("whole", "parts")]
+    assert all(torch.equal(best[0][key], best[1][key]) for key in best[0])
+
+
+def test_killed_run_resumes_from_its_last_checkpoint(mms_config, build_tiny):
+    """SIGKILL leaves no chance to save: whatever came after the checkpoint is done again, to the bit."""
+    whole = run(replace(mms_config, run_name="whole"), build_tiny)
+    cfg = replace(mms_config, run_name="killed", workers=1)
+    child = os.fork()
+    if child == 0:
+        original = Trainer.train_step
+
+        def stepping(self, labeled, unlabeled):
+            original(self, labeled, unlabeled)
+            if self.step == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Trainer.train_step = stepping
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        run(cfg, build_tiny)
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert_same(whole, run(cfg, build_tiny))
+
+
+def test_second_signal_ends_at_once():
+    child = os.fork()
+    if child == 0:
+        with Interrupt() as interrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert interrupt.received == "SIGINT"
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == EXIT_INTERRUPTED
+
+
+def test_finished_run_says_so_and_longer_one_goes_on(mms_config, build_tiny, capsys):
+    cfg = replace(mms_config, num_epoch=1)
+    first = run(cfg, build_tiny)
+    assert_same(first, run(cfg, build_tiny))
+    assert "this run is finished" in capsys.readouterr().out
+    longer = run(replace(cfg, num_epoch=2, workers=1), build_tiny)
+    assert_same(longer, run(replace(cfg, num_epoch=2, run_name="whole"), build_tiny))
+
+
+def test_other_settings_are_refused_and_restart_begins_anew(mms_config, build_tiny):
+    cfg = replace(mms_config, max_steps=2)
+    run(cfg, build_tiny)
+    with pytest.raises(UserError, match=r"lr: 0.001 there, 0.002 now\n  seed: 0 there, 5 now"):
+        run(replace(cfg, lr=2e-3, seed=5), build_tiny)
+    state, lines = run(replace(cfg, lr=2e-3, restart=True), build_tiny)
+    assert state["step"] == 2 and len(lines) == 1 and lines[0]["lr"] == 2e-3
+
+
+def test_step_that_is_not_finite_changes_nothing(mms_config, build_tiny):
+    trainer = Trainer(mms_config, build_loaders(mms_config, MMS), build_tiny, CPU)
+    batches = [
+        loader.dataset[loader.sampler.batch_of_step(0).tolist()]
+        for loader in (trainer.loaders.labeled, trainer.loaders.unlabeled)
+    ]
+    trainer.train_step(*batches)
+    before = copy.deepcopy([net.state_dict() for net in trainer.nets] + [o.state_dict() for o in trainer.optimizers])
+    broken = {**batches[0], "image": torch.full_like(batches[0]["image"], torch.nan)}
+    trainer.train_step(broken, batches[1])
+    after = [net.state_dict() for net in trainer.nets] + [o.state_dict() for o in trainer.optimizers]
+    ours, theirs = tensors(before), tensors(after)
+    changed = [path for path in ours if not torch.equal(ours[path], theirs[path])]
+    assert all(path.endswith("num_batches_tracked") for path in changed)
+    assert trainer.bad_steps.tolist() == [1, 1] and trainer.step == 2
+    trainer.train_step(*batches)
+    assert trainer.bad_steps.tolist() == [0, 1]
+    assert np.isfinite(list(trainer.means().values())).all()
+
+
+def test_training_that_diverges_stops_and_names_the_images(mms_config, build_tiny):
+    cfg = replace(mms_config, batch_size=8)
+    original = Trainer.train_step
+
+    def poisoned(self, labeled, unlabeled):
+        original(self, {**labeled, "image": labeled["image"] * torch.nan}, unlabeled)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", poisoned)
+        with pytest.raises(UserError, match=f"not finite in {MAX_BAD_STEPS} steps in a row(.|\n)* frame . slice "):
+            run(cfg, build_tiny)
+    assert not os.path.exists(f"{cfg.out_root}/run/best.safetensors")
+
+
+def test_run_folder_admits_one_process(mms_config, build_tiny):
+    loaders = build_loaders(mms_config, MMS)
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        from utils.checkpoint import run_lock
+
+        with run_lock(Path(mms_config.out_root) / "run"):
+            os.write(writer, b"x")
+            signal.pause()
+    os.read(reader, 1)
+    with pytest.raises(UserError, match="in use by another process"):
+        fit(mms_config, loaders, build_tiny)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    fit(replace(mms_config, max_steps=1), loaders, build_tiny)
+
+
+@pytest.mark.parametrize("change", [{"fourier_aug": False, "cps_loss": "plain"}, {"cutmix": False}, {"cps_weight": 0.0},
+                                    {"cps_loss": "scalar"}, {"fourier_mode": "AM"}, {"histogram_matching": False},
+                                    {"val_patients": 1}])  # fmt: skip
+def test_every_ablation_trains(mms_config, build_tiny, change):
+    state, lines = run(replace(mms_config, batch_size=8, max_steps=2, cps_warmup=0, cps_ramp=0, **change), build_tiny)
+    assert state["step"] == 2 and np.isfinite(lines[0]["loss"])
+    assert (lines[0]["cps"] == 0) == (change.get("cps_weight") == 0)
+
+
+def test_scgm_trains_with_the_same_engine(scgm_config, build_tiny):
+    _, lines = run(scgm_config, build_tiny, scgm_dataloader.FACTS)
+    assert lines[0]["cps_weight"] < lines[1]["cps_weight"] and np.isfinite(lines[1]["loss"])
+
+
+def test_training_learns(mms_config, build_tiny):
+    """With a network this small the loss must still fall clearly."""
+    cfg = replace(mms_config, batch_size=16, num_epoch=12, lr=1e-2, cps_weight=0.0)
+    _, lines = run(cfg, build_tiny)
+    assert lines[-1]["supervised"] < 0.8 * lines[0]["supervised"]
+    assert lines[-1]["val_dice"] > 15
+
+
+def test_seeds_are_distinct():
+    seeds = {derive_seed(0, stream, step) for stream in range(3, 7) for step in range(500)}
+    assert len(seeds) == 2000 and max(seeds) < 2**63
+
+
+def test_kl_of_the_views_is_that_of_torch():
+    from utils.losses import kl_variance
+
+    a, b = torch.randn(2, 2, 4, 5, 5)
+    expected = F.kl_div(a.log_softmax(1), b.log_softmax(1), reduction="none", log_target=True).sum(1)
+    assert torch.allclose(kl_variance(a, b), expected, atol=1e-6)

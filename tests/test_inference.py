@@ -1,0 +1,165 @@
+"""Evaluation of trained runs: the protocol, the files it writes, and what it refuses."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mms_dataloader
+from utils.checkpoint import load_networks, read_metadata, save_networks
+from utils.data import PreparedData, build_loaders
+from utils.engine import fit
+from utils.errors import UserError
+from utils.evaluate import mean_dice, predict_scans, to_native, volumetric_rows
+from utils.inference import evaluate_run, load_run
+
+MMS = mms_dataloader.FACTS
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def trained(mms_config, build_tiny):
+    fit(replace(mms_config, max_steps=2), build_loaders(mms_config, MMS), build_tiny)
+    return Path(mms_config.out_root) / "run"
+
+
+def evaluate(run, build_tiny, **options):
+    options = {"data_root": None, "out": None, "save_predictions": False, "precision": "fp32"} | options
+    checkpoint = options.pop("checkpoint", "best")
+    return evaluate_run(load_run(run, checkpoint, MMS, build_tiny, CPU), MMS, **options)
+
+
+class Oracle(nn.Module):
+    """Predicts the masks it is given, whatever it sees; the same object serves as both networks."""
+
+    def __init__(self, masks):
+        super().__init__()
+        self.masks = iter(masks)
+        self.current = None
+
+    def forward(self, image):
+        if self.current is None:  # the first of the two networks
+            self.current = next(self.masks)
+            return self.logits()
+        logits, self.current = self.logits(), None
+        return logits
+
+    def logits(self):
+        return 20.0 * nn.functional.one_hot(torch.from_numpy(self.current.astype(np.int64)), 4).movedim(-1, 1)
+
+
+def test_perfect_prediction_scores_perfectly(mms_config, mms_root):
+    """Truth on the canvas, through the whole evaluation, is 100 by the paper and nearly so in native space."""
+    loaders = build_loaders(mms_config, MMS)
+    data, index = loaders.data, loaders.data.index
+    masks = [
+        data.masks[index["mask"][loaders.test.dataset.rows[batch]]][:, 6:-6, 6:-6] for batch in loaders.test.sampler
+    ]
+    oracle = Oracle(masks)
+    scans = list(
+        predict_scans([oracle, oracle], loaders.test, data, size=288, reference=None, device=CPU, precision="fp32")
+    )
+    assert len(scans) == 8
+    dice = mean_dice(iter(scans))
+    assert set(dice) == set(loaders.split.held_out) and min(dice.values()) > 99.999
+    for scan in scans:
+        assert scan.agreement.min() == 1
+        native = to_native(scan, data)
+        assert native.labels.shape == native.truth.shape and native.outside[0] == 0
+        assert native.labels.shape[:2] == (index["rows"][scan.rows[0]], index["columns"][scan.rows[0]])
+        for row in volumetric_rows(scan, native, MMS.class_names):
+            assert row["dice"] > 95 and row["hd95"] < 1.6 and row["missed"] == 0
+
+
+def test_patients_average_over_all_their_slices(mms_config, build_tiny):
+    """Against the protocol in plain NumPy, at an image size that must be brought to the grid first."""
+    loaders = build_loaders(mms_config, MMS)
+    nets = [build_tiny(4).eval() for _ in range(2)]
+    settings = {"size": 32, "reference": None, "device": CPU, "precision": "fp32"}
+    scans = list(predict_scans(nets, loaders.test, loaders.data, **settings))
+    expected = {}
+    for scan in scans:
+        grid = nn.functional.interpolate(scan.probability, size=288, mode="bilinear").numpy() > 0.5
+        masks = loaders.data.masks[loaders.data.index["mask"][scan.rows]][:, 6:-6, 6:-6]
+        for slice_, mask in zip(grid, masks, strict=True):
+            truth = np.stack([mask == c for c in (1, 2, 3)])
+            dice = (2 * (slice_[1:] & truth).sum() + 1e-4) / (slice_[1:].sum() + truth.sum() + 1e-4)
+            expected.setdefault(scan.patient, []).append(100 * dice)
+    for patient, dice in mean_dice(iter(scans)).items():
+        assert dice == pytest.approx(np.mean(expected[patient]), abs=1e-3)
+
+
+def test_evaluation_writes_everything_and_agrees_with_itself(trained, build_tiny, mms_root, capsys):
+    summary = evaluate(trained, build_tiny, save_predictions=True)
+    folder = trained / "results/D"
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert list(summary["volumetric"]) == ["LV", "MYO", "RV"] and summary["patients"] == 4
+    assert summary["phantom"] and summary["test_domain"] == "D" and "never looked at" in summary["selection"]
+    assert "Phantom data" in (folder / "summary.md").read_text() == capsys.readouterr().out.split("results in")[0][:-1]
+    with open(folder / "per_case.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4 * 2 * 3
+    paper = {row["patient"]: float(row["paper_dice"]) for row in rows}
+    assert summary["paper_protocol"]["mean"] == pytest.approx(np.mean(list(paper.values())))
+    assert summary["paper_protocol"]["std"] == pytest.approx(np.std(list(paper.values()), ddof=1))
+    for name, figures in summary["volumetric"].items():
+        own = [row for row in rows if row["structure"] == name and row["dice"]]
+        by_patient = [
+            np.mean([float(r["dice"]) for r in own if r["patient"] == p]) for p in {r["patient"] for r in own}
+        ]
+        assert figures["dice"] == pytest.approx(np.mean(by_patient))
+        assert figures["missed"] == sum(int(row["missed"]) for row in own)
+        assert figures["scans"] == 8
+    # The predictions are where their truth is, and give the Dice of the table.
+    data = PreparedData.open(mms_root, MMS)
+    for row in rows:
+        prediction = nib.load(folder / f"predictions/{row['patient']}_{row['phase']}.nii.gz")
+        truth = nib.load(data.truth_path(row["patient"], row["phase"]))
+        assert prediction.shape == truth.shape and (prediction.affine == truth.affine).all()
+        label = ["LV", "MYO", "RV"].index(row["structure"]) + 1
+        p, t = np.asarray(prediction.dataobj) == label, np.asarray(truth.dataobj) == label
+        if row["dice"]:
+            assert float(row["dice"]) == pytest.approx(200 * (p & t).sum() / (p.sum() + t.sum()))
+    assert {path.name.split("_")[0] for path in (folder / "overlays").glob("*.png")} == {"worst", "median", "best"}
+    assert evaluate(trained, build_tiny)["paper_protocol"] == summary["paper_protocol"]  # deterministic
+
+
+def test_last_checkpoint_and_another_folder(trained, build_tiny, tmp_path):
+    summary = evaluate(trained, build_tiny, checkpoint="last", out=tmp_path / "there")
+    assert summary["checkpoint"] == "last, step 2" and (tmp_path / "there/summary.md").is_file()
+    assert not (trained / "results").exists()
+
+
+def test_networks_are_saved_with_what_inference_needs(trained, build_tiny):
+    metadata = read_metadata(trained / "best.safetensors")
+    assert metadata["config"]["image_size"] == 32 and metadata["dataset"] == "mms"
+    nets = [build_tiny(4) for _ in range(2)]
+    load_networks(trained / "best.safetensors", nets)
+    state = torch.load(trained / "last.pt", weights_only=True)
+    for net, weights in zip(nets, state["networks"], strict=True):
+        assert all(torch.equal(value, weights[key]) for key, value in net.state_dict().items())
+
+
+def test_missing_and_foreign_runs_are_refused(trained, build_tiny, tmp_path):
+    with pytest.raises(UserError, match="no such run"):
+        load_run(tmp_path / "nowhere", "best", MMS, build_tiny, CPU)
+    with pytest.raises(UserError, match="no such file; train first"):
+        load_run(tmp_path, "best", MMS, build_tiny, CPU)
+    with pytest.raises(UserError, match="no such file; train first"):
+        load_run(tmp_path, "last", MMS, build_tiny, CPU)
+    metadata = read_metadata(trained / "best.safetensors") | {"dataset": "scgm"}
+    save_networks(tmp_path / "best.safetensors", [build_tiny(4), build_tiny(4)], metadata)
+    with pytest.raises(UserError, match=r"use inference_scgm\.py"):
+        load_run(tmp_path, "best", MMS, build_tiny, CPU)
+    save_networks(tmp_path / "best.safetensors", [nn.Linear(1, 1)] * 2, metadata | {"dataset": "mms"})
+    with pytest.raises(UserError, match="holds other networks"):
+        load_run(tmp_path, "best", MMS, build_tiny, CPU)
+    (tmp_path / "best.safetensors").write_bytes(b"\x08" * 100)
+    with pytest.raises(UserError, match="damaged"):
+        load_run(tmp_path, "best", MMS, build_tiny, CPU)

@@ -1,0 +1,139 @@
+"""The figures of the evaluation against loops, distances between all pairs of surface voxels, and numbers by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from scipy.spatial.distance import cdist
+
+from utils.metrics import bootstrap_interval, paper_dice, structure_metrics
+
+SPACING = (1.5, 1.25, 8.0)  # mm
+
+
+def ball(center, radii, shape=(32, 30, 10)):
+    """An ellipsoid; center and radii in voxels."""
+    position = np.indices(shape) - np.reshape(center, (3, 1, 1, 1))
+    return ((position / np.reshape(radii, (3, 1, 1, 1))) ** 2).sum(0) <= 1
+
+
+def surface_distances(mask, other, spacing):
+    """mm from each surface voxel of `mask` to the nearest one of `other`.
+
+    The surface, as monai takes it: the voxels that an erosion by the 6-neighbourhood removes, where everything
+    outside the image is background; distances run between voxel centres.
+    """
+    points = []
+    for volume in (mask, other):
+        surface = volume & ~ndimage.binary_erosion(volume, ndimage.generate_binary_structure(3, 1), border_value=0)
+        points.append(np.argwhere(surface) * spacing)
+    return cdist(*points).min(axis=1)
+
+
+SHAPES = {
+    "shifted": (ball((15, 14, 5), (8, 7, 3)), ball((18, 13, 4), (8, 7, 3))),
+    "larger": (ball((15, 14, 5), (11, 10, 4)), ball((15, 14, 5), (6, 6, 2))),
+    "apart": (ball((6, 6, 2), (3, 3, 1)), ball((25, 22, 8), (4, 4, 1))),
+    "at the border": (ball((0, 14, 0), (8, 7, 3)), ball((2, 14, 9), (8, 7, 8))),
+    "one voxel": (ball((15, 14, 5), (0.5, 0.5, 0.5)), ball((15, 14, 5), (6, 6, 2))),
+    "with an island": (ball((15, 14, 5), (8, 7, 3)) | ball((29, 27, 9), (1, 1, 0.5)), ball((15, 14, 5), (8, 7, 3))),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_surface_distances_on_anisotropic_voxels(name):
+    prediction, truth = SHAPES[name]
+    there, back = surface_distances(prediction, truth, SPACING), surface_distances(truth, prediction, SPACING)
+    metrics = structure_metrics(prediction, truth, SPACING)
+    # HD95: the larger of the two directed percentiles. ASSD: the mean over both surfaces' voxels together.
+    assert metrics["hd95"] == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)), rel=1e-5)
+    assert metrics["assd"] == pytest.approx(np.concatenate([there, back]).mean(), rel=1e-5)
+    swapped = structure_metrics(truth, prediction, SPACING)
+    assert swapped == pytest.approx(metrics)
+    overlap = sum(p and t for p, t in zip(prediction.flat, truth.flat, strict=True))
+    assert metrics["dice"] == pytest.approx(100 * 2 * overlap / (prediction.sum() + truth.sum()))
+    assert metrics["missed"] == 0
+
+
+@pytest.mark.parametrize(("axis", "mm"), [(0, 1.5), (1, 1.25), (2, 8.0)])
+def test_two_voxels_by_hand(axis, mm):
+    prediction, truth = np.zeros((2, 5, 5, 5), bool)
+    prediction[1, 1, 1] = True
+    truth[tuple(1 + 2 * (a == axis) for a in range(3))] = True
+    expected = {"dice": 0.0, "hd95": 2 * mm, "assd": 2 * mm, "missed": 0}
+    assert structure_metrics(prediction, truth, SPACING) == pytest.approx(expected)
+
+
+def test_dice_by_hand():
+    prediction, truth = np.zeros((2, 4, 4, 1), bool)
+    prediction[:2], truth[1:] = True, True  # 8 and 12 voxels, 4 in common
+    assert structure_metrics(prediction, truth, (1, 1, 1))["dice"] == pytest.approx(40)
+
+
+def test_equal_masks_are_perfect():
+    metrics = structure_metrics(*[SHAPES["shifted"][0]] * 2, SPACING)
+    assert metrics == {"dice": 100.0, "hd95": 0.0, "assd": 0.0, "missed": 0}
+
+
+@pytest.mark.parametrize("empty", [0, 1])
+def test_one_side_empty_is_a_miss_at_the_diagonal(empty):
+    pair = [SHAPES["shifted"][0], SHAPES["shifted"][1]]
+    pair[empty] = np.zeros_like(pair[0])
+    diagonal = math.sqrt((32 * 1.5) ** 2 + (30 * 1.25) ** 2 + (10 * 8) ** 2)
+    expected = {"dice": 0, "hd95": diagonal, "assd": diagonal, "missed": 1}
+    assert structure_metrics(*pair, SPACING) == pytest.approx(expected)
+
+
+def test_both_empty_is_excluded():
+    assert structure_metrics(*np.zeros((2, 4, 4, 4), bool), SPACING) is None
+
+
+def test_paper_dice_equals_a_loop():
+    probability = torch.randn(3, 4, 9, 8, generator=torch.Generator().manual_seed(0)).mul(3).softmax(1)
+    labels = torch.randint(0, 4, (3, 9, 8), generator=torch.Generator().manual_seed(1))
+    labels[2] = 0  # a slice without structures
+    for dice, p, truth in zip(paper_dice(probability, labels), probability.numpy(), labels.numpy(), strict=True):
+        overlap = predicted = true = 0
+        for c in (1, 2, 3):
+            for x, y in np.ndindex(truth.shape):
+                predicted += p[c, x, y] > 0.5
+                true += truth[x, y] == c
+                overlap += p[c, x, y] > 0.5 and truth[x, y] == c
+        assert dice.item() == pytest.approx((2 * overlap + 1e-4) / (predicted + true + 1e-4), rel=1e-6)
+
+
+def one_pixel(*probability):
+    return torch.tensor(probability).view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("probability", "label", "expected"),
+    [
+        ((1.0, 0.0, 0.0), 0, 1),  # both empty
+        ((0.0, 1.0, 0.0), 1, 1),
+        ((0.0, 1.0, 0.0), 2, 0),  # the wrong structure does not count as a hit
+        ((0.5, 0.5, 0.0), 1, 0),  # the threshold is exclusive ...
+        ((0.5, 0.5, 0.0), 0, 1),
+        ((0.3, 0.4, 0.3), 1, 0),  # ... and the largest probability is not enough
+        ((0.0, 1.0, 0.0), 0, 0),
+    ],
+)
+def test_paper_dice_of_one_pixel(probability, label, expected):
+    dice = paper_dice(one_pixel(*probability), torch.tensor([[[label]]]))
+    assert dice.item() == pytest.approx(expected, abs=2e-4)
+
+
+def test_bootstrap_interval():
+    values = np.random.default_rng(3).normal(80, 10, 50)
+    low, high = bootstrap_interval(values)
+    half = 1.96 * values.std(ddof=1) / math.sqrt(50)  # the normal approximation
+    assert low == pytest.approx(values.mean() - half, abs=0.4) and high == pytest.approx(values.mean() + half, abs=0.4)
+    assert bootstrap_interval(list(values)) == (low, high)
+    assert bootstrap_interval([7.0] * 4) == (7.0, 7.0)
+
+
+@pytest.mark.parametrize("values", [[], [80.0]])
+def test_bootstrap_interval_needs_two_patients(values):
+    assert np.isnan(bootstrap_interval(values)).all()

@@ -1,0 +1,263 @@
+"""Raw data: what is wrong is named, all at once; what is right comes out on the canvas where it should."""
+
+import csv
+import gzip
+import shutil
+
+import nibabel as nib
+import numpy as np
+import openpyxl
+import pytest
+from scipy.ndimage import map_coordinates
+
+import mms_dataloader
+import scgm_dataloader
+from utils.data import PreparedData
+from utils.errors import UserError
+from utils.prepare import check_dataset, prepare_dataset, quantile_curves
+
+MMS, SCGM = mms_dataloader.FACTS, scgm_dataloader.FACTS
+
+
+def folder_of(raw, number, part="*/*"):
+    folders = [path for path in (raw / "OpenDataset").glob(part) if path.name not in ("Labeled", "Unlabeled")]
+    return sorted(folders)[number]
+
+
+@pytest.fixture
+def raw(mms_raw, tmp_path):
+    shutil.copytree(mms_raw, tmp_path / "raw")
+    return tmp_path / "raw"
+
+
+def table_of(raw):
+    return next(raw.glob("*.csv"))
+
+
+def test_prepared_images_equal_an_independent_resampling(mms_raw, mms_root):
+    data = PreparedData.open(mms_root, MMS)
+    for row in np.random.default_rng(0).choice(np.flatnonzero(data.index["mask"] >= 0), 5, replace=False):
+        patient, frame, number = (data.index[name][row] for name in ("patient", "frame", "slice"))
+        path = next(mms_raw.rglob(f"{patient}_sa.nii.gz"))
+        image = nib.load(path)
+        plane = np.asarray(image.dataobj)[:, :, number, frame].astype(float)
+        low, high = np.percentile(plane, [0.5, 99.5])
+        plane = (np.clip(plane, low, high) - low) / (high - low)
+        mask = np.asarray(nib.load(str(path).replace("_sa", "_sa_gt")).dataobj)[:, :, number, frame]
+        zooms = image.header.get_zooms()
+        axes = [(np.arange(300) - 149.5) * 1.1 / zooms[axis] + (plane.shape[axis] - 1) / 2 for axis in (0, 1)]
+        grid = np.meshgrid(*axes, indexing="ij")
+        inside = np.all([(g >= 0) & (g <= n - 1) for g, n in zip(grid, plane.shape, strict=True)], axis=0)
+        expected = map_coordinates(plane, grid, order=1)
+        assert np.abs(data.images[row] - expected)[inside].max() < 2e-3  # float16
+        nearest = map_coordinates(mask, np.round(grid).astype(int), order=0) * inside
+        assert (data.masks[data.index["mask"][row]] == nearest)[inside].mean() > 0.999  # ties may round either way
+        field = data.images[row][6:-6, 6:-6].astype(np.float32)
+        assert np.allclose(data.quantiles[row], np.quantile(field, np.linspace(0, 1, 256)), atol=1e-6)
+
+
+def test_truth_is_kept_in_its_own_grid(mms_raw, mms_root):
+    data = PreparedData.open(mms_root, MMS)
+    patient = data.index["patient"][data.index["mask"] >= 0][0]
+    with open(table_of(mms_raw)) as file:
+        row = next(row for row in csv.DictReader(file) if row["External code"] == patient)
+    raw = nib.load(next(mms_raw.rglob(f"{patient}_sa_gt.nii.gz")))
+    kept = nib.load(data.truth_path(patient, "ES"))
+    assert (np.asarray(kept.dataobj) == np.asarray(raw.dataobj)[..., int(row["ES"])]).all()
+    assert (kept.affine == raw.affine).all() and kept.header["sform_code"] == raw.header["sform_code"]
+    assert kept.header.get_zooms() == raw.header.get_zooms()[:3]
+
+
+def test_prepare_is_deterministic_and_hashes_what_it_wrote(mms_raw, mms_root, tmp_path):
+    prepare_dataset(mms_raw, tmp_path / "again", MMS, workers=1)
+    first, again = PreparedData.open(mms_root, MMS), PreparedData.open(tmp_path / "again", MMS)
+    assert first.info == again.info and (first.images == again.images).all() and (first.masks == again.masks).all()
+
+
+def test_normalisation_survives_constant_and_empty_slices():
+    slices = np.stack([np.full((8, 8), 7.0), np.zeros((8, 8)), np.arange(64.0).reshape(8, 8)]).astype(np.float32)
+    for normalize in (mms_dataloader.normalize, scgm_dataloader.normalize):
+        result = normalize(slices)
+        assert np.isfinite(result).all() and result.min() >= 0 and result.max() <= 1
+        assert result[1].max() == 0 and result[2].max() == 1
+    assert mms_dataloader.normalize(slices)[0].max() == 0
+    assert np.isfinite(quantile_curves(np.zeros((1, 300, 300), np.float16))).all()
+
+
+def test_every_problem_is_named_in_one_pass(raw, capsys):
+    """One fault of each kind, in as many patients."""
+    folders = [folder_of(raw, i) for i in range(8)] + [folder_of(raw, i, "Training/Labeled/*") for i in range(2)]
+    codes = [folder.name for folder in folders]
+
+    def image(i, kind="_sa"):
+        return folders[i] / f"{codes[i]}{kind}.nii.gz"
+
+    image(0).write_bytes(image(0).read_bytes()[:-2000])  # truncated
+    image(1, "_sa_gt").unlink()
+    affine = nib.load(image(2)).affine
+    mask = np.array(nib.load(image(2, "_sa_gt")).dataobj)
+    nib.save(nib.Nifti1Image(mask[:-1], affine), image(2, "_sa_gt"))  # another shape
+    nib.save(nib.Nifti1Image(mask[..., 0], affine), image(3))  # 3D
+    scan = nib.load(image(4))
+    voxels = np.array(scan.dataobj).astype(np.float32)
+    voxels[0, 0, 0, 0] = np.nan
+    nib.save(nib.Nifti1Image(voxels, scan.affine), image(4))
+    labels = np.array(nib.load(image(5, "_sa_gt")).dataobj)
+    labels[0, 0, 0, 0] = 7
+    nib.save(nib.Nifti1Image(labels, nib.load(image(5)).affine), image(5, "_sa_gt"))
+    shutil.copytree(folders[6], raw / "OpenDataset/Training/Unlabeled" / codes[6])  # there twice
+    shutil.copytree(folders[7], folders[7].with_name("Z9Z9Z9"))  # not in the table
+    with open(table_of(raw), newline="") as file:
+        lines = list(csv.reader(file))
+    rows = {row[1]: row for row in lines}
+    rows[codes[8]][3], rows[codes[9]][6] = "X", "99"  # vendor, ES
+    lines.append(["99", "../../evil", "Siemens", "A", "1", "0", "1", *[""] * 4])
+    lines.append(lines[1])  # a patient in the table twice
+    lines.append(["100", "Q1Q1Q1", "Siemens", "A", "1", "0", "1", *[""] * 4])  # not on disk
+    with open(table_of(raw), "w", newline="") as file:
+        csv.writer(file).writerows(lines)
+
+    assert not check_dataset(raw, MMS, workers=2)
+    out = capsys.readouterr().out
+    for expected in (
+        f"error: {image(0)}: cannot be read whole",
+        f"error: {image(1, '_sa_gt')}: missing",
+        f"error: {image(2, '_sa_gt')}: shape",
+        f"error: {image(3)}: 3D image",
+        f"error: {image(4)}: 1 voxels are NaN",
+        f"error: {image(5, '_sa_gt')}: labels [7] outside 0..3",
+        f"error: patient {codes[6]} is there 2 times",
+        "error: " + str(folders[7].with_name("Z9Z9Z9")) + ": patient Z9Z9Z9 is not in the info table",
+        "unknown vendor 'X', expected one of A, B, C, D",
+        f"error: {image(9)}: ES is frame 99, but the file holds 0..1",
+        "'../../evil': the code must consist of",
+        "the patient is in the table twice",
+        "warning: ",
+        "are not on disk: ",
+    ):
+        assert expected in out
+    assert not check_dataset(raw, MMS, workers=1)
+    with pytest.raises(UserError, match="nothing was prepared"):
+        prepare_dataset(raw, raw.parent / "out", MMS, workers=2)
+    assert sorted(path.name for path in raw.parent.iterdir()) == ["raw"]
+
+
+@pytest.mark.parametrize("kind", ["bom", "reordered", "xlsx"])
+def test_table_is_read_by_header(raw, kind):
+    path = table_of(raw)
+    with open(path, newline="") as file:
+        lines = list(csv.reader(file))
+    expected = mms_dataloader.find_cases(raw)
+    path.unlink()
+    if kind == "bom":
+        with open(path, "w", newline="", encoding="utf-8-sig") as file:
+            csv.writer(file).writerows([[cell and f" {cell}" for cell in line] for line in lines])
+    elif kind == "reordered":
+        with open(raw / "OpenDataset/201014_M&Ms_Dataset_Information.csv", "w", newline="") as file:
+            csv.writer(file).writerows([line[::-1] for line in lines])
+    else:
+        book = openpyxl.Workbook()
+        book.active.append(lines[0])
+        for line in lines[1:]:  # spreadsheets keep whole numbers as floats
+            book.active.append([float(cell) if cell.isdigit() else cell for cell in line])
+        book.save(raw / "M&Ms Dataset Information.xlsx")
+    assert mms_dataloader.find_cases(raw) == expected
+
+
+def test_table_missing(raw):
+    table_of(raw).unlink()
+    assert "expected one info table" in mms_dataloader.find_cases(raw).errors[0]
+
+
+def test_link_out_of_the_data_set_is_refused(raw):
+    folder = folder_of(raw, 0)
+    path = folder / f"{folder.name}_sa.nii.gz"
+    outside = raw.parent / "elsewhere.nii.gz"
+    path.rename(outside)
+    path.symlink_to(outside)
+    assert any("a link that leads out" in error for error in mms_dataloader.find_cases(raw).errors)
+
+
+def test_prepare_refuses_an_existing_folder(raw, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        prepare_dataset(raw, tmp_path / "out", MMS, workers=1)
+
+
+# --- SCGM ----------------------------------------------------------------------------------------------------------
+
+
+def test_consensus_of_four_raters_by_hand():
+    raters = np.array(
+        # GM by 4, 3, 2 (a tie) of the raters; cord by 4, 3, 2; GM by 2 and WM by 2; nobody
+        [
+            [1, 1, 1, 2, 2, 2, 1, 0],
+            [1, 1, 1, 2, 2, 2, 1, 0],
+            [1, 1, 0, 2, 2, 0, 2, 0],
+            [1, 0, 0, 2, 0, 0, 2, 0],
+        ]
+    )
+    assert scgm_dataloader.majority(list(raters)).tolist() == [1, 1, 0, 2, 2, 0, 2, 0]
+
+
+def write_subject(raw, site, shape, zooms, center_mm=(0, 0)):
+    """A subject whose GM is a disc of 4 mm radius, off the image centre by `center_mm`."""
+    position = [(np.arange(n) - (n - 1) / 2) * z for n, z in zip(shape[:2], zooms, strict=False)]
+    distance = np.hypot(position[0][:, None] - center_mm[0], position[1][None] - center_mm[1])
+    mask = np.repeat((distance < 4).astype(np.uint8)[..., None], shape[2], 2)
+    for kind in ("image", *(f"mask-r{rater}" for rater in range(1, 5))):
+        array = mask if kind != "image" else mask.astype(np.int16) * 500 + 100
+        nib.save(nib.Nifti1Image(array, np.diag([*zooms, 1])), raw / "train" / f"site{site}-sc01-{kind}.nii.gz")
+
+
+def test_sites_of_every_size_come_out_on_one_canvas(tmp_path):
+    raw = tmp_path / "raw"
+    (raw / "train").mkdir(parents=True)
+    write_subject(raw, 1, (100, 100, 3), (0.5, 0.5, 5), (3, -2))
+    write_subject(raw, 2, (650, 600, 4), (0.25, 0.25, 7.5), (3, -2))
+    write_subject(raw, 3, (200, 180, 28), (0.25, 0.25, 2.5), (3, -2))
+    prepare_dataset(raw, tmp_path / "out", SCGM, workers=2)
+    data = PreparedData.open(tmp_path / "out", SCGM)
+    assert data.images.shape == (35, 300, 300)
+    axis = (np.arange(300) - 149.5) * 0.175
+    for mask in data.masks:
+        rows, columns = np.nonzero(mask)
+        assert abs(axis[rows].mean() - 3) < 0.15 and abs(axis[columns].mean() + 2) < 0.15  # mm
+        assert abs(len(rows) * 0.175**2 / (np.pi * 16) - 1) < 0.05  # area
+
+
+def test_scgm_faults_are_named_all_at_once(scgm_raw, tmp_path, capsys):
+    raw = tmp_path / "raw"
+    shutil.copytree(scgm_raw, raw)
+    train = raw / "train"
+    (train / "site1-sc01-mask-r3.nii.gz").unlink()
+    mask = nib.load(train / "site2-sc01-mask-r1.nii.gz")
+    nib.save(nib.Nifti1Image(np.array(mask.dataobj)[:-1], mask.affine), train / "site2-sc01-mask-r1.nii.gz")
+    for rater in range(1, 5):
+        (train / f"site3-sc02-mask-r{rater}.nii.gz").unlink()
+    shutil.copy(train / "site4-sc01-image.nii.gz", train / "site9-sc01-image.nii.gz")
+    (train / "site4-sc01-image.nii.gz").unlink()
+    assert not check_dataset(raw, SCGM, workers=2)
+    out = capsys.readouterr().out
+    for expected in (
+        f"{train}/site1-sc01-mask-r3.nii.gz: missing",
+        f"{train}/site2-sc01-mask-r1.nii.gz: shape",
+        f"{train}/site3-sc02-mask-r4.nii.gz: missing",
+        f"{train}/site9-sc01-image.nii.gz: unknown site '9'",
+        f"{train}/site4-sc01-mask-r2.nii.gz: a mask without its image",
+    ):
+        assert f"error: {expected}" in out
+
+
+def test_test_subjects_have_no_masks(scgm_root):
+    data = PreparedData.open(scgm_root, SCGM)
+    without = {p for p in data.index["patient"] if (data.index["mask"][data.index["patient"] == p] < 0).all()}
+    assert without == {f"site{site}-sc11" for site in range(1, 5)}
+    assert set(np.unique(data.masks)) == {0, 1}  # WM is background
+
+
+def test_gzip_of_the_phantom_is_what_it_says(scgm_raw):
+    """The readers above trust the phantom to be a valid raw data set."""
+    for path in scgm_raw.rglob("*.nii.gz"):
+        assert len(gzip.decompress(path.read_bytes())) > 352
+    assert check_dataset(scgm_raw, SCGM, workers=2)

@@ -1,0 +1,71 @@
+"""The real scripts with the real networks, as a user runs them: phantom, check, prepare, train, resume, evaluate."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--image-size", "32", "--batch-size", "2", "--pretrained", "none", "--no-wandb", "--workers", "1",
+         "--cps-warmup", "0", "--device", "cpu", "--run-name", "smoke"]  # fmt: skip
+
+
+def script(folder, *command, code=0):
+    done = subprocess.run(
+        [sys.executable, ROOT / command[0], *map(str, command[1:])], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "domain", "flag", "structures"),
+    [("mms", "D", "--test-vendor", ["LV", "MYO", "RV"]), ("scgm", "4", "--test-domain", ["GM"])],
+)
+def test_from_nothing_to_the_table(name, domain, flag, structures, tmp_path):
+    loader, train, inference = f"{name}_dataloader.py", f"{name}_train.py", f"inference_{name}.py"
+    phantom = ["--patients", 4, *(["--frames", 2] if name == "mms" else [])]
+    script(tmp_path, loader, "phantom", "raw", *phantom)
+    assert "0 errors" in script(tmp_path, loader, "check", "raw")
+    script(tmp_path, loader, "prepare", "raw", "--out", f"data/{name}")
+    script(tmp_path, loader, "preview", "--data", f"data/{name}", "--out", "preview.png")
+    assert (tmp_path / "preview.png").stat().st_size > 20_000
+    script(tmp_path, train, *SMALL, flag, domain, "--max-steps", 2)
+    assert "step" in script(tmp_path, train, *SMALL, flag, domain, "--max-steps", 3)  # resumes by itself
+    assert "finished" in script(tmp_path, train, *SMALL, flag, domain, "--max-steps", 3)
+    run = tmp_path / "runs/smoke"
+    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [2, 3]
+    out = script(tmp_path, inference, "--run", "runs/smoke", "--device", "cpu")
+    summary = json.loads((run / f"results/{domain}/summary.json").read_text())
+    assert list(summary["volumetric"]) == structures and 0 <= summary["paper_protocol"]["mean"] <= 100
+    assert f"{summary['paper_protocol']['mean']:.2f}" in out
+    for path in (run / "curves.png", run / "samples/epoch_001.png"):
+        assert path.stat().st_size > 20_000
+    for path in run.glob("*.pt"):  # a gigabyte each
+        path.unlink()
+
+
+@pytest.mark.parametrize("name", ["mms", "scgm"])
+def test_without_data_the_way_there_is_named(name, tmp_path):
+    out = script(tmp_path, f"{name}_train.py", code=1)
+    for expected in (f"data/{name}", "registration", "prepare RAW", f"python {name}_train.py --demo"):
+        assert expected in out
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mms_train.py", "--batch-size", "1"], "--batch-size must be at least 2"),
+        (["mms_train.py", "--no-fourier-aug"], "need --fourier-aug"),
+        (["mms_train.py", "--learning-rate", "1"], "learning-rate"),
+        (["mms_dataloader.py", "check", "nowhere"], "nowhere: no such folder"),
+        (["inference_mms.py", "--run", "nowhere"], "nowhere: no such run"),
+    ],
+)
+def test_mistakes_are_named_without_a_traceback(arguments, message, tmp_path):
+    code = 2 if "--learning-rate" in arguments else 1
+    assert message in script(tmp_path, *arguments, code=code)

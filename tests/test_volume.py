@@ -1,0 +1,341 @@
+"""Damaged and odd NIfTI files made byte by byte, and the way to the canvas and back against SciPy."""
+
+import gzip
+import time
+import tracemalloc
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from utils.errors import UserError
+from utils.volume import PlaneMap, read_shape, read_volume, write_volume
+
+DATA = np.random.default_rng(0).integers(-500, 500, (7, 6, 5)).astype(np.int16)
+OBLIQUE = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.3, -0.2, 0.4) @ np.diag([1.25, 1.5, 8.0]), [-90, 40, 12])
+
+
+def nifti(array=DATA, affine=OBLIQUE, *, image=nib.Nifti1Image, sform=1, qform=1, **fields):
+    """The bytes of a NIfTI file; header fields are set behind nibabel's back, which would not write some of them."""
+    made = image(array, affine)
+    made.set_sform(affine, sform)
+    made.set_qform(affine, qform)
+    content = bytearray(made.to_bytes())
+    dtype = made.header.template_dtype
+    header = np.frombuffer(content, dtype, 1)[0]
+    for field, value in fields.items():
+        header[field] = value
+    return bytes(content)
+
+
+def save(tmp_path, content, name="scan.nii"):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return path
+
+
+def dims(*shape):
+    return [len(shape), *shape, *[1] * (7 - len(shape))]
+
+
+def with_nan(value):
+    array = DATA.astype(np.float32)
+    array[3, 3, 3] = value
+    return array
+
+
+def flipped(content, position):
+    content = bytearray(content)
+    content[position] ^= 0xFF
+    return bytes(content)
+
+
+GZ = gzip.compress(nifti())
+PIXDIM = [1.0, 1.25, 1.5, 8.0, 1, 1, 1, 1]
+RGB = np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
+REFUSED = {  # name: (bytes, file name, what the message says)
+    "gzip cut in its data": (GZ[: len(GZ) // 2], "scan.nii.gz", "cannot be read whole"),
+    "gzip cut in its trailer": (GZ[:-3], "scan.nii.gz", "cannot be read whole"),
+    "gzip with a wrong checksum": (flipped(GZ, -6), "scan.nii.gz", "cannot be read whole"),
+    "gzip with a wrong length": (flipped(GZ, -1), "scan.nii.gz", "cannot be read whole"),
+    "gzip with damaged data": (flipped(GZ, len(GZ) // 2), "scan.nii.gz", "cannot be read whole"),
+    "second gzip member damaged": (GZ + flipped(GZ, -6), "scan.nii.gz", "cannot be read whole"),
+    "short data": (nifti()[:-1], "scan.nii", "bytes"),
+    "short data in a whole gzip": (gzip.compress(nifti()[:-1]), "scan.nii.gz", "promises"),
+    "header only": (nifti()[:348], "scan.nii", "bytes"),
+    "header cut": (nifti()[:200], "scan.nii", "not a NIfTI"),
+    "empty": (b"", "scan.nii", "not a NIfTI"),
+    "empty gzip": (b"", "scan.nii.gz", "not a NIfTI"),
+    "text": (b"patient;vendor\n" * 100, "scan.nii", "not a NIfTI"),
+    "text named gz": (b"patient;vendor\n" * 100, "scan.nii.gz", "cannot be read whole"),
+    "text in a gzip": (gzip.compress(b"patient;vendor\n" * 100), "scan.nii.gz", "not a NIfTI"),
+    "header of a pair": (nifti(magic=b"ni1"), "scan.nii", "single-file"),
+    "zero dimension": (nifti(dim=dims(7, 0, 5)), "scan.nii", "impossible dimensions"),
+    "negative dimension": (nifti(dim=dims(7, -6, 5)), "scan.nii", "impossible dimensions"),
+    "no dimensions": (nifti(dim=[0] * 8), "scan.nii", "impossible dimensions|not a valid"),
+    "2D": (nifti(DATA[:, :, 0]), "scan.nii", r"2D image of shape \[7, 6\], expected 3D or 4D"),
+    "5D": (nifti(DATA[..., None, None]), "scan.nii", "5D image"),
+    "NaN pixdim": (nifti(pixdim=[1, 1.25, np.nan, 8, 1, 1, 1, 1]), "scan.nii", "voxel size"),
+    "zero pixdim": (nifti(pixdim=[1, 0, 1.5, 8, 1, 1, 1, 1]), "scan.nii", "voxel size"),
+    "negative pixdim": (nifti(pixdim=[1, 1.25, 1.5, -8, 1, 1, 1, 1]), "scan.nii", "voxel size"),
+    "infinite pixdim": (nifti(pixdim=[1, np.inf, 1.5, 8, 1, 1, 1, 1]), "scan.nii", "voxel size"),
+    "NaN affine": (nifti(srow_y=[0, np.nan, 0, 0]), "scan.nii", "affine"),
+    "NaN qform": (nifti(sform=0, qoffset_x=np.nan), "scan.nii", "affine|not a valid"),
+    "singular affine": (nifti(srow_z=[0, 0, 0, 5]), "scan.nii", "affine"),
+    "NaN voxel": (nifti(with_nan(np.nan)), "scan.nii", "1 voxels are NaN or infinite"),
+    "infinite voxel": (nifti(with_nan(-np.inf)), "scan.nii", "1 voxels are NaN or infinite"),
+    "RGB": (nifti(RGB), "scan.nii", "one number per voxel|type"),
+    "complex": (nifti(DATA.astype(np.complex64)), "scan.nii", "one number per voxel|type"),
+    "unknown datatype": (nifti(datatype=77), "scan.nii", "not a valid"),
+    "NaN offset": (nifti(vox_offset=np.nan), "scan.nii", "header"),
+    "offset beyond the file": (nifti(vox_offset=5000), "scan.nii", "header|promises"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_damaged_file_is_refused_by_name(tmp_path, name):
+    content, file_name, message = REFUSED[name]
+    path = tmp_path / file_name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        read_volume(path)
+    assert str(path) in str(error.value)
+
+
+def test_absent_file_and_folder_are_refused_by_name(tmp_path):
+    for path in (tmp_path / "absent.nii.gz", tmp_path):
+        with pytest.raises(UserError, match="cannot be read") as error:
+            read_volume(path)
+        assert str(path) in str(error.value)
+
+
+def test_number_of_dimensions_can_be_prescribed(tmp_path):
+    path = save(tmp_path, nifti())
+    assert read_volume(path, 3).array.shape == (7, 6, 5)
+    with pytest.raises(UserError, match=r"3D image of shape .* expected 4D"):
+        read_volume(path, 4)
+
+
+NOISE = np.random.default_rng(0).integers(-32768, 32767, (100, 100, 20)).astype(np.int16)  # does not compress
+HUGE = {
+    "nifti1": (nifti(dim=dims(32000, 32000, 32000)), "scan.nii"),
+    "nifti1 gz": (nifti(dim=dims(32000, 32000, 32000)), "scan.nii.gz"),
+    "nifti2": (nifti(image=nib.Nifti2Image, dim=dims(2**40, 2**20, 2)), "scan.nii"),
+    "overflowing 64 bits": (nifti(image=nib.Nifti2Image, dim=dims(2**40, 2**40, 2)), "scan.nii.gz"),
+    "as dense as gzip can be": (nifti(NOISE, dim=dims(1900, 1000, 100)), "scan.nii.gz"),  # 380 MB from 0.4 MB
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_claim_of_a_huge_volume_is_answered_at_once(tmp_path, name):
+    path = save(tmp_path, *HUGE[name])
+    tracemalloc.start()
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="promises" if name == "as dense as gzip can be" else "claims"):
+        read_volume(path)
+    seconds, (_, peak) = time.perf_counter() - start, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert seconds < 0.8 and peak < 50e6
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+@pytest.mark.parametrize("image", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("shape", [(7, 6, 5), (7, 6, 1), (7, 3, 5, 2)])
+def test_good_file_is_read(tmp_path, name, image, shape):
+    array = DATA.ravel()[: np.prod(shape)].reshape(shape)
+    path = save(tmp_path, nifti(array, image=image), name)
+    volume = read_volume(path)
+    np.testing.assert_array_equal(volume.array, array)
+    np.testing.assert_allclose(volume.affine, OBLIQUE, atol=1e-5)
+    assert volume.zooms == pytest.approx((1.25, 1.5, 8.0)) and volume.warning is None
+    assert read_shape(path) == shape
+
+
+def test_one_voxel_file_is_read(tmp_path):
+    assert read_volume(save(tmp_path, nifti(DATA[:1, :1, :1]))).array.shape == (1, 1, 1)
+
+
+def test_big_endian_file_is_read(tmp_path):
+    header = nib.Nifti1Header(endianness=">")
+    header.set_data_dtype(np.int16)
+    image = nib.Nifti1Image(DATA, OBLIQUE, header)
+    content = image.to_bytes()
+    assert content[:4] == (348).to_bytes(4, "big")
+    volume = read_volume(save(tmp_path, content))
+    np.testing.assert_array_equal(volume.array, DATA)
+    assert volume.zooms == pytest.approx((1.25, 1.5, 8.0))
+
+
+def test_slope_and_intercept_are_applied(tmp_path):
+    volume = read_volume(save(tmp_path, nifti(scl_slope=0.5, scl_inter=-3)))
+    np.testing.assert_allclose(volume.array, 0.5 * DATA - 3)
+
+
+def test_gzip_of_several_members_is_read(tmp_path):
+    content, path = nifti(), tmp_path / "scan.nii.gz"
+    path.write_bytes(gzip.compress(content[:400]) + gzip.compress(content[400:]))
+    np.testing.assert_array_equal(read_volume(path).array, DATA)
+
+
+def test_bytes_after_the_data_are_ignored(tmp_path):
+    np.testing.assert_array_equal(read_volume(save(tmp_path, nifti() + b"more")).array, DATA)
+
+
+@pytest.mark.parametrize(("zoom", "warns"), [(1.255, False), (1.2875, True), (1.0, True)])
+def test_warning_when_voxel_size_and_affine_disagree(tmp_path, zoom, warns):
+    volume = read_volume(save(tmp_path, nifti(pixdim=[1, zoom, 1.5, 8, 1, 1, 1, 1])))
+    assert (volume.warning is not None) == warns
+    if warns:
+        assert "1.25" in volume.warning and str(zoom) in volume.warning
+    assert volume.zooms[0] == pytest.approx(zoom)  # spacing is the header's
+
+
+SKEWED = OBLIQUE + np.array([[0, 0.3, 0, 0]] + [[0.0] * 4] * 3)  # columns that are not orthogonal
+
+
+@pytest.mark.parametrize("name", ["out.nii", "out.nii.gz"])
+@pytest.mark.parametrize("image", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize(
+    ("affine", "codes"),
+    [
+        (OBLIQUE, {"qform": 1, "sform": 0}),
+        (OBLIQUE * [-1, 1, 1, 1], {"qform": 2, "sform": 0}),  # left-handed: qfac -1
+        (SKEWED, {"qform": 0, "sform": 2}),
+        (OBLIQUE, {"qform": 1, "sform": 1}),
+        (OBLIQUE, {"qform": 0, "sform": 0}),
+    ],
+    ids=["qform", "qform mirrored", "skewed sform", "both", "neither"],
+)
+def test_written_volume_lies_in_the_grid_of_the_scan(tmp_path, name, image, affine, codes):
+    """A label is written for a scaled 4D scan: geometry to the bit, values and type its own."""
+    scan = np.stack([DATA, DATA], axis=3)
+    content = nifti(scan, affine, image=image, **codes, scl_slope=0.5, scl_inter=3, cal_max=900, xyzt_units=10)
+    like = read_volume(save(tmp_path, content))
+    label = (np.arange(DATA.size).reshape(DATA.shape) % 4).astype(np.uint8)
+    write_volume(tmp_path / "new" / name, label, like)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
+    source, written = nib.load(tmp_path / "scan.nii"), nib.load(tmp_path / "new" / name)
+    assert type(written) is image and written.get_data_dtype() == np.uint8 and written.shape == DATA.shape
+    np.testing.assert_array_equal(np.asanyarray(written.dataobj), label)
+    np.testing.assert_array_equal(written.affine, source.affine)
+    for field in ("qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y",
+                  "qoffset_z", "srow_x", "srow_y", "srow_z", "xyzt_units"):  # fmt: skip
+        np.testing.assert_array_equal(written.header[field], source.header[field], err_msg=field)
+    np.testing.assert_array_equal(written.header["pixdim"][:4], source.header["pixdim"][:4])
+    assert written.header["cal_max"] == 0
+    np.testing.assert_array_equal(read_volume(tmp_path / "new" / name).array, label)
+
+
+def test_written_float_volume_keeps_its_type(tmp_path):
+    like = read_volume(save(tmp_path, nifti(scl_slope=2)))
+    write_volume(tmp_path / "p.nii.gz", DATA.astype(np.float32) / 7, like)
+    written = read_volume(tmp_path / "p.nii.gz")
+    assert written.array.dtype == np.float32
+    np.testing.assert_array_equal(written.array, DATA.astype(np.float32) / 7)
+
+
+def test_place_that_cannot_be_written_is_named(tmp_path):
+    like = read_volume(save(tmp_path, nifti()))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.nii").mkdir()
+    for path in (tmp_path / "file" / "out.nii", tmp_path / "folder.nii"):
+        with pytest.raises(UserError, match="cannot be written") as error:
+            write_volume(path, DATA, like)
+        assert str(path) in str(error.value)
+    assert not list(tmp_path.glob(".*"))  # nothing half-written stays
+
+
+# --- native plane and canvas
+
+
+def ellipse(shape, zooms, *, radii=(35, 24), center=(0, 0)):
+    """Label 2 in an ellipse, 1 in its shell; radii and center in mm from the image's centre. (X, Y) uint8."""
+    x, y = ((np.arange(n) - (n - 1) / 2) * z - c for n, z, c in zip(shape, zooms, center, strict=True))
+    inner, outer = (np.hypot(x[:, None] / (radii[0] + e), y[None] / (radii[1] + e)) <= 1 for e in (0, 8))
+    return outer.astype(np.uint8) + inner
+
+
+def dice(a, b):
+    return 2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b))
+
+
+@pytest.mark.parametrize(("shape", "size"), [((60, 52), 80), ((61, 53), 81), ((100, 52), 80), ((101, 121), 81)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+def test_equal_spacing_is_a_centre_pad_or_crop(shape, size, dtype):
+    array = np.random.default_rng(0).integers(1, 100, (3, *shape)).astype(dtype)
+    plane = PlaneMap(shape, (1.1, 1.1), size, 1.1)
+    padded = np.pad(array, [(0, 0), (100, 100), (100, 100)])
+    x, y = (100 + n // 2 - size // 2 for n in shape)
+    canvas = plane.to_canvas(array)
+    assert canvas.dtype == (np.uint8 if dtype == np.uint8 else np.float32)
+    np.testing.assert_allclose(canvas, padded[:, x : x + size, y : y + size], rtol=1e-5)
+
+
+ODD = [((217, 256), (1.5, 1.5)), ((187, 201), (0.7, 0.9)), ((255, 131), (1.0, 2.0)), ((97, 151), (1.8, 1.13))]
+
+
+@pytest.mark.parametrize(("shape", "zooms"), ODD)
+def test_label_survives_the_round_trip(shape, zooms):
+    plane = PlaneMap(shape, zooms, 300, 1.1)
+    label = ellipse(shape, zooms, center=(6.3, -11.7))
+    canvas = plane.to_canvas(label)
+    nearest = plane.to_native(canvas)
+    one_hot = np.stack([canvas == c for c in range(3)]).astype(np.float32)
+    linear = plane.to_native(one_hot).argmax(0).astype(np.uint8)
+    for back in (nearest, linear):
+        assert back.shape == shape
+        for structure in (1, 2):
+            assert dice(back == structure, label == structure) >= (0.97 if min(zooms) >= 1 else 0.95)
+        drift = np.subtract(*(ndimage.center_of_mass(mask == 2) for mask in (back, label)))
+        assert np.abs(drift).max() < 0.5
+    assert nearest.dtype == np.uint8
+
+
+@pytest.mark.parametrize(("shape", "zooms"), ODD)
+def test_canvas_keeps_places_and_sizes_in_mm(shape, zooms):
+    label = ellipse(shape, zooms, center=(6.3, -11.7))
+    canvas = PlaneMap(shape, zooms, 300, 1.1).to_canvas(label) > 0
+    offset = (np.array(ndimage.center_of_mass(canvas)) - 149.5) * 1.1
+    np.testing.assert_allclose(offset, (6.3, -11.7), atol=0.2)
+    assert canvas.sum() * 1.1**2 == pytest.approx((label > 0).sum() * np.prod(zooms), rel=0.01)
+
+
+@pytest.mark.parametrize("center", [None, (40.0, 61.5)])
+@pytest.mark.parametrize(("shape", "zooms"), ODD)
+def test_bilinear_equals_scipy_and_the_outside_is_zero(shape, zooms, center):
+    rng, plane = np.random.default_rng(0), PlaneMap(shape, zooms, 160, 1.1, center)
+    native, canvas = (rng.uniform(0.5, 1, s).astype(np.float32) for s in (shape, (160, 160)))
+    middle = center or [(n - 1) / 2 for n in shape]
+    to_native = [(np.arange(160) - 79.5) * 1.1 / z + m for z, m in zip(zooms, middle, strict=True)]
+    to_canvas = [(np.arange(n) - m) * z / 1.1 + 79.5 for n, z, m in zip(shape, zooms, middle, strict=True)]
+    for source, result, positions in (
+        (native, plane.to_canvas(native), to_native),
+        (canvas, plane.to_native(canvas), to_canvas),
+    ):
+        grid = np.array(np.meshgrid(*positions, indexing="ij"))
+        last = np.reshape(source.shape, (2, 1, 1)) - 1
+        expected = ndimage.map_coordinates(source.astype(float), grid, order=1, mode="nearest")
+        inside = ((grid >= 0) & (grid <= last)).all(0)
+        outside = ((grid < -0.501) | (grid > last + 0.501)).any(0)
+        assert inside.mean() > 0.2
+        np.testing.assert_allclose(result[inside], expected[inside], atol=1e-4)
+        assert (result[outside] == 0).all()
+    label = (native * 255).astype(np.uint8)
+    expected = ndimage.map_coordinates(label, np.meshgrid(*to_native, indexing="ij"), order=0, mode="constant")
+    assert (plane.to_canvas(label) == expected).mean() > 0.98  # but for ties and the outer half voxel
+
+
+def test_off_centre_canvas_shows_its_centre_in_the_middle():
+    array = np.zeros((50, 60), np.uint8)
+    array[10, 45] = 1
+    canvas = PlaneMap((50, 60), (1.0, 1.0), 21, 1.0, center=(10, 45)).to_canvas(array)
+    assert np.argwhere(canvas).tolist() == [[10, 10]]
+
+
+def test_inside_names_the_voxels_on_the_canvas():
+    plane = PlaneMap((301, 120), (1.0, 1.3), 100, 1.1)
+    x, y = (np.abs(np.arange(n) - (n - 1) / 2) * z <= 55 for n, z in ((301, 1.0), (120, 1.3)))
+    inside = plane.inside()
+    assert inside.dtype == bool
+    np.testing.assert_array_equal(inside, x[:, None] & y[None])
