@@ -18,6 +18,7 @@ import openpyxl
 
 from utils.commands import run_data_command
 from utils.data import Case, DatasetFacts, RawScan, build_loaders
+from utils.metrics import cardiac_figures
 from utils.phantom import write_mms
 
 PARTS = ("Training/Labeled", "Training/Unlabeled", "Validation", "Testing")
@@ -150,6 +151,7 @@ FACTS = DatasetFacts(
     consensus=single_rater,
     normalize=normalize,
     labeled_count=labeled_count,
+    clinical=cardiac_figures,
     write_phantom=write_mms,
     how_to_get=(
         "M&Ms is free for research after registration at https://www.ub.edu/mnms (OpenDataset and its info table).\n"

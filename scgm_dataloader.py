@@ -82,6 +82,7 @@ FACTS = DatasetFacts(
     consensus=majority,
     normalize=normalize,
     labeled_count=labeled_count,
+    clinical=None,
     write_phantom=write_scgm,
     how_to_get=(
         "SCGM is free for research after registration at http://niftyweb.cs.ucl.ac.uk/challenge (train, test).\n"

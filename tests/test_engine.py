@@ -258,7 +258,7 @@ def test_step_that_is_not_finite_changes_nothing(mms_config, build_tiny):
     assert trainer.bad_steps.tolist() == [1, 1] and trainer.step == 2
     trainer.train_step(*batches)
     assert trainer.bad_steps.tolist() == [0, 1]
-    assert np.isfinite(list(trainer.means().values())).all()
+    assert np.isfinite([value for value in trainer.means().values() if value is not None]).all()
 
 
 def test_training_that_diverges_stops_and_names_the_images(mms_config, build_tiny):

@@ -17,7 +17,8 @@ from utils.data import PreparedData, build_loaders
 from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluate import mean_dice, predict_scans, to_native, volumetric_rows
-from utils.inference import evaluate_run, load_run
+from utils.inference import load_run
+from utils.results import evaluate_run
 
 MMS = mms_dataloader.FACTS
 CPU = torch.device("cpu")
@@ -30,7 +31,8 @@ def trained(mms_config, build_tiny):
 
 
 def evaluate(run, build_tiny, **options):
-    options = {"data_root": None, "out": None, "save_predictions": False, "precision": "fp32"} | options
+    defaults = {"data_root": None, "save_predictions": False, "precision": "fp32", "tta": False, "keep_largest": False}
+    options = defaults | {"out": run / "results/D"} | options
     checkpoint = options.pop("checkpoint", "best")
     return evaluate_run(load_run(run, checkpoint, MMS, build_tiny, CPU), MMS, **options)
 
@@ -157,7 +159,7 @@ def test_missing_and_foreign_runs_are_refused(trained, build_tiny, tmp_path):
     save_networks(tmp_path / "best.safetensors", [build_tiny(4), build_tiny(4)], metadata)
     with pytest.raises(UserError, match=r"use inference_scgm\.py"):
         load_run(tmp_path, "best", MMS, build_tiny, CPU)
-    save_networks(tmp_path / "best.safetensors", [nn.Linear(1, 1)] * 2, metadata | {"dataset": "mms"})
+    save_networks(tmp_path / "best.safetensors", [nn.Linear(1, 1), nn.Linear(1, 1)], metadata | {"dataset": "mms"})
     with pytest.raises(UserError, match="holds other networks"):
         load_run(tmp_path, "best", MMS, build_tiny, CPU)
     (tmp_path / "best.safetensors").write_bytes(b"\x08" * 100)

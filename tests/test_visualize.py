@@ -41,7 +41,7 @@ def figures(monkeypatch):
 
 
 def draw_case(path, labels, **changes):
-    arrays = {"image": np.zeros(labels.shape), "truth": None, "prediction": labels, "confidence": None}
+    arrays = {"image": np.zeros(labels.shape), "truth": None, "prediction": labels, "agreement": None}
     visualize.plot_case(path, **(arrays | changes), slices=[0], class_names=NAMES, title="case")
     return imread(path)
 
@@ -73,9 +73,9 @@ def test_case_without_structures_or_contrast(tmp_path, labels):
     assert not any(len(places(picture, fill)) for fill in FILLS)
 
 
-def test_confidence_map_runs_from_zero_to_one(tmp_path, labels):
+def test_agreement_map_runs_from_zero_to_one(tmp_path, labels):
     low, middle, high = (
-        draw_case(tmp_path / f"{value}.png", labels, confidence=np.full(labels.shape, value))
+        draw_case(tmp_path / f"{value}.png", labels, agreement=np.full(labels.shape, value))
         for value in (0.0, 0.5, 1.0)
     )
     viridis_ends = (0.267, 0.005, 0.329), (0.993, 0.906, 0.144)

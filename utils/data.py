@@ -69,6 +69,7 @@ class DatasetFacts:
     consensus: Callable[[list[np.ndarray]], np.ndarray]  # raters' label maps (Z, X, Y) uint8 -> one label map
     normalize: Callable[[np.ndarray], np.ndarray]  # slices (Z, X, Y) float32 -> float32 in [0, 1]
     labeled_count: Callable[[int, float], int]  # (patients with masks in a group, ratio) -> labelled ones
+    clinical: Callable[[dict], dict] | None  # ml by (phase, structure) -> (value, unit) by name
     write_phantom: Callable[..., None]
     how_to_get: str  # where the data are had and how they are prepared
 
@@ -113,6 +114,11 @@ class PreparedData:
         chosen = np.isin(self.index["patient"], patients)
         return np.flatnonzero(chosen & (self.index["mask"] >= 0) if with_mask else chosen)
 
+    def patients_with_masks(self, domain: str) -> list[str]:
+        """Patients of a domain that can be evaluated."""
+        index = self.index
+        return sorted({str(p) for p in index["patient"][(index["domain"] == domain) & (index["mask"] >= 0)]})
+
     def truth_path(self, patient: str, phase: str) -> Path:
         """The labelled mask of a scan in its own grid."""
         return self.root / "truth" / f"{patient}_{phase}.nii.gz"
@@ -150,7 +156,7 @@ def split_patients(
         raise UserError(
             f"test domain {test_domain!r}: {data.root} has no such {facts.domain_word}, only {', '.join(domains)}"
         )
-    held_out = sorted(p for p in has_mask if patients[p][0] == test_domain)
+    held_out = data.patients_with_masks(test_domain)
     labeled, validation = [], []
     for domain in (d for d in domains if d != test_domain):
         chosen = []

@@ -228,10 +228,11 @@ class Trainer:
             self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
         self.step += 1
 
-    def means(self) -> dict[str, float]:
-        """Mean scalars over the finite steps since the last line of the log."""
+    def means(self) -> dict[str, float | None]:
+        """Mean scalars over the finite steps since the last line of the log; no variance without its loss."""
         steps = max(float(self.sums["steps"]), 1)
-        return {name: float(total) / steps for name, total in self.sums.items() if name != "steps"}
+        means = {name: float(total) / steps for name, total in self.sums.items() if name != "steps"}
+        return means if means["cps_weight"] else means | {"variance": None}
 
     def validate(self) -> float:
         """Mean paper-protocol Dice (percent) on the labelled source images, without augmentation."""

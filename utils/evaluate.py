@@ -3,7 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +14,19 @@ from torch.utils.data import DataLoader
 
 from utils.augment import GRID, canvas_to_grid, match_histogram
 from utils.data import PreparedData
-from utils.metrics import paper_dice, structure_metrics
+from utils.metrics import largest_components, paper_dice, structure_metrics
 from utils.volume import PlaneMap, read_volume
+
+
+class TrainedRun(NamedTuple):
+    """Both networks of a run, ready to predict, and what was saved beside them."""
+
+    folder: Path
+    checkpoint: str
+    nets: list[nn.Module]
+    metadata: dict[str, Any]
+    reference: torch.Tensor | None  # (256,)
+    device: torch.device
 
 
 class ScanPrediction(NamedTuple):
@@ -53,17 +65,26 @@ def prepare_view(
 
 
 @torch.inference_mode()
-def predict(nets: Sequence[nn.Module], image: torch.Tensor, *, precision: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predict with both networks (in eval mode).
+def predict(
+    nets: Sequence[nn.Module], image: torch.Tensor, *, precision: str, tta: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Predict with both networks (in eval mode); with `tta`, the mean over the 8 flips and right-angle rotations.
 
     Returns:
         (B, K, H, W) mean softmax and (B, H, W) agreement of the networks, exp(-KL(first || second)).
     """
-    with autocast(image.device, precision):
-        logits = [net(image) for net in nets]
-    log_first, log_second = (F.log_softmax(x.float(), dim=1) for x in logits)
-    divergence = (log_first.exp() * (log_first - log_second)).sum(1)
-    return (log_first.exp() + log_second.exp()) / 2, torch.exp(-divergence)
+
+    def softmax(turns: int, flip: bool) -> torch.Tensor:
+        view = torch.rot90(image.flip(-1) if flip else image, turns, (-2, -1))
+        with autocast(image.device, precision):
+            logits = torch.stack([net(view) for net in nets])  # (2, B, K, H, W)
+        back = torch.rot90(logits.float().softmax(2), -turns, (-2, -1))
+        return back.flip(-1) if flip else back
+
+    views = [(turns, flip) for turns in range(4) for flip in (False, True)] if tta else [(0, False)]
+    first, second = sum(softmax(*view) for view in views) / len(views)
+    divergence = (first * (first.clamp_min(1e-12) / second.clamp_min(1e-12)).log()).sum(1)
+    return (first + second) / 2, torch.exp(-divergence)
 
 
 def predict_scans(
@@ -75,12 +96,13 @@ def predict_scans(
     reference: torch.Tensor | None,
     device: torch.device,
     precision: str,
+    tta: bool = False,
 ) -> Iterator[ScanPrediction]:
     """Predict every scan of a loader that yields one scan per batch."""
     for batch in loader:
         canvas, quantiles, mask = (batch[name].to(device) for name in ("image", "quantiles", "mask"))
         view = prepare_view(canvas, quantiles, size=size, reference=reference)
-        probability, agreement = predict(nets, view, precision=precision)
+        probability, agreement = predict(nets, view, precision=precision, tta=tta)
         # Images of every size are scored on the same grid.
         on_grid = F.interpolate(probability, size=GRID, mode="bilinear") if size != GRID else probability
         dice = paper_dice(on_grid, canvas_to_grid(mask, GRID)[:, 0])
@@ -106,15 +128,16 @@ class NativeScan(NamedTuple):
     outside: tuple[int, int]  # labelled voxels outside the field of view, and all
 
 
-def to_native(scan: ScanPrediction, data: PreparedData) -> NativeScan:
-    """Map a prediction back to its scan's grid: softmax resampled bilinearly, then argmax."""
+def to_native(scan: ScanPrediction, data: PreparedData, *, keep_largest: bool = False) -> NativeScan:
+    """Map a prediction back to its scan's grid: softmax resampled bilinearly, then argmax, then largest components."""
     classes, size = scan.probability.shape[1:3]
     truth = read_volume(data.truth_path(scan.patient, scan.phase), 3)
     plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, data.info["spacing_mm"] * GRID / size)
     labels = plane.to_native(scan.probability.float().cpu().numpy()).argmax(1).astype(np.uint8)  # outside: background
     known = np.where(truth.array < classes, truth.array, 0)
     outside = np.count_nonzero(known[~plane.inside()]), np.count_nonzero(known)
-    return NativeScan(np.ascontiguousarray(np.moveaxis(labels, 0, 2)), known, truth.zooms, outside)
+    labels = np.ascontiguousarray(np.moveaxis(labels, 0, 2))
+    return NativeScan(largest_components(labels) if keep_largest else labels, known, truth.zooms, outside)
 
 
 def volumetric_rows(scan: ScanPrediction, native: NativeScan, class_names: Sequence[str]) -> list[dict]:
@@ -122,5 +145,10 @@ def volumetric_rows(scan: ScanPrediction, native: NativeScan, class_names: Seque
     rows = []
     for label, name in enumerate(class_names[1:], start=1):
         figures = structure_metrics(native.labels == label, native.truth == label, native.zooms)
-        rows.append({"patient": scan.patient, "phase": scan.phase, "structure": name, **(figures or {})})
+        voxel = float(np.prod(native.zooms)) / 1000  # ml
+        volumes = {
+            "predicted_ml": np.count_nonzero(native.labels == label) * voxel,
+            "truth_ml": np.count_nonzero(native.truth == label) * voxel,
+        }
+        rows.append({"patient": scan.patient, "phase": scan.phase, "structure": name, **(figures or {}), **volumes})
     return rows

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,11 +54,11 @@ def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
     import wandb  # imported here: it takes seconds, and only rank 0 of a run that wants it needs it
 
     try:
-        account = bool(wandb.api.api_key)
+        account = wandb.login(prompt=False)
         name = folder.resolve().name
         id_file = folder / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(4))
         return wandb.init(
             project="semidg-seg",
             name=name,

@@ -1,11 +1,13 @@
 """Evaluation figures: the paper's Dice and the volumetric figures in native space (METHOD, section 7)."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+from skimage import measure
 
 
 def paper_dice(probability: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -49,6 +51,57 @@ def structure_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequen
         hd95 = compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=spacing)
         assd = compute_average_surface_distance(*pair, include_background=True, symmetric=True, spacing=spacing)
     return {"dice": float(dice), "hd95": float(hd95), "assd": float(assd), "missed": 0}
+
+
+def largest_components(labels: np.ndarray) -> np.ndarray:
+    """Keep the largest connected component (26-neighbourhood) of every structure of a label map (X, Y, Z)."""
+    kept = np.zeros_like(labels)
+    for value in np.unique(labels[labels > 0]):
+        components = measure.label(labels == value)
+        kept[components == np.bincount(components.ravel())[1:].argmax() + 1] = value
+    return kept
+
+
+def cardiac_figures(volumes: Mapping[tuple[str, str], float]) -> dict[str, tuple[float, str]]:
+    """Clinical figures of a heart.
+
+    Args:
+        volumes: ml by (phase "ED" or "ES", structure "LV", "MYO" or "RV").
+
+    Returns:
+        (value, unit) by name: end-diastolic and end-systolic volumes, ejection fractions (NaN for an empty
+        ventricle), and the myocardial mass at ED, by a density of 1.05 g/ml.
+    """
+    figures = {}
+    for ventricle in ("LV", "RV"):
+        diastolic, systolic = volumes["ED", ventricle], volumes["ES", ventricle]
+        figures[f"{ventricle} EDV"] = (diastolic, "ml")
+        figures[f"{ventricle} ESV"] = (systolic, "ml")
+        figures[f"{ventricle} EF"] = (100 * (1 - systolic / diastolic) if diastolic else float("nan"), "%")
+    return figures | {"MYO mass": (1.05 * volumes["ED", "MYO"], "g")}
+
+
+def agreement_limits(truth: Sequence[float], predicted: Sequence[float]) -> dict[str, Any]:
+    """Bland-Altman figures of prediction against truth: bias, SD of the differences, 95 % limits, mean error.
+
+    Pairs with a NaN are left out; without any pair all figures are None.
+    """
+    truth, predicted = np.asarray(truth, float), np.asarray(predicted, float)
+    known = np.isfinite(truth) & np.isfinite(predicted)
+    truth, predicted = truth[known], predicted[known]
+    difference = predicted - truth
+    if not len(difference):
+        return dict.fromkeys(("bias", "sd", "limits", "mae", "truth_mean", "predicted_mean")) | {"n": 0}
+    bias, sd = float(difference.mean()), float(difference.std(ddof=1)) if len(difference) > 1 else None
+    return {
+        "bias": bias,
+        "sd": sd,
+        "limits": None if sd is None else [bias - 1.96 * sd, bias + 1.96 * sd],
+        "mae": float(np.abs(difference).mean()),
+        "truth_mean": float(truth.mean()),
+        "predicted_mean": float(predicted.mean()),
+        "n": len(difference),
+    }
 
 
 def bootstrap_interval(values: Sequence[float], *, repeats: int = 2000, seed: int = 0) -> tuple[float, float]:

@@ -43,28 +43,22 @@ class Scanner(NamedTuple):
 # Balanced steady-state cine: blood and fat bright, muscle grey, lung dark; vendors weigh them differently.
 CHEST = ("blood", "muscle", "fat", "lung", "liver", "bone")
 VENDORS = {
-    "A": Scanner((256, 216), 1.35, 9, (8, 10), "LPS", 350, 1.0, 0.025, 0.15, 0.6,
-                 (0.95, 0.3, 0.8, 0.07, 0.38, 0.45)),
-    "B": Scanner((288, 288), 1.15, 8, (9, 11), "RPS", 900, 0.85, 0.03, 0.25, 0.8,
-                 (0.85, 0.22, 0.95, 0.05, 0.3, 0.55)),
-    "C": Scanner((192, 208), 1.5, 10, (7, 9), "PLS", 1400, 1.15, 0.035, 0.2, 0.5,
-                 (0.9, 0.36, 1.05, 0.12, 0.46, 0.5)),
-    "D": Scanner((320, 288), 0.98, 9, (8, 10), "LAI", 600, 0.95, 0.045, 0.3, 1.0,
-                 (1.0, 0.28, 0.65, 0.09, 0.5, 0.35)),
+    "A": Scanner((256, 216), 1.35, 9, (8, 10), "LPS", 350, 1.0, 0.025, 0.15, 0.6, (0.95, 0.3, 0.8, 0.07, 0.38, 0.45)),
+    "B": Scanner((288, 288), 1.15, 8, (9, 11), "RPS", 900, 0.85, 0.03, 0.25, 0.8, (0.85, 0.22, 0.95, 0.05, 0.3, 0.55)),
+    "C": Scanner((192, 208), 1.5, 10, (7, 9), "PLS", 1400, 1.15, 0.035, 0.2, 0.5, (0.9, 0.36, 1.05, 0.12, 0.46, 0.5)),
+    "D": Scanner((320, 288), 0.98, 9, (8, 10), "LAI", 600, 0.95, 0.045, 0.3, 1.0, (1.0, 0.28, 0.65, 0.09, 0.5, 0.35)),
 }
 # Vendor -> name and centres.
 MAKERS = {"A": ("Siemens", (1,)), "B": ("Philips", (2, 3)), "C": ("GE", (4,)), "D": ("Canon", (5,))}
 # T2*-weighted: fluid brightest, grey above white matter, bone dark. Sites 1 and 3 see little but the canal.
 NECK = ("fluid", "grey", "white", "muscle", "fat", "bone", "blood")
 SITES = {
-    1: Scanner((100, 100), 0.5, 5, (3, 3), "RAS", 300, 1, 0.02, 0.1, 0.4,
-               (0.95, 0.68, 0.46, 0.4, 0.3, 0.12, 0.8)),
-    2: Scanner((650, 600), 0.25, 7.5, (3, 5), "LAS", 800, 0.85, 0.03, 0.2, 1.2,
-               (0.8, 0.62, 0.44, 0.32, 0.6, 0.15, 0.7)),
-    3: Scanner((192, 180), 0.25, 2.5, (20, 28), "RAS", 1500, 1.2, 0.04, 0.15, 1,
-               (1, 0.78, 0.58, 0.5, 0.6, 0.2, 0.95)),
-    4: Scanner((380, 340), 0.29, 5, (8, 12), "LAI", 500, 1, 0.025, 0.25, 0.8,
-               (0.9, 0.58, 0.4, 0.45, 0.55, 0.1, 0.85)),
+    1: Scanner((100, 100), 0.5, 5, (3, 3), "RAS", 300, 1, 0.02, 0.1, 0.4, (0.95, 0.68, 0.46, 0.4, 0.3, 0.12, 0.8)),
+    2: Scanner(
+        (650, 600), 0.25, 7.5, (3, 5), "LAS", 800, 0.85, 0.03, 0.2, 1.2, (0.8, 0.62, 0.44, 0.32, 0.6, 0.15, 0.7)
+    ),
+    3: Scanner((192, 180), 0.25, 2.5, (20, 28), "RAS", 1500, 1.2, 0.04, 0.15, 1, (1, 0.78, 0.58, 0.5, 0.6, 0.2, 0.95)),
+    4: Scanner((380, 340), 0.29, 5, (8, 12), "LAI", 500, 1, 0.025, 0.25, 0.8, (0.9, 0.58, 0.4, 0.45, 0.55, 0.1, 0.85)),
 }
 TABLE = "211230_M&Ms_Dataset_information_diagnosis_opendataset.csv"
 COLUMNS = ",External code,VendorName,Vendor,Centre,ED,ES,Age,Pathology,Sex,Height,Weight"
@@ -116,8 +110,10 @@ def place(scanner: Scanner, tilt: float, rng: np.random.Generator):
     turn = np.zeros((3, 3))
     turn[codes[:, 0], range(3)] = codes[:, 1]
     index = np.indices(shape, dtype=np.float32)
-    position = [np.float32(turn[row, axis] * zooms[axis]) * (index[axis] - np.float32((shape[axis] - 1) / 2))
-                for row, axis in enumerate(np.abs(turn).argmax(axis=1))]
+    position = [
+        np.float32(turn[row, axis] * zooms[axis]) * (index[axis] - np.float32((shape[axis] - 1) / 2))
+        for row, axis in enumerate(np.abs(turn).argmax(axis=1))
+    ]
     affine = np.eye(4)
     oblique = Rotation.from_rotvec(rng.normal(0, tilt, 3)).as_matrix()
     affine[:3, :3] = oblique @ np.diag((-1, -1, 1)) @ turn @ np.diag(zooms)  # the world is right, front, head
@@ -168,7 +164,10 @@ def chest(x, y, depth, spacing, tissue, field, rng) -> np.ndarray:
     draw(np.minimum(stomach, trunk - 10), 0.85 * tissue["liver"])
     draw(np.minimum(stomach - 9 - 3 * field(40), trunk - 10), tissue["muscle"])
     for centre, radius, name in (  # vertebra and its canal, wall and blood of the descending aorta
-        ((-25, 104), 22, "bone"), ((-25, 130), 8, "blood"), ((2, 80), 13, "muscle"), ((2, 80), 11, "blood")
+        ((-25, 104), 22, "bone"),
+        ((-25, 130), 8, "blood"),
+        ((2, 80), 13, "muscle"),
+        ((2, 80), 11, "blood"),
     ):
         draw(ellipse(x, y, centre, (radius, radius)), tissue[name])
     above = np.where(depth < 0, 0, 1e3).astype(np.float32)  # fat with the great vessels, unlabelled

@@ -20,7 +20,7 @@ from utils.augment import CANVAS, GRID
 from utils.data import FORMAT_VERSION, INDEX_COLUMNS, Case, DatasetFacts
 from utils.errors import UserError
 from utils.phantom import PHANTOM_NOTE
-from utils.volume import PlaneMap, Volume, read_shape, read_volume, write_volume
+from utils.volume import PlaneMap, Volume, frame_count, frame_slices, read_shape, read_volume, write_volume
 
 QUANTILES = 256  # points of a slice's quantile curve
 
@@ -139,13 +139,13 @@ def process_case(case: Case, facts: DatasetFacts, target: tuple[Path, tuple[int,
         if not np.allclose(mask.affine, image.affine, atol=1e-3):
             warnings.append(f"{path}: its affine differs from the image's by more than 1e-3")
     for phase, frame in case.phases.items():
-        if frame >= _frames(image):
-            errors.append(f"{case.image}: {phase} is frame {frame}, but the file holds 0..{_frames(image) - 1}")
+        if frame >= frame_count(image):
+            errors.append(f"{case.image}: {phase} is frame {frame}, but the file holds 0..{frame_count(image) - 1}")
     if errors:
         return Report(errors, warnings, [])
     plane = PlaneMap(image.array.shape[:2], image.zooms[:2], CANVAS, facts.spacing)
     truth = {
-        phase: facts.consensus([_slices(mask, frame).astype(np.uint8) for mask in masks])
+        phase: facts.consensus([frame_slices(mask, frame).astype(np.uint8) for mask in masks])
         for phase, frame in case.phases.items()
     }
     warnings += [f"{case.masks[0]}: no label in {phase}" for phase, label in truth.items() if not label.any()]
@@ -172,8 +172,8 @@ def _convert(
     phases = {frame: phase for phase, frame in case.phases.items() if phase in truth}
     depth = image.array.shape[2]
     digest = hashlib.sha256()
-    for frame in range(_frames(image)):
-        canvas = plane.to_canvas(facts.normalize(_slices(image, frame).astype(np.float32))).astype(np.float16)
+    for frame in range(frame_count(image)):
+        canvas = plane.to_canvas(facts.normalize(frame_slices(image, frame).astype(np.float32))).astype(np.float16)
         images[row : row + depth] = canvas
         quantiles[row : row + depth] = quantile_curves(canvas)
         digest.update(canvas.tobytes())
@@ -201,16 +201,6 @@ def quantile_curves(canvas: np.ndarray) -> np.ndarray:
     low = position.astype(int)
     high = np.minimum(low + 1, field.shape[1] - 1)
     return field[:, low] + (field[:, high] - field[:, low]) * (position - low).astype(np.float32)
-
-
-def _frames(volume: Volume) -> int:
-    return volume.array.shape[3] if volume.array.ndim == 4 else 1
-
-
-def _slices(volume: Volume, frame: int) -> np.ndarray:
-    """One frame of a 3D or 4D volume as slices: (Z, X, Y)."""
-    array = volume.array[..., frame] if volume.array.ndim == 4 else volume.array
-    return np.moveaxis(array, 2, 0)
 
 
 def _write_index(out: Path, raw: Path, facts: DatasetFacts, reports: list[tuple[Case | None, Report]]) -> None:

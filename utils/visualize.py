@@ -98,16 +98,16 @@ def plot_preview(path, *, images, masks, fourier, mixed, titles, class_names) ->
     _finish(figure, path, class_names, contour="truth")
 
 
-def plot_case(path, *, image, truth, prediction, confidence, slices, class_names, title) -> None:
+def plot_case(path, *, image, truth, prediction, agreement, slices, class_names, title) -> None:
     """One held-out scan, a column per chosen slice, cropped to its structures.
 
     image: (S, H, W), any intensity scale; truth: (S, H, W) int or None; prediction: (S, H, W) int;
-    confidence: (S, H, W) in [0, 1] or None; slices: the indices to draw, not empty.
+    agreement: (S, H, W) in [0, 1] or None; slices: the indices to draw, not empty.
     """
     window = _structure_window((prediction if truth is None else np.maximum(prediction, truth))[slices])
     limits = np.percentile(image[slices], (1, 99))  # one grey scale, so that slices can be compared
     rows = ["image", "prediction" if truth is None else "prediction, truth"]
-    rows += [] if confidence is None else ["confidence"]
+    rows += [] if agreement is None else ["agreement"]
     figure, axes = _grid(len(rows), [f"slice {s}" for s in slices], rows)
     for s, column in zip(slices, axes.T, strict=True):
         for ax in column[:2]:
@@ -115,10 +115,10 @@ def plot_case(path, *, image, truth, prediction, confidence, slices, class_names
         _fill_structures(column[1], prediction[s][window], class_names)
         if truth is not None:
             _contour_structures(column[1], truth[s][window], class_names)
-        if confidence is not None:
-            confidence_map = _show(column[2], confidence[s][window], cmap="viridis")
-    if confidence is not None:
-        figure.colorbar(confidence_map, ax=axes, shrink=0.6, label="confidence exp(−V)")
+        if agreement is not None:
+            agreement_map = _show(column[2], agreement[s][window], cmap="viridis")
+    if agreement is not None:
+        figure.colorbar(agreement_map, ax=axes, shrink=0.6, label="agreement exp(−KL) of the two networks")
     figure.suptitle(title, fontsize=10)
     _finish(figure, path, class_names, contour=None if truth is None else "truth", fill="prediction")
 

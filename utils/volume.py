@@ -113,11 +113,26 @@ def _parse_header(path: Path, head: bytes, allowed: list[int]) -> tuple[nib.Nift
     return header, int(offset) + voxels * itemsize
 
 
-def write_volume(path: Path, array: np.ndarray, like: Volume) -> None:
-    """Write `array` in the grid of `like`: its affine, zooms, qform and sform codes; through a temporary file."""
+def frame_count(volume: Volume) -> int:
+    """Frames of a 3D (one) or 4D volume."""
+    return volume.array.shape[3] if volume.array.ndim == 4 else 1
+
+
+def frame_slices(volume: Volume, frame: int) -> np.ndarray:
+    """One frame of a 3D or 4D volume as slices: (Z, X, Y)."""
+    array = volume.array[..., frame] if volume.array.ndim == 4 else volume.array
+    return np.moveaxis(array, 2, 0)
+
+
+def write_volume(path: Path, array: np.ndarray, like: Volume, description: str = "") -> None:
+    """Write `array` in the grid of `like`: its affine, zooms, qform and sform codes; through a temporary file.
+
+    `description` goes into the header, cut to the 79 characters that it holds.
+    """
     header = like.header.copy()
     header.set_data_dtype(array.dtype)
     header.set_slope_inter(1, 0)
+    header["descrip"] = description[:79].encode()
     header["cal_min"] = header["cal_max"] = 0  # display window of the scan, not of this map
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     image = image_class(array, None, header)  # affine None: the header's own qform and sform stay to the bit

@@ -1,0 +1,199 @@
+"""New scans: label maps in the scan's own grid, in the right place, whatever its size, spacing and orientation."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mms_dataloader
+import scgm_dataloader
+from utils.errors import UserError
+from utils.evaluate import predict
+from utils.metrics import largest_components
+from utils.segment import NOTE, Segmenter, segment_files
+from utils.volume import PlaneMap
+
+CPU = torch.device("cpu")
+
+
+class Brightness(nn.Module):
+    """A network whose label is read off the brightness: 0, 1, 2, 3 in quarters of [0, 1]."""
+
+    def forward(self, image):
+        levels = torch.arange(4) / 4 + 0.125
+        return -80 * (image - levels[None, :, None, None]).abs()
+
+
+def segmenter(net=None, facts=mms_dataloader.FACTS, **changes):
+    defaults = {
+        "nets": [net or Brightness()] * 2, "facts": facts, "size": 288, "reference": None, "device": CPU,
+        "precision": "fp32", "batch_size": 32, "tta": False, "keep_largest": False, "fourier_window": 0.01,
+        "center": None,
+    }  # fmt: skip
+    return Segmenter(**(defaults | changes))
+
+
+def phantom(shape, zooms, center_mm=(0, 0), seed=0):
+    """Labels that brightness can show: rings 1, 2 around a core of 3, so that interpolation meets no label in between."""
+    x, y = ((np.arange(n) - (n - 1) / 2) * z - c for n, z, c in zip(shape[:2], zooms, center_mm, strict=False))
+    radius = np.hypot(x[:, None], y[None])
+    plane = np.select([radius < 20, radius < 35, radius < 55], [3, 2, 1])
+    return np.broadcast_to(plane.reshape(*plane.shape, *(1,) * (len(shape) - 2)), shape).astype(np.uint8)
+
+
+def oblique(zooms):
+    from scipy.spatial.transform import Rotation
+
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", [20, -35, 50], degrees=True).as_matrix() @ np.diag(zooms)
+    affine[:3, 3] = [-80, 30, 12]
+    return affine
+
+
+def write(path, labels, affine, sform=2, qform=1):
+    image = nib.Nifti1Image(labels.astype(np.int16) * 1000, affine)
+    image.set_sform(affine, sform)
+    image.set_qform(affine, qform)
+    nib.save(image, path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "zooms"),
+    [
+        ((256, 216, 4), (1.35, 1.35, 8)),
+        ((301, 187, 3), (0.7, 0.7, 10)),
+        ((129, 140, 3), (2, 2, 6)),
+        ((200, 260, 2), (0.9, 1.6, 5)),
+        ((160, 192, 2, 3), (1.5, 1.5, 8)),
+        ((512, 512, 2), (0.8, 0.8, 8)),
+    ],
+)
+def test_label_maps_lie_where_the_organ_lies(tmp_path, shape, zooms):
+    truth = phantom(shape, zooms, (6, -9))
+    affine = oblique(zooms)
+    write(tmp_path / "scan_sa.nii.gz", truth, affine)
+    before = (tmp_path / "scan_sa.nii.gz").read_bytes()
+    segment_files(segmenter(), [tmp_path / "scan_sa.nii.gz"], tmp_path / "out", confidence=False)
+    result, source = nib.load(tmp_path / "out/scan_sa_seg.nii.gz"), nib.load(tmp_path / "scan_sa.nii.gz")
+    assert result.shape == shape and result.get_data_dtype() == np.uint8
+    assert (result.affine == source.affine).all() and result.header.get_zooms() == source.header.get_zooms()
+    assert result.header["sform_code"] == 2 and result.header["qform_code"] == 1
+    assert result.header["descrip"].item().decode() == NOTE
+    labels = np.asarray(result.dataobj)
+    inside = np.abs((np.arange(shape[0]) - (shape[0] - 1) / 2) * zooms[0]) < 158
+    for label in (1, 2, 3):
+        ours, theirs = labels[inside] == label, truth[inside] == label
+        dice = 2 * (ours & theirs).sum() / (ours.sum() + theirs.sum())
+        assert dice >= (0.95 if min(zooms[:2]) < 1 else 0.97)
+        offset = np.mean(np.nonzero(ours), axis=1)[:2] - np.mean(np.nonzero(theirs), axis=1)[:2]
+        assert np.abs(offset).max() < 0.5  # voxels
+    assert (tmp_path / "scan_sa.nii.gz").read_bytes() == before
+
+
+def test_center_moves_the_field_of_view(tmp_path):
+    truth = phantom((400, 400, 2), (1.1, 1.1, 8), (158, 0))  # half of it outside the centred field of view
+    write(tmp_path / "scan.nii.gz", truth, np.diag([1.1, 1.1, 8, 1]))
+    middle = (199.5 + 158 / 1.1, 199.5)
+    for center, least in ((None, None), (middle, 0.97)):
+        segment_files(segmenter(center=center), [tmp_path / "scan.nii.gz"], tmp_path / "out", confidence=False)
+        ours = np.asarray(nib.load(tmp_path / "out/scan_seg.nii.gz").dataobj) == 3
+        dice = 2 * (ours & (truth == 3)).sum() / (ours.sum() + (truth == 3).sum())
+        assert dice > least if least else dice < 0.8
+    with pytest.raises(UserError, match=r"outside the image of \(400, 400\)"):
+        segment_files(segmenter(center=(500, 0)), [tmp_path / "scan.nii.gz"], tmp_path / "out", confidence=False)
+
+
+def test_prediction_does_not_depend_on_order_or_batch_size(tmp_path, build_tiny):
+    torch.manual_seed(0)
+    net = build_tiny(4).eval()
+    with torch.no_grad():
+        net.classifier.weight *= 100  # so that an untrained network uses all its classes
+        net.classifier.bias.zero_()
+    rng = np.random.default_rng(0)
+    for name in "ab":
+        scan = rng.gamma(2, 200, (150, 140, 5)).astype(np.int16)
+        nib.save(nib.Nifti1Image(scan, np.diag([1.5, 1.5, 8, 1])), tmp_path / f"{name}.nii.gz")
+    results = []
+    for number, (order, size) in enumerate([("ab", 32), ("ba", 32), ("ab", 2)]):
+        out = tmp_path / str(number)
+        files = [tmp_path / f"{name}.nii.gz" for name in order]
+        segment_files(segmenter(net, batch_size=size), files, out, confidence=True)
+        results.append([np.asarray(nib.load(out / f"{name}_seg.nii.gz").dataobj) for name in "ab"])
+        for kind in ("confidence", "agreement"):
+            values = nib.load(out / f"a_{kind}.nii.gz").get_fdata()
+            assert values.shape == (150, 140, 5) and values.min() >= 0 and values.max() <= 1.0001
+    assert len(np.unique(results[0][0])) > 1
+    for first, other in zip(results[0], results[1], strict=True):
+        assert (first == other).all()
+    for first, other in zip(results[0], results[2], strict=True):
+        assert (first != other).mean() < 1e-4
+
+
+def test_tta_is_the_mean_over_flips_and_rotations(build_tiny):
+    nets = [build_tiny(4).eval() for _ in range(2)]
+    image = torch.rand(3, 1, 20, 20)
+    expected = 0
+    for turns in range(4):
+        for axes in ([], [-1]):
+            view = torch.rot90(image, turns, (-2, -1)).flip(axes)
+            mean = sum(net(view).softmax(1) for net in nets) / 2
+            expected = expected + torch.rot90(mean.flip(axes), -turns, (-2, -1)) / 8
+    probability, _ = predict(nets, image, precision="fp32", tta=True)
+    assert torch.allclose(probability, expected, atol=1e-6)
+    turned, _ = predict(nets, torch.rot90(image, 1, (-2, -1)), precision="fp32", tta=True)
+    assert torch.allclose(torch.rot90(turned, -1, (-2, -1)), probability, atol=1e-6)
+
+
+def test_confidence_is_the_variance_between_the_views(build_tiny):
+    """Slices of one amplitude leave nothing to be unsure of; other slices do. Agreement is 1 for equal networks."""
+    net = build_tiny(4).eval()
+    same = np.repeat(np.random.default_rng(0).random((1, 120, 120)), 4, 0)
+    plane = PlaneMap((120, 120), (1.5, 1.5), 300, 1.1)
+    _, confidence, agreement = segmenter(net).frame(same, plane)
+    inside = plane.inside()
+    assert np.allclose(confidence[:, inside], 1, atol=1e-4) and np.allclose(agreement[:, inside], 1, atol=1e-5)
+    other = same * np.linspace(1, 3, 120)[None, :, None] ** np.arange(4)[:, None, None]
+    _, confidence, _ = segmenter(net).frame(other, plane)
+    assert confidence[:, inside].min() < 0.9999
+
+
+def test_largest_component_is_kept_per_structure():
+    labels = np.zeros((8, 8, 3), np.uint8)
+    labels[0:3, 0:3] = 1
+    labels[6, 6, 0] = 1
+    labels[4:6, 4:6, 1] = 2
+    labels[7, 0, 2] = 2
+    kept = largest_components(labels)
+    assert (kept[0:3, 0:3] == 1).all() and (kept == 1).sum() == 27
+    assert (kept == 2).sum() == 4 and kept[7, 0, 2] == 0
+    assert (largest_components(np.zeros((3, 3, 3), np.uint8)) == 0).all()
+
+
+def test_scgm_uses_the_same_way(tmp_path):
+    class Grey(nn.Module):
+        def forward(self, image):
+            return torch.cat([0.5 - image, image - 0.5], 1) * 80
+
+    x = (np.arange(200) - 99.5) * 0.25
+    disc = (np.hypot(x[:, None] - 5, x[None] + 4) < 6)[..., None].repeat(3, 2)
+    write(tmp_path / "cord.nii", disc, np.diag([0.25, 0.25, 5, 1]))
+    segment_files(segmenter(Grey(), scgm_dataloader.FACTS), [tmp_path], tmp_path / "out", confidence=False)
+    ours = np.asarray(nib.load(tmp_path / "out/cord_seg.nii.gz").dataobj) == 1
+    assert 2 * (ours & disc).sum() / (ours.sum() + disc.sum()) > 0.97
+
+
+def test_a_bad_scan_does_not_stop_the_others(tmp_path):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    write(folder / "good.nii.gz", phantom((100, 100, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
+    (folder / "bad.nii.gz").write_bytes((folder / "good.nii.gz").read_bytes()[:300])
+    with pytest.raises(UserError, match=r"1 of 2 scans failed:\n  .*bad.nii.gz: cannot be read whole"):
+        segment_files(segmenter(), [folder], tmp_path / "out", confidence=False)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good_seg.nii.gz"]
+    with pytest.raises(UserError, match="no such file or folder"):
+        segment_files(segmenter(), [tmp_path / "none.nii.gz"], tmp_path / "out", confidence=False)
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other/good.nii", phantom((50, 50, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
+    with pytest.raises(UserError, match=r"several inputs would be written as good_seg\.nii\.gz"):
+        segment_files(segmenter(), [folder / "good.nii.gz", tmp_path / "other"], tmp_path / "out", confidence=False)

@@ -1,0 +1,198 @@
+"""The table over the domains against numbers worked out by hand, and each format against what reads it."""
+
+import csv
+import io
+import re
+from statistics import fmean
+
+import pytest
+
+from utils.errors import UserError
+from utils.tables import PUBLISHED, combine, to_csv, to_latex, to_markdown
+
+RULE = "highest ensemble Dice on 100 % of source_images"
+
+
+def summary(domain="A", mean=80.0, std=5.0, *, seed=0, structures=("LV", "MYO", "RV"), **changes):
+    """A run's summary.json, as far as the table reads it; every structure has Dice `mean`."""
+    figures = {"dice": mean, "dice_std": std, "hd95": 9.0, "hd95_std": 3.0, "assd": 2.0, "assd_std": None}
+    return {
+        "dataset": "mms",
+        "test_domain": domain,
+        "checkpoint": "best, step 100",
+        "selection": RULE,
+        "patients": 50,
+        "paper_protocol": {"mean": mean, "std": std, "ci95": None},
+        "volumetric": {name: {**figures, "scans": 40, "missed": 1, "both_empty": 0} for name in structures},
+        "phantom": False,
+        "ratio": 0.02,
+        "seed": seed,
+        "image_size": 288,
+        "tta": False,
+    } | changes
+
+
+def all_domains(**changes):
+    return [summary(domain, mean, **changes) for domain, mean in zip("ABCD", (70.0, 74.0, 82.0, 86.0), strict=True)]
+
+
+def cells(grid, label):
+    return dict(zip(grid.columns, *[row for _, name, row in grid.rows if name == label], strict=True))
+
+
+def ours(summaries):
+    return cells(combine(summaries)[0], "this implementation")
+
+
+def test_average_has_the_population_deviation_of_the_domain_means():
+    paper, volumetric = combine(all_domains())
+    found = cells(paper, "this implementation")
+    assert {domain: found[domain][:2] for domain in "ABCD"} == {"A": (70, 5), "B": (74, 5), "C": (82, 5), "D": (86, 5)}
+    # deviations -8, -4, 4, 8: sqrt(160 / 4), not sqrt(160 / 3)
+    assert found["average"] == (78, pytest.approx(6.3246, abs=1e-4), "", "")
+    assert str(found["average"]) == "78.00 ± 6.32" and str(found["A"]) == "70.00 ± 5.00"
+    assert cells(volumetric, "MYO Dice (%)")["average"][:2] == found["average"][:2]
+    assert cells(volumetric, "RV HD95 (mm)")["average"][:2] == (9, 0)
+    assert str(cells(volumetric, "LV ASSD (mm)")["B"]) == "2.00"
+    assert cells(volumetric, "LV missed (% of scans)")["C"][:2] == (2.5, None)
+
+
+def test_seeds_are_averaged_with_their_sample_deviation():
+    runs = [summary("B", mean, seed=seed) for seed, mean in ((2, 90.0), (0, 80.0), (1, 82.0))]
+    table = combine([*runs, summary("A", 70.0)])
+    found = cells(table[0], "this implementation")
+    # 84; deviations 6, -4, -2: sqrt(56 / 2)
+    assert found["B"][:3] == (84, pytest.approx(5.2915, abs=1e-4), "3 seeds")
+    assert found["A"][:3] == (70, 5, "")
+    assert found["average"][:2] == (77, 7)  # of the domains, however many seeds one has
+    assert "A 50 patients, seed 0; B 50 patients, seed 0, 1, 2" in table[0].notes[0]
+
+
+def test_missing_domains_are_shown():
+    found = ours([summary("A", 70.0), summary("D", 80.0)])
+    assert str(found["B"]) == "–"
+    assert str(found["average"]) == "75.00 ± 5.00 (2 domains)"
+    alone = ours([summary("C", 70.0)])["average"]
+    assert str(alone) == "70.00 (1 domain)"  # one domain has no spread
+
+
+def test_no_mean_and_no_deviation():
+    empty = summary("A", None, None)
+    paper, volumetric = combine([empty, summary("B", 70.0, None), summary("B", None, None, seed=1)])
+    found = cells(paper, "this implementation")
+    assert (str(found["A"]), str(found["B"]), str(found["average"])) == ("–", "70.00 (1 seeds)", "70.00 (1 domain)")
+    assert str(cells(volumetric, "LV Dice (%)")["A"]) == "–"
+    nothing = combine([empty])
+    assert "| this implementation | – | – | – | – | – |" in to_markdown(nothing)
+    assert "None" not in to_markdown(nothing) + to_csv(nothing) + to_latex(nothing)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"phantom": True}, "phantom data"),
+        ({"ratio": 0.1}, "10 % labelled"),
+        ({"image_size": 64}, "64 px"),
+        ({"tta": True}, "test-time augmentation"),
+        ({"phantom": True, "image_size": 144}, "phantom data, 144 px"),
+    ],
+)
+def test_what_is_not_comparable_is_marked(changes, reason):
+    paper, volumetric = table = combine(all_domains(**changes))
+    found = cells(paper, "this implementation")
+    assert all(cell.differences == reason and "†" in str(cell) for cell in found.values())
+    assert all("†" in str(cell) for cell in cells(volumetric, "LV Dice (%)").values())
+    assert "not comparable with what is marked †" in paper.caption
+    assert f"A 50 patients, seed 0 († {reason})" in paper.notes[0]
+    assert cells(paper, "this method, as published")["average"].mean in (84.52, 85.72)  # still beside ours
+    for text in (to_markdown(table), to_latex(table).replace("\\", "")):
+        assert reason in text and "Not comparable" in text
+    assert to_csv(table).count(reason) == 5 * 13
+
+
+def test_a_mark_stays_in_its_domain_but_reaches_the_average():
+    found = ours([summary("A"), summary("B", image_size=64), summary("B", seed=1)])
+    assert [domain for domain, cell in found.items() if cell.differences] == ["B", "average"]
+
+
+def test_comparable_runs_carry_no_mark():
+    assert "†" not in to_markdown(combine(all_domains(checkpoint="last, step 9")))
+
+
+def test_published_rows_are_those_of_the_ratio():
+    at_5 = combine(all_domains(ratio=0.05))[0]
+    assert str(cells(at_5, "this method, as published")["A"]) == "83.30 ± 5.83"
+    assert cells(at_5, "S&D Messenger ‡")["average"].mean == 88.47
+    assert "VDPL ‡" not in [label for _, label, _ in at_5.rows]
+    scgm = combine([summary("3", dataset="scgm", ratio=0.2, structures=["GM"])])
+    assert scgm[0].columns == ["1", "2", "3", "4", "average"]
+    assert str(cells(scgm[0], "this method, as published")["3"]) == "78.75 ± 9.44"
+    assert "VDPL: U-Net" in scgm[0].notes[-1] and "Messenger" not in scgm[0].notes[-1]
+    assert [label for _, label, _ in scgm[1].rows[:2]] == ["GM Dice (%)", "GM HD95 (mm)"]
+    assert "each site held out in turn, 20 % of the patients labelled" in scgm[0].caption
+
+
+def test_published_averages_are_the_means_of_their_domains():
+    off = {
+        (dataset, ratio, row.method): round(row.average - fmean(row.dice), 2)
+        for (dataset, ratio), rows in PUBLISHED.items()
+        for row in rows
+        if abs(row.average - fmean(row.dice)) > 0.0051  # rounding
+    }
+    # In METHOD.md, too; a slip of the copying would show as one more.
+    assert off == {("mms", 0.02, "LDDG"): 0.06, ("mms", 0.05, "LDDG"): 0.1}
+
+
+def test_caption_says_how_the_checkpoint_was_selected():
+    for grid in combine(all_domains()):
+        assert "2 % of the patients labelled. Mean ± standard deviation over patients" in grid.caption
+        assert f"Checkpoint: best, {RULE}." in grid.caption
+    assert "Checkpoint: last." in combine([summary(checkpoint="last, step 9")])[0].caption
+
+
+def test_runs_that_do_not_belong_together_are_refused():
+    with pytest.raises(UserError, match="mms A 2 % seed 0, scgm 1 20 % seed 0"):
+        combine([summary("A"), summary("1", dataset="scgm", ratio=0.2)])
+    with pytest.raises(UserError, match="mms A 2 % seed 0, mms B 5 % seed 0"):
+        combine([summary("A"), summary("B", ratio=0.05)])
+    with pytest.raises(UserError, match="once, not mms A 2 % seed 0, mms A 2 % seed 0"):
+        combine([summary("A"), summary("A", 90.0)])
+
+
+def test_markdown_tables_are_regular():
+    blocks = re.findall(r"(?:^\|.*\n)+", to_markdown(combine(all_domains(phantom=True))), re.MULTILINE)
+    assert len(blocks) == 2
+    for block in blocks:
+        assert {line.count("|") for line in block.splitlines()} == {7}
+
+
+def test_csv_holds_the_same_numbers():
+    table = combine([*all_domains(), summary("D", 81.3333333333, seed=1)])
+    lines = list(csv.DictReader(io.StringIO(to_csv(table))))
+    assert len(lines) == sum(5 * len(grid.rows) for grid in table)
+    read = {
+        (line["table"], line["row"], line["domain"]): tuple(
+            float(line[key]) if line[key] else None for key in ("mean", "sd")
+        )
+        for line in lines
+    }
+    for grid in table:
+        for _, label, _ in grid.rows:
+            for domain, cell in cells(grid, label).items():
+                assert read[grid.name, label, domain] == (cell.mean, cell.std)
+    assert [line["remark"] for line in lines[:5]] == ["", "", "", "2 seeds", ""]
+
+
+def test_latex_is_well_formed():
+    text = to_latex(combine(all_domains(phantom=True, ratio=0.05)))
+    assert all(letter.isascii() for letter in text)
+    plain = re.sub(r"\\[%&_#$]", "", text)  # what remains of these has a meaning to LaTeX
+    assert "%" not in plain and "#" not in plain and "_" not in plain and plain.count("$") % 2 == 0
+    assert text.count("{") == text.count("}") and re.search(r"S\\&D Messenger", text)
+    tabulars = re.findall(r"\\begin\{tabular\}\{lc{5}\}\n(.*?)\\end\{tabular\}", plain, re.DOTALL)
+    assert len(tabulars) == text.count(r"\begin{table}") == text.count(r"\end{table}") == 2
+    for tabular in tabulars:
+        lines = tabular.splitlines()
+        assert (lines[0], lines[-1]) == (r"\toprule", r"\bottomrule")
+        rows = [line for line in lines if "rule" not in line]
+        assert {row.count("&") for row in rows} == {5} and all(row.endswith(r" \\") for row in rows)

@@ -1,0 +1,260 @@
+"""Results of a run on its held-out domain: figures, tables, pictures and predictions."""
+
+import csv
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from utils.augment import GRID, canvas_to_grid
+from utils.checkpoint import provenance, write_json
+from utils.data import DatasetFacts, PreparedData, SliceDataset, batch_loader, scan_batches
+from utils.errors import UserError
+from utils.evaluate import ScanPrediction, TrainedRun, predict_scans, to_native, volumetric_rows
+from utils.logger import read_log
+from utils.metrics import agreement_limits, bootstrap_interval
+from utils.report import write_report
+from utils.visualize import plot_bland_altman, plot_case, plot_dice_per_case
+from utils.volume import read_volume, write_volume
+
+FIGURES = ("dice", "hd95", "assd")
+CASE_COLUMNS = ("patient", "phase", "structure", *FIGURES, "missed", "predicted_ml", "truth_ml", "paper_dice")
+
+
+def evaluate_run(
+    run: TrainedRun,
+    facts: DatasetFacts,
+    *,
+    data_root: Path | None,
+    out: Path,
+    save_predictions: bool,
+    precision: str,
+    tta: bool,
+    keep_largest: bool,
+) -> dict[str, Any]:
+    """Evaluate a run on its held-out domain; write the tables, pictures, predictions and the report to `out`.
+
+    Returns:
+        The summary: paper protocol and volumetric figures with bootstrap intervals (METHOD, section 7).
+    """
+    config = run.metadata["config"]
+    data = PreparedData.open(data_root or config["data_root"], facts)
+    domain, size = config["test_domain"], config["image_size"]
+    patients = data.patients_with_masks(domain)
+    if not patients:
+        raise UserError(f"{data.root} has no {facts.domain_word} {domain} with masks to evaluate on: check --data-root")
+    settings = {"size": size, "reference": run.reference, "device": run.device, "precision": precision, "tta": tta}
+
+    slice_dice: dict[str, list[np.ndarray]] = defaultdict(list)
+    rows: list[dict[str, Any]] = []
+    outside = np.zeros(2, int)
+    loader = _scans(data, patients)
+    predictions = predict_scans(run.nets, loader, data, **settings)
+    for scan in tqdm(predictions, total=len(loader), unit="scan", desc=f"evaluate {domain}"):
+        native = to_native(scan, data, keep_largest=keep_largest)
+        slice_dice[scan.patient].append(scan.slice_dice)
+        rows += volumetric_rows(scan, native, facts.class_names)
+        outside += native.outside
+        if save_predictions:
+            like = read_volume(data.truth_path(scan.patient, scan.phase), 3)
+            write_volume(out / "predictions" / f"{scan.patient}_{scan.phase}.nii.gz", native.labels, like)
+    paper = {patient: 100 * float(np.concatenate(dice).mean()) for patient, dice in slice_dice.items()}
+    rows = [{**row, "paper_dice": paper[row["patient"]]} for row in rows]
+    clinical = _clinical(rows, facts)
+    summary = {
+        "dataset": facts.key,
+        "test_domain": domain,
+        "checkpoint": f"{run.checkpoint}, step {run.metadata['step']}",
+        "selection": run.metadata["selection"],
+        "patients": len(paper),
+        "paper_protocol": _mean_std_interval(list(paper.values())),
+        "volumetric": {name: _volumetric(rows, name) for name in facts.class_names[1:]},
+        "outside_field_percent": 100 * float(outside[0]) / max(int(outside[1]), 1),
+        "phantom": data.info["phantom"],
+        "ratio": config["ratio"],
+        "seed": config["seed"],
+        "image_size": size,
+        "precision": precision,
+        "tta": tta,
+        "keep_largest": keep_largest,
+        "content_hash": data.info["content_hash"],
+        "trained_by": {name: run.metadata[name] for name in ("git_commit", "versions", "content_hash")},
+        "evaluated_by": provenance(),
+    }
+    if clinical:
+        summary["clinical"] = {
+            name: agreement_limits(*pair) | {"unit": unit} for name, (unit, *pair) in clinical.items()
+        }
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "summary.json", summary)
+    text = format_summary(summary, facts)
+    (out / "summary.md").write_text(text)
+    with open(out / "per_case.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, CASE_COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    title = f"{facts.name}, held-out {facts.domain_word} {domain}"
+    pictures = _draw(out, run, data, facts, rows, paper, clinical, settings, title)
+    write_report(out, title=title, summary=summary, config=config, cases=rows, pictures=pictures)
+    print(text)
+    print(f"results in {out}")
+    return summary
+
+
+def _scans(data: PreparedData, patients: Sequence[str]) -> Any:
+    dataset = SliceDataset(data, data.rows(list(patients), with_mask=True), with_mask=True)
+    return batch_loader(dataset, scan_batches(data, dataset.rows), 0)
+
+
+def _mean_std_interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean over patients, sample standard deviation and 95 % bootstrap interval; NaN becomes None."""
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    interval = bootstrap_interval(values) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)) if len(values) else None, "std": std, "ci95": interval}
+
+
+def _volumetric(rows: Sequence[dict[str, Any]], structure: str) -> dict[str, Any]:
+    """Means over patients of one structure's figures, each patient's phases averaged first."""
+    of_patient: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["structure"] == structure and "dice" in row:
+            of_patient[row["patient"]].append(row)
+    result: dict[str, Any] = {}
+    for figure in FIGURES:
+        spread = _mean_std_interval([np.mean([row[figure] for row in found]) for found in of_patient.values()])
+        result |= {figure: spread["mean"], f"{figure}_std": spread["std"], f"{figure}_ci95": spread["ci95"]}
+    scans = [row for row in rows if row["structure"] == structure]
+    result["scans"] = len(scans)
+    result["missed"] = sum(row.get("missed", 0) for row in scans)
+    result["both_empty"] = sum("dice" not in row for row in scans)
+    return result
+
+
+def format_summary(summary: dict[str, Any], facts: DatasetFacts) -> str:
+    """The summary as Markdown."""
+    paper = summary["paper_protocol"]
+    lines = [
+        f"# {facts.name}: held-out {facts.domain_word} {summary['test_domain']}",
+        "",
+        f"{summary['patients']} patients, {100 * summary['ratio']:g} % labelled, seed {summary['seed']}, "
+        f"{summary['image_size']} px. Checkpoint: {summary['checkpoint']}; selection: {summary['selection']}.",
+    ]
+    if summary["phantom"]:
+        lines += ["", "**Phantom data: these figures say nothing about real scans.**"]
+    lines += [
+        "",
+        f"Paper protocol: Dice {_figure(paper)} % (mean ± SD over patients, 95 % interval; softmax > 0.5, slices of "
+        f"all structures pooled, {GRID} px grid).",
+        "",
+        "Volumetric, in the scans' own grid (mean [95 % interval] over patients; a miss counts as Dice 0 and the "
+        "image diagonal):",
+        "",
+        "| structure | Dice % | HD95 mm | ASSD mm | missed | both empty | scans |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, figures in summary["volumetric"].items():
+        cells = [_interval(figures[key], figures[f"{key}_ci95"]) for key in FIGURES]
+        cells += [str(figures[key]) for key in ("missed", "both_empty", "scans")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if "clinical" in summary:
+        lines += [
+            "",
+            "Clinical figures, prediction against truth:",
+            "",
+            "| | bias | 95 % limits | mean error | truth | n |",
+        ]
+        lines.append("|---|---|---|---|---|---|")
+        for name, figures in summary["clinical"].items():
+            limits = figures["limits"]
+            cells = [f"{name} ({figures['unit']})", _interval(figures["bias"], None)]
+            cells.append(f"{limits[0]:.1f} to {limits[1]:.1f}" if limits else "-")
+            cells += [_interval(figures[key], None) for key in ("mae", "truth_mean")] + [str(figures["n"])]
+            lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"{summary['outside_field_percent']:.2f} % of the labelled voxels lie outside the field of view."]
+    return "\n".join(lines) + "\n"
+
+
+def _figure(spread: dict[str, Any]) -> str:
+    if spread["std"] is None:
+        return f"{spread['mean']:.2f}"
+    low, high = spread["ci95"]
+    return f"{spread['mean']:.2f} ± {spread['std']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _interval(mean: float | None, interval: Sequence[float] | None) -> str:
+    if mean is None:
+        return "-"
+    return f"{mean:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+
+
+def _clinical(rows: Sequence[dict[str, Any]], facts: DatasetFacts) -> dict[str, tuple[str, list[float], list[float]]]:
+    """Unit, truths and predictions of every clinical figure, by its name; empty for a data set without any."""
+    if facts.clinical is None:
+        return {}
+    volumes: dict[str, dict[tuple[str, str], tuple[float, float]]] = defaultdict(dict)
+    for row in rows:
+        volumes[row["patient"]][row["phase"], row["structure"]] = (row["truth_ml"], row["predicted_ml"])
+    pairs = [
+        [facts.clinical({key: pair[i] for key, pair in of_patient.items()}) for i in (0, 1)]
+        for of_patient in volumes.values()
+    ]
+    return {
+        name: (unit, [truth[name][0] for truth, _ in pairs], [predicted[name][0] for _, predicted in pairs])
+        for name, (_, unit) in pairs[0][0].items()
+    }
+
+
+def _draw(
+    out: Path,
+    run: TrainedRun,
+    data: PreparedData,
+    facts: DatasetFacts,
+    rows: Sequence[dict[str, Any]],
+    paper: dict[str, float],
+    clinical: dict[str, tuple[str, list[float], list[float]]],
+    settings: dict[str, Any],
+    title: str,
+) -> list[tuple[str, Path]]:
+    """Draw all pictures of an evaluation; returns them with captions, for the report."""
+    structures = facts.class_names[1:]
+    plot_dice_per_case(out / "dice_per_case.png", [row for row in rows if "dice" in row], structures, title=title)
+    pictures = [("Dice per structure and case", out / "dice_per_case.png")]
+    if clinical:
+        pairs = {name: (np.array(truth), np.array(predicted)) for name, (_, truth, predicted) in clinical.items()}
+        plot_bland_altman(out / "bland_altman.png", pairs, {name: unit for name, (unit, *_) in clinical.items()})
+        pictures.append(("Clinical figures: prediction against truth (Bland-Altman)", out / "bland_altman.png"))
+    ranked = sorted(paper, key=paper.__getitem__)
+    chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
+    for old in (out / "overlays").glob("*.png"):
+        old.unlink()
+    overlays = []
+    for scan in predict_scans(run.nets, _scans(data, sorted(set(chosen.values()))), data, **settings):
+        for rank in (rank for rank, patient in chosen.items() if patient == scan.patient):
+            path = out / "overlays" / f"{rank}_{scan.patient}_{scan.phase}.png"
+            _draw_case(path, scan, data, facts, rank, paper[scan.patient])
+            overlays.append((f"{rank} patient by the paper's Dice: {scan.patient} {scan.phase}", path))
+    pictures += sorted(overlays, key=lambda overlay: list(chosen).index(overlay[0].split()[0]))
+    if (run.folder / "curves.png").is_file():
+        pictures.append((f"Training, {len(read_log(run.folder / 'log.jsonl'))} epochs", run.folder / "curves.png"))
+    return pictures
+
+
+def _draw_case(
+    path: Path, scan: ScanPrediction, data: PreparedData, facts: DatasetFacts, rank: str, dice: float
+) -> None:
+    masks = torch.from_numpy(data.masks[data.index["mask"][scan.rows]])[:, None]
+    depth, size = len(scan.rows), scan.image.shape[-1]
+    plot_case(
+        path,
+        image=scan.image.cpu().numpy(),
+        truth=canvas_to_grid(masks, size)[:, 0].numpy(),
+        prediction=scan.probability.argmax(1).cpu().numpy(),
+        agreement=scan.agreement.float().cpu().numpy(),
+        slices=np.unique(np.linspace(0, depth - 1, min(depth, 6)).round().astype(int)).tolist(),
+        class_names=facts.class_names[1:],
+        title=f"{rank} patient: {scan.patient} {scan.phase}, paper Dice {dice:.1f} %",
+    )

@@ -1,0 +1,128 @@
+"""Segmenting new scans: NIfTI in, label maps in the scans' own grid out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from utils.augment import CANVAS, GRID, amplitude_swap
+from utils.data import DatasetFacts
+from utils.errors import UserError
+from utils.evaluate import predict, prepare_view
+from utils.losses import kl_variance
+from utils.metrics import largest_components
+from utils.prepare import quantile_curves
+from utils.volume import PlaneMap, Volume, frame_count, frame_slices, read_volume, write_volume
+
+NOTE = "SemiDG-Seg: for research use, not for clinical decisions"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segmenter:
+    """Segments volumes with both networks of a run."""
+
+    nets: Sequence[nn.Module]
+    facts: DatasetFacts
+    size: int  # px of the network's input
+    reference: torch.Tensor | None  # (256,) curve that histograms are matched to
+    device: torch.device
+    precision: str
+    batch_size: int  # slices at a time
+    tta: bool
+    keep_largest: bool
+    fourier_window: float  # of the confidence map, as in training
+    center: tuple[float, float] | None  # voxel of the organ's centre in the first two axes; None: the image's centre
+
+    def frame(self, slices: np.ndarray, plane: PlaneMap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Segment one frame.
+
+        Args:
+            slices: (Z, X, Y) as stored in the file.
+            plane: the way from their grid to the canvas.
+
+        Returns:
+            labels (Z, X, Y) uint8, confidence exp(-V) and the networks' agreement, both (Z, X, Y) float32; 0 outside
+            the field of view.
+        """
+        canvas = plane.to_canvas(self.facts.normalize(slices.astype(np.float32))).astype(np.float16)
+        curves = torch.from_numpy(np.ascontiguousarray(quantile_curves(canvas))).to(self.device)
+        view = prepare_view(
+            torch.from_numpy(canvas)[:, None].to(self.device), curves, size=self.size, reference=self.reference
+        )
+        # A new scan comes without partners from other scanners: half the scan away lies another amplitude.
+        fourier = amplitude_swap(view, view.roll(len(view) // 2, 0), self.fourier_window * GRID / self.size, 1.0)
+        maps = [
+            self._batch(*pair) for pair in zip(view.split(self.batch_size), fourier.split(self.batch_size), strict=True)
+        ]
+        grid = PlaneMap(plane.shape, plane.zooms, self.size, self.facts.spacing * GRID / self.size, plane.center)
+        probability, confidence, agreement = (
+            grid.to_native(torch.cat(parts).cpu().numpy()) for parts in zip(*maps, strict=True)
+        )
+        labels = probability.argmax(1).astype(np.uint8)
+        return (largest_components(labels) if self.keep_largest else labels), confidence, agreement
+
+    def _batch(self, view: torch.Tensor, fourier: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        probability, agreement = predict(self.nets, view, precision=self.precision, tta=self.tta)
+        augmented, _ = predict(self.nets, fourier, precision=self.precision)
+        plain, _ = predict(self.nets, view, precision=self.precision) if self.tta else (probability, agreement)
+        # The variance of the ensemble: softmax of a logarithm is the probability itself.
+        variance = kl_variance(plain.clamp_min(1e-12).log(), augmented.clamp_min(1e-12).log())
+        return probability, torch.exp(-variance), agreement
+
+    def volume(self, volume: Volume) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Segment all frames of a 3D or 4D volume; each result has the volume's shape."""
+        plane = PlaneMap(volume.array.shape[:2], volume.zooms[:2], CANVAS, self.facts.spacing, self.center)
+        if self.center and not all(0 <= c < n for c, n in zip(self.center, plane.shape, strict=True)):
+            raise UserError(f"--center {self.center} lies outside the image of {plane.shape} voxels")
+        results = [np.empty(volume.array.shape, kind) for kind in (np.uint8, np.float32, np.float32)]
+        for number in range(frame_count(volume)):
+            for result, part in zip(results, self.frame(frame_slices(volume, number), plane), strict=True):
+                result[..., number if result.ndim == 4 else slice(None)] = np.moveaxis(part, 0, 2)
+        return tuple(results)
+
+
+def segment_files(segmenter: Segmenter, inputs: Sequence[Path], output: Path, *, confidence: bool) -> None:
+    """Segment files, and all NIfTI files of folders, into OUTPUT/STEM_seg.nii.gz.
+
+    With `confidence` also STEM_confidence.nii.gz (exp(-V), V the KL variance between plain and Fourier view) and
+    STEM_agreement.nii.gz (exp(-KL) between the two networks). A file that cannot be read does not stop the others.
+
+    Raises:
+        UserError: no input, two inputs of one name, or, after all the others, the files that failed.
+    """
+    stems = _output_stems(inputs)
+    problems, slices, began = [], 0, monotonic()
+    for path, stem in tqdm(stems.items(), unit="scan", desc="segment"):
+        try:
+            volume = read_volume(path)
+            if volume.warning:
+                tqdm.write(f"warning: {path}: {volume.warning}")
+            maps = segmenter.volume(volume)
+            slices += volume.array[0, 0].size
+            for name, array in zip(("seg", "confidence", "agreement") if confidence else ("seg",), maps, strict=False):
+                write_volume(output / f"{stem}_{name}.nii.gz", array, like=volume, description=NOTE)
+        except UserError as error:
+            problems.append(str(error))
+    print(f"{len(stems) - len(problems)} scans in {output}: {slices / (monotonic() - began):.1f} slices/s. {NOTE}.")
+    if problems:
+        raise UserError(f"{len(problems)} of {len(stems)} scans failed:\n  " + "\n  ".join(problems))
+
+
+def _output_stems(inputs: Sequence[Path]) -> dict[Path, str]:
+    files = []
+    for path in inputs:
+        if not path.exists():
+            raise UserError(f"--input {path}: no such file or folder")
+        files += sorted(p for p in path.iterdir() if p.name.endswith((".nii", ".nii.gz"))) if path.is_dir() else [path]
+    stems = {path: path.name.removesuffix(".gz").removesuffix(".nii") for path in files}
+    if not stems:
+        raise UserError(f"no .nii or .nii.gz file in {', '.join(map(str, inputs))}")
+    doubles = sorted({stem for stem in stems.values() if list(stems.values()).count(stem) > 1})
+    if doubles:
+        raise UserError(f"several inputs would be written as {doubles[0]}_seg.nii.gz: segment them into other folders")
+    return stems
