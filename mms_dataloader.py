@@ -153,6 +153,7 @@ FACTS = DatasetFacts(
     labeled_count=labeled_count,
     clinical=cardiac_figures,
     write_phantom=write_mms,
+    demo_phantom={"patients": 6, "frames": 3},
     how_to_get=(
         "M&Ms is free for research after registration at https://www.ub.edu/mnms (OpenDataset and its info table).\n"
         "Then prepare it once: python mms_dataloader.py prepare RAW --out data/mms   (RAW holds OpenDataset)"

@@ -84,6 +84,7 @@ FACTS = DatasetFacts(
     labeled_count=labeled_count,
     clinical=None,
     write_phantom=write_scgm,
+    demo_phantom={"patients": 4},
     how_to_get=(
         "SCGM is free for research after registration at http://niftyweb.cs.ucl.ac.uk/challenge (train, test).\n"
         "Then prepare it once: python scgm_dataloader.py prepare RAW --out data/scgm   (RAW holds train and test)"

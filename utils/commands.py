@@ -68,7 +68,7 @@ def make_demo_data(cfg: Any, facts: DatasetFacts) -> None:
         return
     raw = root.with_name(root.name + "_raw")
     shutil.rmtree(raw, ignore_errors=True)  # left by a demo that was stopped while writing
-    facts.write_phantom(raw, seed=0)
+    facts.write_phantom(raw, **facts.demo_phantom)
     prepare_dataset(raw, root, facts, workers=os.cpu_count() or 1)
 
 

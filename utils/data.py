@@ -71,6 +71,7 @@ class DatasetFacts:
     labeled_count: Callable[[int, float], int]  # (patients with masks in a group, ratio) -> labelled ones
     clinical: Callable[[dict], dict] | None  # ml by (phase, structure) -> (value, unit) by name
     write_phantom: Callable[..., None]
+    demo_phantom: dict[str, int]  # its size in the demo
     how_to_get: str  # where the data are had and how they are prepared
 
 

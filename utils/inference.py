@@ -102,7 +102,7 @@ def write_table(summaries: list[dict[str, Any]], folder: Path) -> None:
     table = combine(summaries)
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, form in (("md", to_markdown), ("csv", to_csv), ("tex", to_latex)):
-        (folder / f"leave_one_domain_out.{suffix}").write_text(form(table))
+        (folder / f"leave_one_domain_out.{suffix}").write_text(form(table), encoding="utf-8")
     print(to_markdown(table))
     print(f"table in {folder / 'leave_one_domain_out.md'}, .csv and .tex")
 

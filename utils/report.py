@@ -17,8 +17,7 @@ body { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1.25rem 3rem; color: va
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; font-variant-numeric: tabular-nums }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .4rem }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; break-after: avoid }
-p, summary { margin: .4rem 0; max-width: 46rem }
-b { font-size: 1.9rem; font-weight: 600 }
+p, summary { margin: .4rem 0; max-width: 46rem } b { font-size: 1.9rem; font-weight: 600 }
 .soft, figcaption, pre { color: var(--soft); font-size: .875rem; white-space: pre-wrap }
 .warning { color: var(--warn); background: var(--band); border-left: .3rem solid; padding: .6rem; font-weight: 600 }
 div { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem }
@@ -39,7 +38,7 @@ def write_report(
     cases: Sequence[Mapping[str, Any]],
     pictures: Sequence[tuple[str, Path]],
 ) -> None:
-    """Write folder/report.html.
+    """Write report.html into a folder that is there.
 
     Args:
         title: heading, such as "M&Ms, held-out vendor D".
@@ -67,7 +66,6 @@ def write_report(
     for name, content in {"Configuration": config, "Provenance": provenance}.items():
         text = escape(json.dumps(content, indent=2, ensure_ascii=False))
         page.append(f"<details><summary>{name}</summary><pre>{text}</pre></details>")
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.html").write_text("\n".join(page), encoding="utf-8", errors="backslashreplace")
 
 
@@ -99,8 +97,7 @@ def _volumetric(structures: Mapping[str, Mapping[str, Any]], outside: float) -> 
     header = ["structure", *FIGURES.values(), "missed", "both empty", "scans"]
     note = (
         "Mean over patients [95 % bootstrap interval]. A miss counts as Dice 0 and as distances of the image diagonal; "
-        f"what is empty in truth and prediction is left out. {outside:.2f} % of the labelled voxels lie outside the "
-        "field of view."
+        f"empty in both is left out. {outside:.2f} % of the labelled voxels lie outside the field of view."
     )
     return _table("Volumetric, in the scans' own grid", header, lines, note)
 
@@ -127,7 +124,7 @@ def _cases(cases: Sequence[Mapping[str, Any]]) -> str:
         for (patient, phase, dice), of in scans.items()
     ]
     header = ["patient", "phase", "paper Dice %", *(f"{name} {FIGURES[key]}" for key, name in columns)]
-    return _table("Cases, worst first", header, lines, "– : absent from truth and prediction.")
+    return _table("Cases, worst first", header, lines, "–: absent from truth and prediction.")
 
 
 def _picture(caption: str, path: Path) -> str:

@@ -92,7 +92,7 @@ def evaluate_run(
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "summary.json", summary)
     text = format_summary(summary, facts)
-    (out / "summary.md").write_text(text)
+    (out / "summary.md").write_text(text, encoding="utf-8")
     with open(out / "per_case.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, CASE_COLUMNS)
         writer.writeheader()

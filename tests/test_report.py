@@ -1,0 +1,210 @@
+"""The report as a browser would read it: what it shows, what it would load, and that nothing in it can act."""
+
+import base64
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from matplotlib.image import imsave
+
+from utils.report import write_report
+
+HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'
+FIGURES = {"dice": 87.125, "hd95": 9.5, "assd": 1.25}
+SPREADS = {"dice_ci95": [85.0, 90.0], "hd95_ci95": None, "assd_ci95": None}
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text outside the style sheet; tables as lists of lines."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text, self.style, self.tables, self.open = [], "", "", [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.open = tag
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        self.open = None
+
+    def handle_data(self, data):
+        if self.open == "style":
+            self.style += data
+            return
+        self.text += data
+        if self.open in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+
+    def attributes(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    pictures = []
+    for i in range(2):
+        path = tmp_path / f"{i}.png"
+        imsave(path, np.random.default_rng(i).random((8, 9)))
+        pictures.append((f"Picture {i}", path))
+    cases = [
+        {"patient": patient, "phase": phase, "structure": name, "paper_dice": paper, **FIGURES}
+        for patient, paper in (("good", 90.0), ("bad", 40.0))
+        for phase in ("ED", "ES")
+        for name in ("LV", "RV")
+    ]
+    return {
+        "title": "M&Ms, held-out vendor D",
+        "summary": {
+            "patients": 2,
+            "ratio": 0.02,
+            "seed": 7,
+            "image_size": 288,
+            "checkpoint": "best, step 3",
+            "selection": "highest Dice",
+            "phantom": False,
+            "paper_protocol": {"mean": 65.0, "std": 35.3553, "ci95": [40.0, 90.0]},
+            "volumetric": {
+                name: {**FIGURES, **SPREADS, "missed": 1, "both_empty": 2, "scans": 4} for name in ("LV", "RV")
+            },
+            "outside_field_percent": 0.5,
+            "content_hash": "abc123",
+            "trained_by": {"git_commit": "c0ffee", "versions": {"torch": "2.10"}},
+            "evaluated_by": {"git_commit": "badcab1e"},
+        },
+        "config": {"data_root": "data/mms", "flip": True, "max_steps": None},
+        "cases": cases,
+        "pictures": pictures,
+    }
+
+
+@pytest.fixture
+def report(tmp_path, arguments):
+    """Write the report, with some arguments changed, and parse it."""
+
+    def write(**changes):
+        write_report(tmp_path, **(arguments | changes))
+        return Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+    return write
+
+
+def test_nothing_is_loaded_from_elsewhere(report, arguments):
+    page = report(config={"path": "http://example.org/x.png", "other": "file:///etc"})
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "object", "base")
+        for name in ("src", "href", "srcset", "action", "data", "style", "background"):
+            assert attributes.get(name, "data:").startswith("data:")
+        assert not any(name.startswith("on") for name in attributes)
+    assert "url(" not in page.style and "@import" not in page.style
+    [policy] = [a["content"] for a in page.attributes("meta") if "http-equiv" in a]
+    assert policy == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def test_pictures_are_embedded_as_they_are(report, arguments):
+    images = report().attributes("img")
+    assert [image["alt"] for image in images] == ["Picture 0", "Picture 1"]
+    for image, (_, path) in zip(images, arguments["pictures"], strict=True):
+        kind, data = image["src"].split(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(data, validate=True) == path.read_bytes()
+
+
+def test_missing_picture_is_named(report, arguments, tmp_path):
+    page = report(pictures=[("Curves", tmp_path / "curves.png"), *arguments["pictures"]])
+    assert "Curves: no picture, curves.png is not there." in page.text
+    assert len(page.attributes("img")) == 2
+
+
+def test_values_are_there(report):
+    page = report()
+    for text in (
+        "M&Ms, held-out vendor D",
+        "For research use, not for clinical decisions.",
+        "2 patients, 2 % labelled, seed 7, 288 px. Checkpoint: best, step 3; selection: highest Dice.",
+        "Dice 65.00 ± 35.36 % [40.00, 90.00]",
+        "0.50 % of the labelled voxels lie outside",
+        '"data_root": "data/mms"',
+        '"max_steps": null',
+        '"git_commit": "c0ffee"',
+        "abc123",
+        "badcab1e",
+    ):
+        assert text in page.text
+    volumetric, _ = page.tables
+    assert volumetric[1] == ["LV", "87.12 [85.00, 90.00]", "9.50", "1.25", "1", "2", "4"]
+
+
+def test_cases_run_from_the_worst_to_the_best(report):
+    _, cases = report().tables
+    assert cases[0][:4] == ["patient", "phase", "paper Dice %", "LV Dice %"] and cases[0][-1] == "RV ASSD mm"
+    assert [line[:3] for line in cases[1:]] == [
+        ["bad", "ED", "40.00"],
+        ["bad", "ES", "40.00"],
+        ["good", "ED", "90.00"],
+        ["good", "ES", "90.00"],
+    ]
+    assert cases[1][3:] == ["87.12", "87.12", "9.50", "9.50", "1.25", "1.25"]
+
+
+def test_what_there_is_not_is_a_dash(report, arguments):
+    summary = arguments["summary"] | {"paper_protocol": {"mean": 65.0, "std": None, "ci95": None}}
+    absent = dict.fromkeys((*FIGURES, *SPREADS))
+    summary["volumetric"] = {"GM": {**absent, "missed": 0, "both_empty": 1, "scans": 1}}
+    case = {"patient": "p", "phase": "", "structure": "GM", "paper_dice": 65.0}
+    page = report(summary=summary, cases=[case | {"dice": None, "hd95": float("nan")}])  # and no assd
+    assert "Dice 65.00 %" in page.text and "±" not in page.text.split("Mean")[0]
+    assert page.tables[0][1] == ["GM", "–", "–", "–", "0", "1", "1"]
+    assert page.tables[1][1] == ["p", "", "65.00", "–", "–", "–"]
+
+
+def test_phantom_and_options_are_announced(report, arguments):
+    assert "Phantom" not in report().text
+    page = report(summary=arguments["summary"] | {"phantom": True, "tta": True, "keep_largest": True})
+    assert "Phantom data: these figures say nothing about real scans." in page.text
+    assert "test-time augmentation, largest components only, 288 px" in page.text
+
+
+def test_clinical_figures(report, arguments):
+    means = {"truth_mean": 150.0, "predicted_mean": 147.0, "bias": -3.0, "mae": 6.0}
+    clinical = {
+        "LV EDV": {**means, "unit": "ml", "n": 50, "sd": 8.0, "limits": [-18.68, 12.68]},
+        "LV EF": {**dict.fromkeys(means), "unit": "%", "n": 0, "sd": None, "limits": None},
+    }
+    assert len(report().tables) == 2
+    lines = report(summary=arguments["summary"] | {"clinical": clinical}).tables[1]
+    assert lines[0] == ["quantity", "n", "truth", "predicted", "bias", "SD", "mean error", "limits of agreement"]
+    assert [entry.strip() for entry in lines[1]] == (
+        ["LV EDV (ml)", "50", "150.00", "147.00", "-3.00", "8.00", "6.00", "[-18.68, 12.68]"]
+    )
+    assert lines[2] == ["LV EF (%)", "0", *6 * ["–"]]
+
+
+def test_hostile_values_are_only_text(report, arguments, tmp_path):
+    summary = arguments["summary"] | {key: HOSTILE for key in ("checkpoint", "selection", "seed", "content_hash")}
+    summary["volumetric"] = {HOSTILE: arguments["summary"]["volumetric"]["LV"]}
+    summary["clinical"] = {
+        HOSTILE: {"unit": HOSTILE, "n": HOSTILE, "limits": None}
+        | dict.fromkeys(("truth_mean", "predicted_mean", "bias", "sd", "mae"), 1.0)
+    }
+    case = {"patient": HOSTILE, "phase": HOSTILE, "structure": HOSTILE, "paper_dice": 1.0}
+    page = report(
+        title=HOSTILE,
+        summary=summary,
+        config={HOSTILE: HOSTILE, "surrogate": "\udce9"},
+        cases=[case],
+        pictures=[(HOSTILE, arguments["pictures"][0][1]), (HOSTILE, tmp_path / HOSTILE.replace("/", "_"))],
+    )
+    assert not page.attributes("script") and len(page.attributes("img")) == 1
+    assert page.attributes("img")[0]["alt"] == HOSTILE
+    assert page.tables[-1][1][:2] == [HOSTILE, HOSTILE] and page.tables[1][1][:2] == [f"{HOSTILE} ({HOSTILE})", HOSTILE]
+    # title and heading, 3 facts, structure, quantity, unit, n, header of 3 columns, patient, phase, 2 captions; the
+    # setting's name and value, the hash: each as it was given
+    assert page.text.count(HOSTILE) == 2 + 3 + 4 + 3 + 2 + 2 + 3
