@@ -17,7 +17,7 @@ from utils.data import PreparedData, build_loaders
 from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluate import mean_dice, predict_scans, to_native, volumetric_rows
-from utils.inference import load_run
+from utils.inference import load_run, write_table
 from utils.results import evaluate_run
 
 MMS = mms_dataloader.FACTS
@@ -130,6 +130,37 @@ def test_evaluation_writes_everything_and_agrees_with_itself(trained, build_tiny
             assert float(row["dice"]) == pytest.approx(200 * (p & t).sum() / (p.sum() + t.sum()))
     assert {path.name.split("_")[0] for path in (folder / "overlays").glob("*.png")} == {"worst", "median", "best"}
     assert evaluate(trained, build_tiny)["paper_protocol"] == summary["paper_protocol"]  # deterministic
+
+
+def test_one_table_over_the_domains(mms_config, build_tiny, tmp_path):
+    summaries = []
+    for vendor in "AD":
+        cfg = replace(mms_config, test_domain=vendor, run_name=vendor, max_steps=1)
+        fit(cfg, build_loaders(cfg, MMS), build_tiny)
+        summaries.append(evaluate(Path(cfg.out_root) / vendor, build_tiny))
+    write_table(summaries, tmp_path / "tables")
+    text = (tmp_path / "tables/leave_one_domain_out.md").read_text()
+    means = [summary["paper_protocol"]["mean"] for summary in summaries]
+    assert f"{means[0]:.2f}" in text and f"{means[1]:.2f}" in text and f"{np.mean(means):.2f}" in text
+    assert "84.52" in text and "phantom" in text  # published beside, and why they do not compare
+    assert {path.suffix for path in (tmp_path / "tables").iterdir()} == {".md", ".csv", ".tex"}
+
+
+def test_clinical_figures_come_from_the_volumes(trained, build_tiny):
+    summary = evaluate(trained, build_tiny)
+    with open(trained / "results/D/per_case.csv", newline="") as file:
+        rows = {(r["patient"], r["phase"], r["structure"]): r for r in csv.DictReader(file)}
+    patients = sorted({patient for patient, *_ in rows})
+
+    def volume(patient, phase, structure, kind):
+        return float(rows[patient, phase, structure][f"{kind}_ml"])
+
+    truth = np.array([100 * (1 - volume(p, "ES", "LV", "truth") / volume(p, "ED", "LV", "truth")) for p in patients])
+    assert summary["clinical"]["LV EF"]["truth_mean"] == pytest.approx(truth.mean()) and 40 < truth.mean() < 70
+    mass = [1.05 * (volume(p, "ED", "MYO", "predicted") - volume(p, "ED", "MYO", "truth")) for p in patients]
+    assert summary["clinical"]["MYO mass"]["bias"] == pytest.approx(np.mean(mass))
+    assert summary["clinical"]["MYO mass"]["sd"] == pytest.approx(np.std(mass, ddof=1))
+    assert (trained / "results/D/bland_altman.png").is_file()
 
 
 def test_last_checkpoint_and_another_folder(trained, build_tiny, tmp_path):

@@ -28,14 +28,14 @@ class Brightness(nn.Module):
 def segmenter(net=None, facts=mms_dataloader.FACTS, **changes):
     defaults = {
         "nets": [net or Brightness()] * 2, "facts": facts, "size": 288, "reference": None, "device": CPU,
-        "precision": "fp32", "batch_size": 32, "tta": False, "keep_largest": False, "fourier_window": 0.01,
-        "center": None,
+        "precision": "fp32", "batch_size": 32, "tta": False, "keep_largest": False, "confidence": False,
+        "fourier_window": 0.01, "center": None,
     }  # fmt: skip
     return Segmenter(**(defaults | changes))
 
 
 def phantom(shape, zooms, center_mm=(0, 0), seed=0):
-    """Labels that brightness can show: rings 1, 2 around a core of 3, so that interpolation meets no label in between."""
+    """Labels that brightness can show: rings around a core of 3, so that no edge passes another label."""
     x, y = ((np.arange(n) - (n - 1) / 2) * z - c for n, z, c in zip(shape[:2], zooms, center_mm, strict=False))
     radius = np.hypot(x[:, None], y[None])
     plane = np.select([radius < 20, radius < 35, radius < 55], [3, 2, 1])
@@ -74,7 +74,7 @@ def test_label_maps_lie_where_the_organ_lies(tmp_path, shape, zooms):
     affine = oblique(zooms)
     write(tmp_path / "scan_sa.nii.gz", truth, affine)
     before = (tmp_path / "scan_sa.nii.gz").read_bytes()
-    segment_files(segmenter(), [tmp_path / "scan_sa.nii.gz"], tmp_path / "out", confidence=False)
+    segment_files(segmenter(), [tmp_path / "scan_sa.nii.gz"], tmp_path / "out")
     result, source = nib.load(tmp_path / "out/scan_sa_seg.nii.gz"), nib.load(tmp_path / "scan_sa.nii.gz")
     assert result.shape == shape and result.get_data_dtype() == np.uint8
     assert (result.affine == source.affine).all() and result.header.get_zooms() == source.header.get_zooms()
@@ -96,12 +96,12 @@ def test_center_moves_the_field_of_view(tmp_path):
     write(tmp_path / "scan.nii.gz", truth, np.diag([1.1, 1.1, 8, 1]))
     middle = (199.5 + 158 / 1.1, 199.5)
     for center, least in ((None, None), (middle, 0.97)):
-        segment_files(segmenter(center=center), [tmp_path / "scan.nii.gz"], tmp_path / "out", confidence=False)
+        segment_files(segmenter(center=center), [tmp_path / "scan.nii.gz"], tmp_path / "out")
         ours = np.asarray(nib.load(tmp_path / "out/scan_seg.nii.gz").dataobj) == 3
         dice = 2 * (ours & (truth == 3)).sum() / (ours.sum() + (truth == 3).sum())
         assert dice > least if least else dice < 0.8
     with pytest.raises(UserError, match=r"outside the image of \(400, 400\)"):
-        segment_files(segmenter(center=(500, 0)), [tmp_path / "scan.nii.gz"], tmp_path / "out", confidence=False)
+        segment_files(segmenter(center=(500, 0)), [tmp_path / "scan.nii.gz"], tmp_path / "out")
 
 
 def test_prediction_does_not_depend_on_order_or_batch_size(tmp_path, build_tiny):
@@ -118,7 +118,7 @@ def test_prediction_does_not_depend_on_order_or_batch_size(tmp_path, build_tiny)
     for number, (order, size) in enumerate([("ab", 32), ("ba", 32), ("ab", 2)]):
         out = tmp_path / str(number)
         files = [tmp_path / f"{name}.nii.gz" for name in order]
-        segment_files(segmenter(net, batch_size=size), files, out, confidence=True)
+        segment_files(segmenter(net, batch_size=size, confidence=True), files, out)
         results.append([np.asarray(nib.load(out / f"{name}_seg.nii.gz").dataobj) for name in "ab"])
         for kind in ("confidence", "agreement"):
             values = nib.load(out / f"a_{kind}.nii.gz").get_fdata()
@@ -150,12 +150,13 @@ def test_confidence_is_the_variance_between_the_views(build_tiny):
     net = build_tiny(4).eval()
     same = np.repeat(np.random.default_rng(0).random((1, 120, 120)), 4, 0)
     plane = PlaneMap((120, 120), (1.5, 1.5), 300, 1.1)
-    _, confidence, agreement = segmenter(net).frame(same, plane)
+    maps = segmenter(net, confidence=True).frame(same, plane)
     inside = plane.inside()
-    assert np.allclose(confidence[:, inside], 1, atol=1e-4) and np.allclose(agreement[:, inside], 1, atol=1e-5)
+    assert np.allclose(maps["confidence"][:, inside], 1, atol=1e-4)
+    assert np.allclose(maps["agreement"][:, inside], 1, atol=1e-5)
     other = same * np.linspace(1, 3, 120)[None, :, None] ** np.arange(4)[:, None, None]
-    _, confidence, _ = segmenter(net).frame(other, plane)
-    assert confidence[:, inside].min() < 0.9999
+    maps = segmenter(net, confidence=True).frame(other, plane)
+    assert maps["confidence"][:, inside].min() < 0.9999
 
 
 def test_largest_component_is_kept_per_structure():
@@ -178,7 +179,7 @@ def test_scgm_uses_the_same_way(tmp_path):
     x = (np.arange(200) - 99.5) * 0.25
     disc = (np.hypot(x[:, None] - 5, x[None] + 4) < 6)[..., None].repeat(3, 2)
     write(tmp_path / "cord.nii", disc, np.diag([0.25, 0.25, 5, 1]))
-    segment_files(segmenter(Grey(), scgm_dataloader.FACTS), [tmp_path], tmp_path / "out", confidence=False)
+    segment_files(segmenter(Grey(), scgm_dataloader.FACTS), [tmp_path], tmp_path / "out")
     ours = np.asarray(nib.load(tmp_path / "out/cord_seg.nii.gz").dataobj) == 1
     assert 2 * (ours & disc).sum() / (ours.sum() + disc.sum()) > 0.97
 
@@ -189,11 +190,11 @@ def test_a_bad_scan_does_not_stop_the_others(tmp_path):
     write(folder / "good.nii.gz", phantom((100, 100, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
     (folder / "bad.nii.gz").write_bytes((folder / "good.nii.gz").read_bytes()[:300])
     with pytest.raises(UserError, match=r"1 of 2 scans failed:\n  .*bad.nii.gz: cannot be read whole"):
-        segment_files(segmenter(), [folder], tmp_path / "out", confidence=False)
+        segment_files(segmenter(), [folder], tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good_seg.nii.gz"]
     with pytest.raises(UserError, match="no such file or folder"):
-        segment_files(segmenter(), [tmp_path / "none.nii.gz"], tmp_path / "out", confidence=False)
+        segment_files(segmenter(), [tmp_path / "none.nii.gz"], tmp_path / "out")
     (tmp_path / "other").mkdir()
     write(tmp_path / "other/good.nii", phantom((50, 50, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
     with pytest.raises(UserError, match=r"several inputs would be written as good_seg\.nii\.gz"):
-        segment_files(segmenter(), [folder / "good.nii.gz", tmp_path / "other"], tmp_path / "out", confidence=False)
+        segment_files(segmenter(), [folder / "good.nii.gz", tmp_path / "other"], tmp_path / "out")

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,8 +43,14 @@ def test_from_nothing_to_the_table(name, domain, flag, structures, tmp_path):
     summary = json.loads((run / f"results/{domain}/summary.json").read_text())
     assert list(summary["volumetric"]) == structures and 0 <= summary["paper_protocol"]["mean"] <= 100
     assert f"{summary['paper_protocol']['mean']:.2f}" in out
-    for path in (run / "curves.png", run / "samples/epoch_001.png"):
+    for path in (run / "curves.png", run / "samples/epoch_001.png", run / f"results/{domain}/report.html"):
         assert path.stat().st_size > 20_000
+    scan = next((tmp_path / "raw").rglob("*_sa.nii.gz" if name == "mms" else "*-image.nii.gz"))
+    out = script(tmp_path, inference, "--run", "runs/smoke", "--input", scan, "--output", "new", "--confidence")
+    assert "for research use, not for clinical decisions" in out
+    for kind in ("seg", "confidence", "agreement"):
+        result = nib.load(tmp_path / "new" / scan.name.replace(".nii.gz", f"_{kind}.nii.gz"))
+        assert result.shape == nib.load(scan).shape
     for path in run.glob("*.pt"):  # a gigabyte each
         path.unlink()
 
@@ -64,6 +71,7 @@ def test_without_data_the_way_there_is_named(name, tmp_path):
         (["mms_train.py", "--learning-rate", "1"], "learning-rate"),
         (["mms_dataloader.py", "check", "nowhere"], "nowhere: no such folder"),
         (["inference_mms.py", "--run", "nowhere"], "nowhere: no such run"),
+        (["inference_mms.py", "--run", "nowhere", "--input", "scan.nii.gz"], "--input and --output belong together"),
     ],
 )
 def test_mistakes_are_named_without_a_traceback(arguments, message, tmp_path):

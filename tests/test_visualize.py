@@ -88,8 +88,13 @@ def test_training_samples_show_each_networks_label_and_the_box(tmp_path, labels)
     box = np.zeros(labels.shape)
     box[:, 45:58, 20:45] = 1  # right of LV, so that it lies left of `lv.min()` only in a column before it
     pseudo_labels = np.stack([labels == 1, 3 * (labels == 3)])  # network 1 sees LV only, network 2 RV only
-    arrays = {"plain": image, "fourier": image, "mixed": image, "pseudo_labels": pseudo_labels,
-              "confidence": np.ones((2, *labels.shape))}
+    arrays = {
+        "plain": image,
+        "fourier": image,
+        "mixed": image,
+        "pseudo_labels": pseudo_labels,
+        "confidence": np.ones((2, *labels.shape)),
+    }
     drawn = []
     for mask_box in (box, np.zeros_like(box)):
         visualize.plot_training_samples(path, **arrays, mask_box=mask_box, class_names=NAMES)
@@ -104,8 +109,15 @@ def test_preview_difference_is_symmetric_and_unlabelled_rows_have_no_contour(tmp
     images, mask = np.full((2, *labels.shape[1:]), 0.5), labels[0]
     fourier = images + np.array([0.25, -0.1])[:, None, None]
     for masks in ([None, mask], [None, None]):
-        visualize.plot_preview(tmp_path / "preview.png", images=images, masks=masks, fourier=fourier,
-                               mixed=images, titles=["row one", "row two"], class_names=NAMES)
+        visualize.plot_preview(
+            tmp_path / "preview.png",
+            images=images,
+            masks=masks,
+            fourier=fourier,
+            mixed=images,
+            titles=["row one", "row two"],
+            class_names=NAMES,
+        )
     with_truth, without_truth = figures
     axes = np.array(with_truth.axes[:10]).reshape(2, 5)
     assert [ax.get_ylabel() for ax in axes[:, 0]] == ["row one", "row two"]
@@ -123,8 +135,12 @@ def test_curves(tmp_path, figures, num_lines):
     ][:num_lines]
     visualize.plot_curves(log, tmp_path / "curves.png", selected_epoch=1)
     curves = {line.get_label(): line for ax in figures[0].axes for line in ax.lines}
-    expected = {"total": [2, np.nan, 1], "weight × CPS": [0.5, np.nan, 0.3], "validation": [60, np.nan, 70],
-                "confidence": [1, np.nan, np.exp(-1)]}
+    expected = {
+        "total": [2, np.nan, 1],
+        "weight × CPS": [0.5, np.nan, 0.3],
+        "validation": [60, np.nan, 70],
+        "confidence": [1, np.nan, np.exp(-1)],
+    }
     for name, values in expected.items():
         np.testing.assert_allclose(curves[name].get_ydata(), values[:num_lines])
         assert curves[name].get_marker() == "o"  # a lone point has no line to show it

@@ -71,11 +71,12 @@ def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) 
                 reference=trained.reference,
                 device=where,
                 batch_size=batch_size,
+                confidence=confidence,
                 fourier_window=config["fourier_window"],
                 center=center,
                 **options,
             )
-            return segment_files(segmenter, input, output, confidence=confidence)
+            return segment_files(segmenter, input, output)
         summaries = []
         for folder in run:
             trained = load_run(folder, checkpoint, facts, build_network, where)

@@ -200,7 +200,8 @@ def quantile_curves(canvas: np.ndarray) -> np.ndarray:
     position = np.linspace(0, field.shape[1] - 1, QUANTILES)
     low = position.astype(int)
     high = np.minimum(low + 1, field.shape[1] - 1)
-    return field[:, low] + (field[:, high] - field[:, low]) * (position - low).astype(np.float32)
+    curves = field[:, low] + (field[:, high] - field[:, low]) * (position - low).astype(np.float32)
+    return np.ascontiguousarray(curves)
 
 
 def _write_index(out: Path, raw: Path, facts: DatasetFacts, reports: list[tuple[Case | None, Report]]) -> None:

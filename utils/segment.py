@@ -35,10 +35,11 @@ class Segmenter:
     batch_size: int  # slices at a time
     tta: bool
     keep_largest: bool
-    fourier_window: float  # of the confidence map, as in training
+    confidence: bool  # also map exp(-V) and the networks' agreement
+    fourier_window: float  # of the view that V compares with, as in training
     center: tuple[float, float] | None  # voxel of the organ's centre in the first two axes; None: the image's centre
 
-    def frame(self, slices: np.ndarray, plane: PlaneMap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def frame(self, slices: np.ndarray, plane: PlaneMap) -> dict[str, np.ndarray]:
         """Segment one frame.
 
         Args:
@@ -46,50 +47,47 @@ class Segmenter:
             plane: the way from their grid to the canvas.
 
         Returns:
-            labels (Z, X, Y) uint8, confidence exp(-V) and the networks' agreement, both (Z, X, Y) float32; 0 outside
-            the field of view.
+            Maps (Z, X, Y) by name: "seg", labels as uint8; where wanted also "confidence", exp(-V), and "agreement"
+            of the networks, both float32 and 0 outside the field of view.
         """
         canvas = plane.to_canvas(self.facts.normalize(slices.astype(np.float32))).astype(np.float16)
-        curves = torch.from_numpy(np.ascontiguousarray(quantile_curves(canvas))).to(self.device)
+        curves = torch.from_numpy(quantile_curves(canvas)).to(self.device)
         view = prepare_view(
             torch.from_numpy(canvas)[:, None].to(self.device), curves, size=self.size, reference=self.reference
         )
-        # A new scan comes without partners from other scanners: half the scan away lies another amplitude.
-        fourier = amplitude_swap(view, view.roll(len(view) // 2, 0), self.fourier_window * GRID / self.size, 1.0)
-        maps = [
-            self._batch(*pair) for pair in zip(view.split(self.batch_size), fourier.split(self.batch_size), strict=True)
-        ]
+        probability, agreement = self._predict(view, tta=self.tta)
         grid = PlaneMap(plane.shape, plane.zooms, self.size, self.facts.spacing * GRID / self.size, plane.center)
-        probability, confidence, agreement = (
-            grid.to_native(torch.cat(parts).cpu().numpy()) for parts in zip(*maps, strict=True)
-        )
-        labels = probability.argmax(1).astype(np.uint8)
-        return (largest_components(labels) if self.keep_largest else labels), confidence, agreement
+        labels = grid.to_native(probability.cpu().numpy()).argmax(1).astype(np.uint8)
+        maps = {"seg": largest_components(labels) if self.keep_largest else labels}
+        if self.confidence:
+            # A new scan comes without partners from other scanners: half the scan away lies another amplitude.
+            fourier = amplitude_swap(view, view.roll(len(view) // 2, 0), self.fourier_window * GRID / self.size, 1.0)
+            plain, augmented = (self._predict(x)[0].clamp_min(1e-12).log() for x in (view, fourier))
+            maps["confidence"] = grid.to_native(torch.exp(-kl_variance(plain, augmented)).cpu().numpy())
+            maps["agreement"] = grid.to_native(agreement.cpu().numpy())
+        return maps
 
-    def _batch(self, view: torch.Tensor, fourier: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        probability, agreement = predict(self.nets, view, precision=self.precision, tta=self.tta)
-        augmented, _ = predict(self.nets, fourier, precision=self.precision)
-        plain, _ = predict(self.nets, view, precision=self.precision) if self.tta else (probability, agreement)
-        # The variance of the ensemble: softmax of a logarithm is the probability itself.
-        variance = kl_variance(plain.clamp_min(1e-12).log(), augmented.clamp_min(1e-12).log())
-        return probability, torch.exp(-variance), agreement
+    def _predict(self, view: torch.Tensor, *, tta: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean softmax and agreement of the networks, `batch_size` slices at a time."""
+        parts = [predict(self.nets, part, precision=self.precision, tta=tta) for part in view.split(self.batch_size)]
+        probability, agreement = zip(*parts, strict=True)
+        return torch.cat(probability), torch.cat(agreement)
 
-    def volume(self, volume: Volume) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Segment all frames of a 3D or 4D volume; each result has the volume's shape."""
+    def volume(self, volume: Volume) -> dict[str, np.ndarray]:
+        """Segment all frames of a 3D or 4D volume; maps as `frame` gives them, of the volume's shape."""
         plane = PlaneMap(volume.array.shape[:2], volume.zooms[:2], CANVAS, self.facts.spacing, self.center)
         if self.center and not all(0 <= c < n for c, n in zip(self.center, plane.shape, strict=True)):
             raise UserError(f"--center {self.center} lies outside the image of {plane.shape} voxels")
-        results = [np.empty(volume.array.shape, kind) for kind in (np.uint8, np.float32, np.float32)]
-        for number in range(frame_count(volume)):
-            for result, part in zip(results, self.frame(frame_slices(volume, number), plane), strict=True):
-                result[..., number if result.ndim == 4 else slice(None)] = np.moveaxis(part, 0, 2)
-        return tuple(results)
+        frames = [self.frame(frame_slices(volume, number), plane) for number in range(frame_count(volume))]
+        # Slices back to the third axis; frames to the fourth, where the volume has one.
+        stacked = {name: np.stack([np.moveaxis(maps[name], 0, 2) for maps in frames], axis=-1) for name in frames[0]}
+        return {name: array.reshape(volume.array.shape) for name, array in stacked.items()}
 
 
-def segment_files(segmenter: Segmenter, inputs: Sequence[Path], output: Path, *, confidence: bool) -> None:
+def segment_files(segmenter: Segmenter, inputs: Sequence[Path], output: Path) -> None:
     """Segment files, and all NIfTI files of folders, into OUTPUT/STEM_seg.nii.gz.
 
-    With `confidence` also STEM_confidence.nii.gz (exp(-V), V the KL variance between plain and Fourier view) and
+    With confidence also STEM_confidence.nii.gz (exp(-V), V the KL variance between plain and Fourier view) and
     STEM_agreement.nii.gz (exp(-KL) between the two networks). A file that cannot be read does not stop the others.
 
     Raises:
@@ -102,10 +100,9 @@ def segment_files(segmenter: Segmenter, inputs: Sequence[Path], output: Path, *,
             volume = read_volume(path)
             if volume.warning:
                 tqdm.write(f"warning: {path}: {volume.warning}")
-            maps = segmenter.volume(volume)
-            slices += volume.array[0, 0].size
-            for name, array in zip(("seg", "confidence", "agreement") if confidence else ("seg",), maps, strict=False):
+            for name, array in segmenter.volume(volume).items():
                 write_volume(output / f"{stem}_{name}.nii.gz", array, like=volume, description=NOTE)
+            slices += volume.array[0, 0].size
         except UserError as error:
             problems.append(str(error))
     print(f"{len(stems) - len(problems)} scans in {output}: {slices / (monotonic() - began):.1f} slices/s. {NOTE}.")
