@@ -1,0 +1,138 @@
+"""Checkpoints: damaged ones are noticed, hostile ones never executed, and a failed write costs nothing."""
+
+import os
+import pickle
+import subprocess
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from utils.checkpoint import (
+    load_checkpoint,
+    load_networks,
+    provenance,
+    read_metadata,
+    require_space,
+    save_checkpoint,
+    save_networks,
+    write_json,
+)
+from utils.errors import UserError
+
+
+def state(step):
+    return {"step": step, "networks": [{"weight": torch.full((1000,), float(step))}], "name": "x"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, state(step))
+    return tmp_path
+
+
+def test_last_and_previous_are_kept(folder):
+    assert load_checkpoint(folder)["step"] == 2
+    assert torch.load(folder / "previous.pt", weights_only=True)["step"] == 1
+    assert sorted(os.listdir(folder)) == ["last.pt", "previous.pt"]
+    save_checkpoint(folder, state(3))
+    assert load_checkpoint(folder)["step"] == 3
+    assert torch.load(folder / "previous.pt", weights_only=True)["step"] == 2
+
+
+def test_folder_without_checkpoint(tmp_path):
+    assert load_checkpoint(tmp_path) is None
+
+
+def damage_truncate(path):
+    path.write_bytes(path.read_bytes()[:-500])
+
+
+def damage_flip(path):
+    """One bit of the weights, which PyTorch alone would load without a word."""
+    content = bytearray(path.read_bytes())
+    position = content.index(torch.full((1000,), 2.0).numpy().tobytes()) + 1234
+    content[position] ^= 4
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path, weights_only=True)["networks"][0]["weight"], torch.full((1000,), 2.0))
+
+
+def damage_empty(path):
+    path.write_bytes(b"")
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def damage_hostile(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps({"step": Hostile()}, protocol=2))
+        file.writestr("archive/version", "3")
+        file.writestr("archive/byteorder", "little")
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_empty, damage_hostile])
+def test_damaged_last_falls_back_to_previous(folder, damage, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    damage(folder / "last.pt")
+    assert load_checkpoint(folder)["step"] == 1
+    out = capsys.readouterr().out
+    assert f"{folder / 'last.pt'} is damaged" in out and f"resuming from {folder / 'previous.pt'}" in out
+    damage_empty(folder / "previous.pt")
+    with pytest.raises(UserError, match=r"last\.pt is damaged.*previous\.pt is damaged.*--restart"):
+        load_checkpoint(folder)
+    assert not (folder / "executed").exists()
+
+
+def test_leftovers_of_a_killed_save_are_ignored(folder):
+    (folder / ".last.pt.tmp").write_bytes(b"half a checkpoint")
+    assert load_checkpoint(folder)["step"] == 2
+    save_checkpoint(folder, state(3))
+    assert sorted(os.listdir(folder)) == ["last.pt", "previous.pt"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB; needs the right to mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("no right to mount a file system")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_full_disk_leaves_the_earlier_state(small_disk):
+    save_checkpoint(small_disk, state(1))
+    large = {"step": 2, "weight": torch.zeros(1_000_000)}
+    with pytest.raises(UserError, match=r"last\.pt: cannot be written"):
+        save_checkpoint(small_disk, large)
+    assert load_checkpoint(small_disk)["step"] == 1 and os.listdir(small_disk) == ["last.pt"]
+    with pytest.raises(UserError, match=r"best\.safetensors: cannot be written"):
+        save_networks(small_disk / "best.safetensors", [nn.Linear(1000, 1000)], {})
+    with pytest.raises(UserError, match="cannot be written"):
+        write_json(small_disk / "config.json", "x" * 2_000_000)
+    assert os.listdir(small_disk) == ["last.pt"]
+    with pytest.raises(UserError, match=r"checkpoints take 0\.0 GB, only 0\.0 GB are free"):
+        require_space(small_disk, 2_000_000)
+
+
+def test_networks_come_back(tmp_path):
+    nets = [nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)) for _ in range(2)]
+    save_networks(tmp_path / "best.safetensors", nets, {"classes": ["a", "b"], "reference": None})
+    assert read_metadata(tmp_path / "best.safetensors") == {"classes": ["a", "b"], "reference": None}
+    others = [nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)) for _ in range(2)]
+    load_networks(tmp_path / "best.safetensors", others)
+    for net, other in zip(nets, others, strict=True):
+        for key, value in net.state_dict().items():
+            assert torch.equal(value, other.state_dict()[key])
+
+
+def test_provenance_names_code_and_packages():
+    found = provenance()
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert set(found) == {"git_commit", "versions"}
