@@ -98,25 +98,6 @@ MMS = Config(
     run_name="mms_{test_domain}_{ratio}_seed{seed}",
 )
 
-# What is wanted within minutes, on a CPU and from scratch: small images, a larger rate, and pseudo labels only
-# after the networks have learnt something from the labelled images.
-MMS_DEMO = replace(
-    MMS,
-    demo=True,
-    data_root="data/mms_demo",
-    run_name="mms_demo",
-    ratio=0.3,
-    image_size=96,
-    batch_size=8,
-    lr=1e-3,
-    pretrained="none",
-    num_epoch=3,
-    cps_warmup=2,
-    cps_ramp=0.5,
-    workers=0,
-    wandb=False,
-)
-
 SCGM = Config(
     data_root="data/scgm",
     test_domain="4",
@@ -132,20 +113,22 @@ SCGM = Config(
     run_name="scgm_{test_domain}_{ratio}_seed{seed}",
 )
 
+# What is wanted within minutes, on a CPU and from scratch: small images, a larger rate, and pseudo labels only
+# after the networks have learnt something from the labelled images.
+DEMO = {
+    "demo": True,
+    "image_size": 96,
+    "batch_size": 8,
+    "lr": 1e-3,
+    "pretrained": "none",
+    "workers": 0,
+    "wandb": False,
+}
+MMS_DEMO = replace(
+    MMS, **DEMO, data_root="data/mms_demo", run_name="mms_demo", ratio=0.3, num_epoch=3, cps_warmup=2, cps_ramp=0.5
+)
 SCGM_DEMO = replace(
-    SCGM,
-    demo=True,
-    data_root="data/scgm_demo",
-    run_name="scgm_demo",
-    image_size=96,
-    batch_size=8,
-    lr=1e-3,
-    pretrained="none",
-    num_epoch=4,
-    cps_warmup=2,
-    cps_ramp=1,
-    workers=0,
-    wandb=False,
+    SCGM, **DEMO, data_root="data/scgm_demo", run_name="scgm_demo", num_epoch=12, cps_warmup=9, cps_ramp=1
 )
 
 

@@ -1,4 +1,4 @@
-"""M&Ms: the facts of the data set, its commands and its loaders.
+"""M&Ms: the facts of the data set, and its commands.
 
 python mms_dataloader.py phantom data/mms_phantom_raw          # synthetic data in the raw layout
 python mms_dataloader.py check RAW                             # every problem of a raw data set; exit 1 if any
@@ -10,14 +10,13 @@ import csv
 import math
 import re
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import openpyxl
 
 from utils.commands import run_data_command
-from utils.data import Case, DatasetFacts, RawScan, build_loaders
+from utils.data import Case, DatasetFacts, RawScan
 from utils.metrics import cardiac_figures
 from utils.phantom import write_mms
 
@@ -122,11 +121,6 @@ def _text(cell: object) -> str:
     return "" if cell is None else str(cell).strip()
 
 
-def single_rater(raters: list[np.ndarray]) -> np.ndarray:
-    """M&Ms has one mask per frame."""
-    return raters[0]
-
-
 def normalize(slices: np.ndarray) -> np.ndarray:
     """Clip every slice (Z, X, Y) to its 0.5 and 99.5 percentile and scale it to [0, 1]; constant ones become 0."""
     low, high = np.percentile(slices, [0.5, 99.5], axis=(1, 2), keepdims=True).astype(np.float32)
@@ -138,29 +132,19 @@ def labeled_count(patients: int, ratio: float) -> int:
     return math.ceil(round(patients * ratio + 1, 6))  # rounded, or 0.07 * 100 would count as more than 7
 
 
+# fmt: off
 FACTS = DatasetFacts(
-    name="M&Ms",
-    key="mms",
-    domain_word="vendor",
-    domains=VENDORS,
+    name="M&Ms", key="mms", domain_word="vendor", domains=VENDORS,
     class_names=("background", "LV", "MYO", "RV"),
-    ndim=4,
-    label_values=4,
-    spacing=1.1,
-    find_cases=find_cases,
-    consensus=single_rater,
-    normalize=normalize,
-    labeled_count=labeled_count,
-    clinical=cardiac_figures,
-    write_phantom=write_mms,
-    demo_phantom={"patients": 6, "frames": 3},
+    ndim=4, label_values=4, spacing=1.1,
+    find_cases=find_cases, normalize=normalize, labeled_count=labeled_count, clinical=cardiac_figures,
+    write_phantom=write_mms, demo_phantom={"patients": 6, "frames": 3},
     how_to_get=(
         "M&Ms is free for research after registration at https://www.ub.edu/mnms (OpenDataset and its info table).\n"
         "Then prepare it once: python mms_dataloader.py prepare RAW --out data/mms   (RAW holds OpenDataset)"
     ),
 )
-
-build_loaders = partial(build_loaders, facts=FACTS)
+# fmt: on
 
 if __name__ == "__main__":
     run_data_command(FACTS)

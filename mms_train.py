@@ -6,14 +6,9 @@ python mms_train.py --help                              # every setting is a fla
 """
 
 from config import MMS, MMS_DEMO, from_cli
-from mms_dataloader import FACTS, build_loaders
+from mms_dataloader import FACTS
 from network import build_network
-from utils.commands import make_demo_data
-from utils.engine import fit
-from utils.errors import clear_errors
+from utils.commands import train
 
 if __name__ == "__main__":
-    cfg = from_cli(MMS, MMS_DEMO)
-    with clear_errors():
-        make_demo_data(cfg, FACTS)
-        fit(cfg, build_loaders(cfg), build_network)
+    train(from_cli(MMS, MMS_DEMO), FACTS, build_network)

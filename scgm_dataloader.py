@@ -1,4 +1,4 @@
-"""SCGM: the facts of the data set, its commands and its loaders.
+"""SCGM: the facts of the data set, and its commands.
 
 python scgm_dataloader.py phantom data/scgm_phantom_raw        # synthetic data in the raw layout
 python scgm_dataloader.py check RAW                            # every problem of a raw data set; exit 1 if any
@@ -8,13 +8,12 @@ python scgm_dataloader.py preview --data data/scgm --out preview.png
 
 import math
 import re
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from utils.commands import run_data_command
-from utils.data import Case, DatasetFacts, RawScan, build_loaders
+from utils.data import Case, DatasetFacts, RawScan
 from utils.phantom import write_scgm
 
 SITES = ("1", "2", "3", "4")
@@ -69,29 +68,19 @@ def labeled_count(subjects: int, ratio: float) -> int:
     return math.ceil(round(subjects * ratio, 6))
 
 
+# fmt: off
 FACTS = DatasetFacts(
-    name="SCGM",
-    key="scgm",
-    domain_word="site",
-    domains=SITES,
+    name="SCGM", key="scgm", domain_word="site", domains=SITES,
     class_names=("background", "GM"),
-    ndim=3,
-    label_values=3,
-    spacing=0.175,
-    find_cases=find_cases,
-    consensus=majority,
-    normalize=normalize,
-    labeled_count=labeled_count,
-    clinical=None,
-    write_phantom=write_scgm,
-    demo_phantom={"patients": 4},
+    ndim=3, label_values=3, spacing=0.175,
+    find_cases=find_cases, consensus=majority, normalize=normalize, labeled_count=labeled_count,
+    write_phantom=write_scgm, demo_phantom={"patients": 4},
     how_to_get=(
         "SCGM is free for research after registration at http://niftyweb.cs.ucl.ac.uk/challenge (train, test).\n"
         "Then prepare it once: python scgm_dataloader.py prepare RAW --out data/scgm   (RAW holds train and test)"
     ),
 )
-
-build_loaders = partial(build_loaders, facts=FACTS)
+# fmt: on
 
 if __name__ == "__main__":
     run_data_command(FACTS)

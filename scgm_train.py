@@ -7,13 +7,8 @@ python scgm_train.py --help                              # every setting is a fl
 
 from config import SCGM, SCGM_DEMO, from_cli
 from network import build_network
-from scgm_dataloader import FACTS, build_loaders
-from utils.commands import make_demo_data
-from utils.engine import fit
-from utils.errors import clear_errors
+from scgm_dataloader import FACTS
+from utils.commands import train
 
 if __name__ == "__main__":
-    cfg = from_cli(SCGM, SCGM_DEMO)
-    with clear_errors():
-        make_demo_data(cfg, FACTS)
-        fit(cfg, build_loaders(cfg), build_network)
+    train(from_cli(SCGM, SCGM_DEMO), FACTS, build_network)

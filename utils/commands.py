@@ -1,18 +1,21 @@
-"""The commands of a data set: phantom, check, prepare, preview; and the demo's data."""
+"""The commands: phantom, check, prepare and preview of a data set, and training on it."""
 
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
+from torch import nn
 from tyro.conf import Positional
 
 from utils.augment import Augmentation, cutmix_mask
-from utils.data import DatasetFacts, PreparedData, SliceDataset
+from utils.data import DatasetFacts, PreparedData, SliceDataset, build_loaders
+from utils.engine import fit
 from utils.errors import clear_errors
 from utils.prepare import check_dataset, prepare_dataset
 from utils.visualize import plot_preview
@@ -59,6 +62,13 @@ def run_data_command(facts: DatasetFacts) -> None:
         tyro.extras.subcommand_cli_from_dict(
             {"phantom": facts.write_phantom, "check": check, "prepare": prepare, "preview": preview}
         )
+
+
+def train(cfg: Any, facts: DatasetFacts, build_network: Callable[..., nn.Module]) -> None:
+    """Config -> data -> networks -> training."""
+    with clear_errors():
+        make_demo_data(cfg, facts)
+        fit(cfg, build_loaders(cfg, facts), build_network)
 
 
 def make_demo_data(cfg: Any, facts: DatasetFacts) -> None:

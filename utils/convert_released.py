@@ -10,7 +10,6 @@ name that a released network holds becomes a stand-in that only keeps what it is
 import io
 import pickle
 import re
-import struct
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,7 +30,27 @@ from utils.errors import UserError, clear_errors
 DATASETS = {"mms": (MMS, mms_dataloader), "scgm": (SCGM, scgm_dataloader)}
 SELECTION = "the method's released weights, converted: neither trained nor selected here"
 FILE_LIMIT = 1 << 30  # bytes; a released network has 162 MB
-PICKLE_LIMIT = 4 << 20  # bytes without the weights; a released network has 0.1 MB
+PICKLE_LIMIT = 4 << 20  # bytes of the file's pickle, which holds no weights; a released network has 0.1 MB
+DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
+          "LongStorage": torch.int64}  # fmt: skip
+GLOBALS = frozenset({
+    ("network.deeplabv3p", "SingleNetwork"), ("network.deeplabv3p", "Head"), ("network.deeplabv3p", "ASPP"),
+    ("network.deeplabv3p", "Normalize"), ("network.resnet", "ResNet"), ("network.resnet", "Bottleneck"),
+    ("torch.nn.modules.activation", "LeakyReLU"), ("torch.nn.modules.activation", "ReLU"),
+    ("torch.nn.modules.batchnorm", "BatchNorm2d"), ("torch.nn.modules.batchnorm", "SyncBatchNorm"),
+    ("torch.nn.modules.container", "ModuleList"), ("torch.nn.modules.container", "Sequential"),
+    ("torch.nn.modules.conv", "Conv2d"), ("torch.nn.modules.dropout", "Dropout2d"),
+    ("torch.nn.modules.loss", "CrossEntropyLoss"), ("torch.nn.modules.pooling", "MaxPool2d"),
+    ("torch.nn.parallel.data_parallel", "DataParallel"), ("torch", "device"), ("torch", "Size"),
+    ("torch", "FloatStorage"), ("torch", "DoubleStorage"), ("torch", "HalfStorage"), ("torch", "LongStorage"),
+    ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"),
+    ("collections", "OrderedDict"), ("builtins", "set"), ("__builtin__", "set"),  # protocol 2 says it as Python 2
+})  # fmt: skip
+OPCODES = (  # of protocol 2, as far as torch.save writes them
+    "PROTO STOP MARK GLOBAL REDUCE BUILD NEWOBJ BINPERSID NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
+    "BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS SETITEM SETITEMS BINPUT LONG_BINPUT "
+    "BINGET LONG_BINGET"
+)
 
 
 class Inert:
@@ -65,42 +84,8 @@ class InertDict(dict):
         """State dicts carry version numbers of their modules: not needed."""
 
 
-DTYPES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "LongStorage": torch.int64,
-}
-GLOBALS = frozenset(
-    (module, name)
-    for module, names in {
-        "network.deeplabv3p": ("SingleNetwork", "Head", "ASPP", "Normalize"),
-        "network.resnet": ("ResNet", "Bottleneck"),
-        "torch.nn.modules.activation": ("ReLU", "LeakyReLU"),
-        "torch.nn.modules.batchnorm": ("BatchNorm2d", "SyncBatchNorm"),
-        "torch.nn.modules.container": ("Sequential", "ModuleList"),
-        "torch.nn.modules.conv": ("Conv2d",),
-        "torch.nn.modules.dropout": ("Dropout2d",),
-        "torch.nn.modules.loss": ("CrossEntropyLoss",),
-        "torch.nn.modules.pooling": ("MaxPool2d",),
-        "torch.nn.parallel.data_parallel": ("DataParallel",),
-        "torch._utils": ("_rebuild_tensor_v2", "_rebuild_parameter"),
-        "torch": ("device", "Size", *DTYPES),
-        "collections": ("OrderedDict",),
-        "builtins": ("set",),
-        "__builtin__": ("set",),  # the same as Python 2 called it, and as protocol 2 still does
-    }.items()
-    for name in names
-)
-STAND_INS = {(module, name): type(name, (Inert,), {"path": f"{module}.{name}"}) for module, name in GLOBALS}
+STAND_INS = {pair: type(pair[1], (Inert,), {"path": ".".join(pair)}) for pair in GLOBALS}
 STAND_INS["collections", "OrderedDict"] = InertDict
-
-# The instructions of protocol 2 that torch.save writes.
-OPCODES = (
-    "PROTO STOP MARK GLOBAL REDUCE BUILD NEWOBJ BINPERSID NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
-    "BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS SETITEM SETITEMS BINPUT LONG_BINPUT "
-    "BINGET LONG_BINGET"
-).split()
 
 
 class Storage(NamedTuple):
@@ -119,41 +104,35 @@ class Reader(pickle._Unpickler):
         raise ValueError("an instruction that torch.save does not write")
 
     dispatch = dict.fromkeys(range(256), _refuse)
-    dispatch |= {getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in OPCODES}
+    dispatch |= {code: pickle._Unpickler.dispatch[code] for name in OPCODES.split() for code in getattr(pickle, name)}
     dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(InertDict())
-
-    def __init__(self, file: io.BytesIO):
-        super().__init__(file)
-        self.storages: dict[str, Storage] = {}
 
     def find_class(self, module: str, name: str) -> type:
         if (module, name) not in GLOBALS:
             raise ValueError(f"it names {f'{module}.{name}'[:80]!a}")
         return STAND_INS[module, name]
 
-    def persistent_load(self, pid: Any) -> Any:
+    def persistent_load(self, pid: Any) -> Storage:
         match pid:
-            case ("module", type() as stand_in, _, _):  # in files older than PyTorch 1.6, with its source code
-                return stand_in
-            case ("storage", type() as kind, str(key), str(), int(numel), *view) if not any(view):
-                return self.storages.setdefault(key, Storage(DTYPES[kind.__name__], key, numel))
+            case ("storage", type() as kind, str(key), str(), int(numel)):
+                return Storage(DTYPES[kind.__name__], key, numel)
         raise ValueError("a reference to something else than a storage")
 
 
 def read_released(path: Path) -> dict[str, torch.Tensor]:
     """The parameters and buffers, by name, of a pickled module or of a plain state dict.
 
-    Tensors are views of what the file holds: until they are copied, no shape that it declares takes memory.
-    Raises UserError, before anything is executed or written, when the file is missing, damaged or anything else.
+    Reads the zip format (torch.serialization._save). The release trains with torch.cuda.amp, which came with it in
+    PyTorch 1.6. Tensors are views of what the file holds: no shape that it declares takes memory before it is copied.
+
+    Raises:
+        UserError: the file is missing, damaged or anything else. Nothing was executed, nothing written.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; give both networks of a release, as in l_NAME.pt r_NAME.pt")
+        raise UserError(f"{path}: no such file; give both networks of a release, l_NAME.pt and r_NAME.pt")
     try:
-        if path.stat().st_size > FILE_LIMIT:
-            raise ValueError(f"larger than {FILE_LIMIT >> 20} MB")
-        data = path.read_bytes()
-        root, storages = _read_zip(data) if data[:4] == b"PK\3\4" else _read_legacy(data)
-        state = {key: _tensor(record, storages) for key, record in _flatten(root).items()}
+        content = _read_archive(path)
+        state = {key: _tensor(record, content) for key, record in _flatten(_read_pickle(content)).items()}
     except Exception as error:  # damaged files raise a dozen kinds
         reason = (str(error).splitlines() or [""])[0][:200]
         raise UserError(
@@ -163,72 +142,51 @@ def read_released(path: Path) -> dict[str, torch.Tensor]:
     return {key.removeprefix("module.") if wrapped else key: value for key, value in state.items()}
 
 
-def _read_zip(data: bytes) -> tuple[Any, dict[str, bytearray]]:
-    """Root object and storages by key of a file as PyTorch writes it since 1.6 (torch.serialization._save)."""
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+def _read_archive(path: Path) -> dict[str, bytearray]:
+    """Records of the archive by name below its one folder; nothing is unpacked to the disk."""
+    with zipfile.ZipFile(path) as archive:
         files = archive.infolist()
         names = [re.fullmatch(r"([^/\\]+)/(data\.pkl|version|byteorder|\.?data/\w+|\.\w+)", f.filename) for f in files]
         if not all(names) or len({name[1] for name in names}) != 1:
-            raise ValueError("a zip archive with other files than torch.save writes")
-        # Records that are packed or lie over one another would unfold to more than the file's size.
-        if any(f.compress_type != zipfile.ZIP_STORED for f in files) or sum(f.file_size for f in files) > len(data):
-            raise ValueError("a compressed archive")
-        content = {name[2]: bytearray(archive.read(file)) for name, file in zip(names, files, strict=True)}
+            raise ValueError("other files than torch.save writes")
+        # Records that are packed, or lie over one another, would unfold to more than the file's size.
+        if sum(f.file_size for f in files) > min(path.stat().st_size, FILE_LIMIT):
+            raise ValueError("compressed or too large")
+        return {name[2]: bytearray(archive.read(file)) for name, file in zip(names, files, strict=True)}
+
+
+def _read_pickle(content: dict[str, bytearray]) -> Any:
     if len(content["data.pkl"]) > PICKLE_LIMIT or content.get("byteorder", b"little") != b"little":
         raise ValueError("too large a pickle, or big-endian numbers")
-    root = Reader(io.BytesIO(content["data.pkl"])).load()
-    return root, {name.removeprefix("data/"): numbers for name, numbers in content.items()}
-
-
-def _read_legacy(data: bytes) -> tuple[Any, dict[str, bytearray]]:
-    """As `_read_zip`, of the format before: pickles, then the storages (torch.serialization._legacy_save)."""
-    stream = io.BytesIO(data[:PICKLE_LIMIT])
-    magic, version, system = (Reader(stream).load() for _ in range(3))
-    if (magic, version) != (0x1950A86A20F9469CFC6C, 1001) or system["little_endian"] is not True:
-        raise ValueError("not a file of torch.save")
-    reader = Reader(stream)
-    root, storages = reader.load(), {}
-    keys, position = Reader(stream).load(), stream.tell()
-    for key in keys:
-        dtype, _, numel = reader.storages[key]
-        if numel < 0 or struct.unpack_from("<q", data, position) != (numel,):
-            raise ValueError(f"storage {key!a} is of another size than declared")
-        end = position + 8 + numel * dtype.itemsize
-        storages[key], position = bytearray(data[position + 8 : end]), end
-    return root, storages
+    return Reader(io.BytesIO(content["data.pkl"])).load()
 
 
 def _flatten(root: Any) -> dict[str, Any]:
     """Parameters and buffers by dotted name of a tree of stand-ins for modules; a state dict as it is."""
-    found = dict(root) if isinstance(root, InertDict) else {}
-    modules, seen = [] if isinstance(root, InertDict) else [("", root)], set()
+    found, modules, seen = {}, [("", root)], set()
+    if isinstance(root, InertDict):
+        found, modules = dict(root), []
     while modules:
         prefix, module = modules.pop()
-        if id(module) in seen:  # a tree that shares its branches may be too large to walk
-            raise ValueError("a module in two places")
+        if id(module) in seen or len(prefix) > 200:  # a tree that shares its branches may be too large to walk
+            raise ValueError("a module in two places, or nested too deeply")
         seen.add(id(module))
-        for kind in ("_modules", "_parameters", "_buffers"):
-            for name, value in module.state[kind].items():
-                key = f"{prefix}.{name}".lstrip(".")
-                if len(key) > 200:
-                    raise ValueError("modules nested too deeply")
-                if value is not None and kind == "_modules":
-                    modules.append((key, value))
-                elif value is not None:
-                    found[key] = value
+        modules += [(f"{prefix}{name}.", m) for name, m in module.state["_modules"].items() if m is not None]
+        for kind in ("_parameters", "_buffers"):
+            found |= {f"{prefix}{name}": value for name, value in module.state[kind].items() if value is not None}
     if not found or not all(re.fullmatch(r"[\w.]{1,200}", str(key)) for key in found):
         raise ValueError("it does not map names to tensors")
     return found
 
 
-def _tensor(record: Any, storages: dict[str, bytearray]) -> torch.Tensor:
+def _tensor(record: Any, content: dict[str, bytearray]) -> torch.Tensor:
     """The tensor that a stand-in for its rebuilding describes, as a view of its storage."""
     if isinstance(record, Inert) and record.path == "torch._utils._rebuild_parameter":
         record = record.args[0]
     if not isinstance(record, Inert) or record.path != "torch._utils._rebuild_tensor_v2":
         raise ValueError("it does not map names to tensors")
     storage, offset, size, stride = record.args[:4]
-    numbers = storages[storage.key]
+    numbers = content[f"data/{storage.key}"]
     if len(numbers) != storage.numel * storage.dtype.itemsize:
         raise ValueError(f"storage {storage.key!a} is of another size than declared")
     return torch.frombuffer(numbers, dtype=storage.dtype).as_strided(size, stride, offset)  # which checks the bounds

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,13 +67,13 @@ class DatasetFacts:
     label_values: int  # of a raw mask: 0 .. label_values - 1; those beyond class_names count as background
     spacing: float  # mm per px of the canvas
     find_cases: Callable[[Path], RawScan]
-    consensus: Callable[[list[np.ndarray]], np.ndarray]  # raters' label maps (Z, X, Y) uint8 -> one label map
     normalize: Callable[[np.ndarray], np.ndarray]  # slices (Z, X, Y) float32 -> float32 in [0, 1]
     labeled_count: Callable[[int, float], int]  # (patients with masks in a group, ratio) -> labelled ones
-    clinical: Callable[[dict], dict] | None  # ml by (phase, structure) -> (value, unit) by name
     write_phantom: Callable[..., None]
     demo_phantom: dict[str, int]  # its size in the demo
     how_to_get: str  # where the data are had and how they are prepared
+    consensus: Callable[[list[np.ndarray]], np.ndarray] = itemgetter(0)  # raters' maps (Z, X, Y) uint8 -> one map
+    clinical: Callable[[dict], dict] | None = None  # ml by (phase, structure) -> (value, unit) by name
 
 
 @dataclass(frozen=True)
