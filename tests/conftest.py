@@ -54,6 +54,7 @@ def mms_config(mms_root, tmp_path):
         data_root=str(mms_root),
         out_root=str(tmp_path / "runs"),
         run_name="run",
+        ratio=0.02,
         image_size=32,
         batch_size=64,
         num_epoch=3,
