@@ -25,12 +25,13 @@ import scgm_dataloader
 from config import MMS, SCGM
 from network import build_network
 from utils.checkpoint import provenance, require_space, run_lock, save_networks, write_json
+from utils.data import build_loaders
 from utils.errors import UserError, clear_errors
 
-DATASETS = {"mms": (MMS, mms_dataloader), "scgm": (SCGM, scgm_dataloader)}
+DATASETS = {"mms": (MMS, mms_dataloader.FACTS), "scgm": (SCGM, scgm_dataloader.FACTS)}
 SELECTION = "the method's released weights, converted: neither trained nor selected here"
 FILE_LIMIT = 1 << 30  # bytes; a released network has 162 MB
-PICKLE_LIMIT = 4 << 20  # bytes of the file's pickle, which holds no weights; a released network has 0.1 MB
+PICKLE_LIMIT = 1 << 20  # bytes of the file's pickle, which holds no weights; a released network has 0.1 MB
 DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
           "LongStorage": torch.int64}  # fmt: skip
 GLOBALS = frozenset({
@@ -133,6 +134,8 @@ def read_released(path: Path) -> dict[str, torch.Tensor]:
     try:
         content = _read_archive(path)
         state = {key: _tensor(record, content) for key, record in _flatten(_read_pickle(content)).items()}
+        if not state:
+            raise ValueError("no tensors in it")
     except Exception as error:  # damaged files raise a dozen kinds
         reason = (str(error).splitlines() or [""])[0][:200]
         raise UserError(
@@ -163,20 +166,25 @@ def _read_pickle(content: dict[str, bytearray]) -> Any:
 
 def _flatten(root: Any) -> dict[str, Any]:
     """Parameters and buffers by dotted name of a tree of stand-ins for modules; a state dict as it is."""
-    found, modules, seen = {}, [("", root)], set()
     if isinstance(root, InertDict):
-        found, modules = dict(root), []
+        return {_key("", name): value for name, value in root.items()}
+    found, modules, seen = {}, [("", root)], set()
     while modules:
         prefix, module = modules.pop()
-        if id(module) in seen or len(prefix) > 200:  # a tree that shares its branches may be too large to walk
-            raise ValueError("a module in two places, or nested too deeply")
+        if id(module) in seen:  # a tree that shares its branches may be too large to walk
+            raise ValueError("a module in two places")
         seen.add(id(module))
-        modules += [(f"{prefix}{name}.", m) for name, m in module.state["_modules"].items() if m is not None]
+        members = module.state
+        modules += [(_key(prefix, name) + ".", m) for name, m in members["_modules"].items() if m is not None]
         for kind in ("_parameters", "_buffers"):
-            found |= {f"{prefix}{name}": value for name, value in module.state[kind].items() if value is not None}
-    if not found or not all(re.fullmatch(r"[\w.]{1,200}", str(key)) for key in found):
-        raise ValueError("it does not map names to tensors")
+            found |= {_key(prefix, name): value for name, value in members[kind].items() if value is not None}
     return found
+
+
+def _key(prefix: str, name: str) -> str:
+    if not re.fullmatch(r"[\w.]{1,200}", key := f"{prefix}{name}"):
+        raise ValueError("no names of parameters")
+    return key
 
 
 def _tensor(record: Any, content: dict[str, bytearray]) -> torch.Tensor:
@@ -225,15 +233,15 @@ def convert_released(
         ratio: share of the patients that was labelled; by default 0.02 (mms) or 0.2 (scgm).
         data: prepared folder for the source domains' quantile curve; without it histogram matching is off.
     """
-    base, loader = DATASETS[dataset]
-    facts = loader.FACTS
+    base, facts = DATASETS[dataset]
     if test_domain not in facts.domains:
         raise UserError(f"--test-domain {test_domain}: {facts.name} has {', '.join(facts.domains)}")
     if any((out / name).exists() for name in ("config.json", "best.safetensors", "last.pt")):
         raise UserError(f"{out} holds a run: choose another --out")
-    cfg = replace(base, test_domain=test_domain, ratio=ratio or base.ratio, data_root=str(data or base.data_root))
+    ratio = base.ratio if ratio is None else ratio
+    cfg = replace(base, test_domain=test_domain, ratio=ratio, data_root=str(data or base.data_root))
     # The smallest batch, as none is read: also a small folder has one.
-    loaders = loader.build_loaders(replace(cfg, batch_size=2)) if data else None
+    loaders = build_loaders(replace(cfg, batch_size=2, workers=0), facts) if data else None
     cfg = replace(cfg, histogram_matching=cfg.histogram_matching and loaders is not None)
     nets = [build_network(len(facts.class_names)) for _ in range(2)]
     for net, path in zip(nets, (left, right), strict=True):

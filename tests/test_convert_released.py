@@ -1,0 +1,465 @@
+"""Released checkpoints: read as what they are, and never run."""
+
+import copy
+import json
+import random
+import struct
+import subprocess
+import sys
+import time
+import types
+import warnings
+import zipfile
+from collections import OrderedDict
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import mms_dataloader
+import scgm_dataloader
+from config import MMS
+from network import build_network
+from utils import convert_released as converter
+from utils.checkpoint import read_metadata
+from utils.data import build_loaders
+from utils.engine import Trainer
+from utils.errors import UserError
+from utils.inference import load_run
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+RELEASED = {
+    name: type(name, (nn.Module,), {"__module__": module})
+    for module, names in {
+        "network.deeplabv3p": ("SingleNetwork", "Head", "ASPP", "Normalize"),
+        "network.resnet": ("ResNet", "Bottleneck"),
+    }.items()
+    for name in names
+}
+CLASSES = RELEASED | {name: RELEASED["SingleNetwork"] for name in ("TinyNetwork", "DeepLabV3Plus")}
+
+
+@pytest.fixture
+def save(monkeypatch):
+    """Saves a network of ours as the release would: its classes, its class order, its stray attributes."""
+
+    def save(net, path, *, wrap=lambda net: net, **options):
+        net = copy.deepcopy(net)
+        for module in list(net.modules()):
+            module._modules = {k: m for k, m in module._modules.items() if not isinstance(m, nn.Identity)}
+            module.__class__ = CLASSES.get(
+                type(module).__name__, nn.Conv2d if isinstance(module, nn.Conv2d) else type(module)
+            )
+        for parameter in net.classifier.parameters():
+            parameter.data = parameter.data.roll(-1, 0)
+        net.criterion, net.l2norm, net.maxpool = nn.CrossEntropyLoss(), RELEASED["Normalize"](), nn.MaxPool2d(18, 1)
+        net.business_layer, net.device = [net.classifier], torch.device("cuda", 5)
+        with monkeypatch.context() as patch:
+            for name in ("network.deeplabv3p", "network.resnet"):
+                fake = types.ModuleType(name)
+                vars(fake).update({k: c for k, c in RELEASED.items() if c.__module__ == name})
+                patch.setitem(sys.modules, name, fake)
+            torch.save(wrap(net), path, **options)
+        return path
+
+    return save
+
+
+def assert_same(state, net):
+    expected = net.state_dict()
+    assert set(state) == set(expected)
+    for key, value in expected.items():
+        value = value.roll(-1, 0) if key.startswith("classifier.") else value
+        assert state[key].dtype == value.dtype and torch.equal(state[key], value), key
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, nn.DataParallel, lambda net: net.state_dict()])
+def test_tensors_are_read_as_they_were_saved(wrap, save, build_tiny, tmp_path):
+    net = build_tiny(4)
+    net(torch.rand(2, 1, 8, 8))  # moves the running statistics
+    assert_same(converter.read_released(save(net, tmp_path / "l_deeplab_2%_A.pt", wrap=wrap)), net)
+
+
+def test_views_of_one_storage(tmp_path):
+    whole = torch.arange(24.0)
+    views = OrderedDict(a=whole[4:10].view(2, 3), b=whole.view(4, 6).t(), c=whole.half(), d=torch.tensor(7))
+    torch.save(views, tmp_path / "views.pt")
+    for key, value in converter.read_released(tmp_path / "views.pt").items():
+        assert torch.equal(value, views[key]) and value.dtype == views[key].dtype
+
+
+def test_classes_come_in_our_order(save, build_tiny, tmp_path):
+    ours, converted = build_tiny(4), build_tiny(4)
+    converter.load_released(converted, save(ours, tmp_path / "net.pt"))
+    image = torch.rand(2, 1, 8, 8)
+    assert torch.equal(converted.eval()(image), ours.eval()(image))
+
+
+def convert(path, out, **options):
+    converter.convert_released(path, path, **{"out": out, "dataset": "mms", "test_domain": "D"} | options)
+
+
+def test_run_folder_says_what_a_trained_one_does(save, build_tiny, mms_config, mms_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(converter, "build_network", build_tiny)
+    net, cfg = build_tiny(4), replace(MMS, data_root=str(mms_root))
+    path, run = save(net, tmp_path / "net.pt"), tmp_path / "runs" / "released"
+    convert(path, run, data=mms_root)
+    assert "histogram matching is off" not in capsys.readouterr().out
+    trainer = Trainer(mms_config, build_loaders(mms_config, mms_dataloader.FACTS), build_tiny, CPU)
+    metadata, trained = read_metadata(run / "best.safetensors"), trainer.metadata()
+    assert metadata.keys() == trained.keys()
+    for key in metadata.keys() - {"config", "selection", "step"}:
+        assert metadata[key] == trained[key], key
+    assert len(metadata["reference"]) == 256 and "released weights" in metadata["selection"]
+    assert metadata["config"] == asdict(cfg) | {"run_name": "released", "out_root": str(tmp_path / "runs")}
+    assert json.loads((run / "config.json").read_text()) == metadata["config"]
+    loaded = load_run(run, "best", mms_dataloader.FACTS, build_tiny, CPU)
+    for each in loaded.nets:
+        assert all(torch.equal(value, net.state_dict()[key]) for key, value in each.state_dict().items())
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    with pytest.raises(UserError, match="holds a run: choose another --out"):
+        convert(path, run)
+    assert before == {path: path.read_bytes() for path in run.iterdir()}
+
+
+def test_without_data_there_is_no_histogram_matching(save, build_tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(converter, "build_network", build_tiny)
+    convert(save(build_tiny(4), tmp_path / "mms.pt"), tmp_path / "mms", ratio=0.05)
+    assert "histogram matching is off" in capsys.readouterr().out
+    metadata = read_metadata(tmp_path / "mms" / "best.safetensors")
+    assert metadata["reference"] is None and metadata["config"]["histogram_matching"] is False
+    assert metadata["config"]["ratio"] == 0.05 and not metadata["phantom"]
+    scgm = {"dataset": "scgm", "test_domain": "3"}
+    convert(save(build_tiny(2), tmp_path / "scgm.pt"), tmp_path / "scgm", **scgm)
+    assert "histogram matching" not in capsys.readouterr().out  # SCGM has none
+    run = load_run(tmp_path / "scgm", "best", scgm_dataloader.FACTS, build_tiny, CPU)
+    assert run.metadata["config"]["ratio"] == 0.2 and run.metadata["class_names"] == ["background", "GM"]
+
+
+def test_the_real_network_by_the_command_line(save, tmp_path):
+    torch.manual_seed(0)
+    net = build_network(4).eval()
+    path, run = save(net, tmp_path / "l_deeplab_2%_D.pt"), tmp_path / "run"
+    assert_same(converter.read_released(path), net)
+    expected = json.loads((ROOT / "tests/fixtures/network_keys.json").read_text())
+    assert {key: list(value.shape) for key, value in converter.read_released(path).items()} == expected
+    command = [sys.executable, "-m", "utils.convert_released", path, path, "--dataset", "mms", "--test-domain", "D"]
+    done = subprocess.run([*command, "--out", run], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "inference_mms.py --run" in done.stdout, done.stderr
+    path.unlink()
+    loaded = load_run(run, "best", mms_dataloader.FACTS, build_network, CPU)
+    (run / "best.safetensors").unlink()
+    image = torch.rand(1, 1, 64, 64)
+    with torch.no_grad():
+        assert all(torch.equal(each(image), net(image)) for each in loaded.nets)
+    done = subprocess.run([*command, "--out", tmp_path / "none"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and f"error: {path}: no such file" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda state: state.pop("classifier.weight"), "classifier.weight"),
+        (lambda state: state.update(extra=torch.zeros(1)), "extra"),
+        (lambda state: state.update({"classifier.bias": torch.zeros(3)}), "classifier.bias"),
+        (lambda state: state["features.0.weight"].fill_(float("nan")), "not all finite"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(change, named, build_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(converter, "build_network", build_tiny)
+    state = build_tiny(4).state_dict()
+    change(state)
+    torch.save(state, tmp_path / "net.pt")
+    with pytest.raises(UserError, match=named):
+        convert(tmp_path / "net.pt", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_are_named(tmp_path, save, build_tiny, monkeypatch):
+    monkeypatch.setattr(converter, "build_network", build_tiny)
+    path = save(build_tiny(4), tmp_path / "net.pt")
+    for options, message in (
+        ({"test_domain": "E"}, "--test-domain E: M&Ms has A, B, C, D"),
+        ({"dataset": "scgm", "test_domain": "4"}, "is --dataset right"),
+        ({"data": tmp_path / "nowhere"}, "no prepared M&Ms data"),
+    ):
+        with pytest.raises(UserError, match=message):
+            convert(path, tmp_path / "run", **options)
+    with pytest.raises(UserError, match=r"nowhere\.pt: no such file"):
+        convert(tmp_path / "nowhere.pt", tmp_path / "run")
+    assert [each.name for each in tmp_path.iterdir()] == ["net.pt"]
+
+
+# --- hostile files: pickles written by hand ---
+
+
+def name(module, attribute):
+    return f"c{module}\n{attribute}\n".encode()
+
+
+def text(value):
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def call(module, attribute, *arguments):
+    return name(module, attribute) + b"(" + b"".join(map(text, arguments)) + b"tR"
+
+
+def archive(path, pickle, records=(), folder="archive", **options):
+    with zipfile.ZipFile(path, "w", **options) as file:
+        for record, content in {"data.pkl": b"\x80\x02" + pickle + b".", **dict(records)}.items():
+            file.writestr(f"{folder}/{record}", content)
+    return path
+
+
+def tensor(numel=1, offset=0, size=(1,), stride=(1,), key="0", kind="FloatStorage"):
+    def number(value):
+        return b"\x8a\x09" + value.to_bytes(9, "little", signed=True)
+
+    def numbers(values):
+        return b"(" + b"".join(map(number, values)) + b"t"
+
+    storage = b"(" + text("storage") + name("torch", kind) + text(key) + text("cpu") + number(numel) + b"tQ"
+    arguments = (
+        storage + number(offset) + numbers(size) + numbers(stride) + b"\x89" + name("collections", "OrderedDict")
+    )
+    return name("torch._utils", "_rebuild_tensor_v2") + b"(" + arguments + b")RtR"
+
+
+def state_dict(value):
+    return b"}" + text("weight") + value + b"s"
+
+
+def refuse(path, message=None):
+    """Reading it fails at once, with a clear error, and leaves no trace."""
+    folder = path.parent
+    before, began = sorted(folder.iterdir()), time.monotonic()
+    with pytest.raises(UserError, match=message) as error:
+        converter.read_released(path)
+    assert time.monotonic() - began < 5 and str(path) in str(error.value) and len(str(error.value)) < 600
+    assert sorted(folder.iterdir()) == before and not Path("pwned").exists()
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+TOUCH = "touch pwned"
+PYTHON = "open('pwned', 'w')"
+
+
+def test_the_hand_written_pickle_itself_is_fine(tmp_path):
+    path = archive(tmp_path / "fine.pt", state_dict(tensor()), {"data/0": struct.pack("<f", 3.5)})
+    assert converter.read_released(path)["weight"].tolist() == [3.5]
+
+
+@pytest.mark.parametrize(
+    ("module", "attribute", "arguments"),
+    [
+        ("os", "system", [TOUCH]),
+        ("posix", "system", [TOUCH]),
+        ("subprocess", "getoutput", [TOUCH]),
+        ("builtins", "eval", [PYTHON]),
+        ("builtins", "exec", [PYTHON]),
+        ("__builtin__", "eval", [PYTHON]),
+        ("builtins", "getattr", ["", "format"]),
+        ("builtins", "__import__", ["os"]),
+        ("builtins", "bytearray", []),
+        ("torch.utils.collect_env", "run", [TOUCH]),
+        ("torch.utils.collect_env", "run_and_read_all", [TOUCH]),
+        ("torch.hub", "load", ["nobody/nothing", "model"]),
+        ("torch", "load", ["other.pt"]),
+        ("torch", "classes.load_library", ["evil.so"]),
+        ("torch.storage", "_load_from_bytes", [""]),
+        ("torch.jit", "load", ["other.pt"]),
+        ("torch.nn.init", "normal_", []),
+        ("torch.nn.modules.container", "ParameterDict", []),
+        ("torch._utils", "_rebuild_sparse_tensor", []),
+        ("torch._utils", "_rebuild_wrapper_subclass", []),
+        ("torch._utils", "_import_dotted_name", ["os.system"]),
+        ("torch._utils", "_rebuild_tensor_v2.__globals__", []),
+        ("torch", "_utils._rebuild_tensor_v2", []),
+        ("torch.serialization.os", "system", [TOUCH]),
+        ("numpy.core.multiarray", "_reconstruct", []),
+        ("numpy._core.multiarray", "scalar", []),
+        ("functools", "partial", []),
+        ("copyreg", "_reconstructor", []),
+        ("pickle", "loads", []),
+        ("network.deeplabv3p", "build_network", []),
+        ("network.resnet", "load_pretrained", []),
+        ("utils.convert_released", "Inert", []),
+        ("network.deeplabv3p.SingleNetwork", "__init__", []),
+        ("\x1b[31m" * 99, "system", []),
+    ],
+)
+def test_other_names_are_refused_and_named(module, attribute, arguments, tmp_path):
+    named = None if "\x1b" in module else f"it names '{module}.{attribute}'"
+    refuse(archive(tmp_path / "evil.pt", call(module, attribute, *arguments)), named)
+    refuse(archive(tmp_path / "evil.pt", state_dict(call(module, attribute, *arguments))), named)
+    (tmp_path / "evil.pt").write_bytes(b"\x80\x02" + call(module, attribute, *arguments) + b".")  # and no archive
+    refuse(tmp_path / "evil.pt")
+
+
+DICT, NET = name("collections", "OrderedDict"), name("network.deeplabv3p", "SingleNetwork")
+FLOAT = {"data/0": struct.pack("<f", 1)}
+
+
+@pytest.mark.parametrize(
+    "pickle",
+    [
+        text("os") + text("system") + b"\x93" + text(TOUCH) + b"\x85R",  # STACK_GLOBAL
+        text("torch") + text("_utils._rebuild_tensor_v2.__globals__") + b"\x93",
+        b"(ios\nsystem\n",  # INST
+        b"(" + name("os", "system") + text(TOUCH) + b"o",  # OBJ
+        b"\x82\x01",  # EXT1
+        b"Pos.system\n",  # PERSID
+        b"(" + text("module") + name("os", "system") + b"NNtQ",
+        b"(" + text("storage") + NET + text("0") + text("cpu") + b"K\x01tQ",
+        b"K\x05Q",
+        NET + b"(" + text(TOUCH) * 99 + b"tR",  # REDUCE with too many arguments
+        NET + text(TOUCH) + b"R",
+        NET + b")\x81" + text("no state") + b"b",
+        NET + b"}" + text("__setstate__") + NET + b"sb",  # BUILD on a class
+        DICT + b"}" + text("items") + NET + b"sb",
+        DICT + b"N}" + text("__setitem__") + NET + b"s\x86b",
+        DICT + b"]" + text("ab") + b"a\x85R",  # OrderedDict(["ab"])
+        NET + b")\x81}" + text("_modules") + text("none") + b"sb",
+        b"",
+        b".",
+        b"N",
+        b"\x96" + struct.pack("<Q", 1 << 34),  # BYTEARRAY8 of 16 GB
+        b"\x8b" + struct.pack("<I", 0x7FFFFFFF),  # LONG4
+        b"Nr\xf0\xff\xff\xff",  # a memo of 64 GB in C
+        b"h\x07",
+        b"\x85" * 3 + b"N",
+        b"N" + b"\x85" * 900_000,  # deeply nested, as root and as a key
+        b"}N" + b"\x85" * 900_000 + b"Ns",
+        b"}" * 900_000,
+        b"(" * 900_000,
+        b"]q\x00" + b"".join(b"]q%c(h%ch%ce" % (i, i - 1, i - 1) for i in range(1, 100)),  # 2 ** 99 paths
+        state_dict(text("no tensor")),
+        state_dict(name("torch", "FloatStorage")),
+        state_dict(name("torch._utils", "_rebuild_parameter") + b")R"),
+        state_dict(tensor(key="1")),
+        state_dict(tensor(key="../../data.pkl")),
+        state_dict(tensor(kind="LongStorage")),
+        state_dict(tensor(numel=1 << 60)),
+        state_dict(tensor(numel=-1)),
+        state_dict(tensor(offset=1)),
+        state_dict(tensor(offset=-1)),
+        state_dict(tensor(size=(2,))),
+        state_dict(tensor(stride=(-1,))),
+        state_dict(tensor(size=(1 << 62,))),
+        state_dict(tensor(size=(-1,))),
+        state_dict(tensor(size=(1, 1))),
+        b"}" + text("\x1b[31m") + tensor() + b"s",
+        b"}" + text("long" * 100) + tensor() + b"s",
+        b" " * (2 << 20),
+    ],
+)
+def test_other_instructions_are_refused(pickle, tmp_path):
+    refuse(archive(tmp_path / "evil.pt", pickle, FLOAT))
+
+
+def module(children):
+    """A pickled module that has only children."""
+    return NET + b")\x81}(" + text("_parameters") + b"}" + text("_buffers") + b"}" + text("_modules") + children + b"ub"
+
+
+def test_trees_too_large_to_walk(tmp_path):
+    shared = module(b"}") + b"q\x00"
+    for i in range(1, 80):  # both children of each are the same: 2 ** 80 paths
+        shared += module(b"}(" + text("a") + b"h%c" % (i - 1) + text("b") + b"h%cu" % (i - 1)) + b"q%c" % i
+    refuse(archive(tmp_path / "shared.pt", shared), "in two places")
+    cycle = NET + b")\x81q\x00}(" + text("_parameters") + b"}" + text("_buffers") + b"}" + text("_modules")
+    refuse(archive(tmp_path / "cycle.pt", cycle + b"}" + text("a") + b"h\x00sub"), "in two places")
+    chain = b"}"
+    for _ in range(5000):
+        chain = b"}" + text("a") + module(chain) + b"s"
+    refuse(archive(tmp_path / "chain.pt", module(chain)), "no names")
+
+
+def test_a_shape_without_memory_never_gets_any(build_tiny, tmp_path):
+    """Stride 0: 4 bytes that claim to be exabytes. The view is free; the network's shape then refuses it."""
+    huge = b"}" + text("classifier.weight") + tensor(size=(1 << 60,), stride=(0,)) + b"s"
+    with pytest.raises(UserError, match=r"classifier\.weight"):
+        converter.load_released(build_tiny(4), archive(tmp_path / "huge.pt", huge, FLOAT))
+
+
+def test_classes_of_the_released_names_stay_untouched(tmp_path, monkeypatch):
+    def trap(*_):
+        Path("pwned").touch()
+
+    fake = types.ModuleType("network.deeplabv3p")
+    members = dict.fromkeys(("__new__", "__init__", "__setstate__", "__setattr__", "__getattr__"), trap)
+    fake.SingleNetwork = type("SingleNetwork", (), members)
+    fake.__getattr__ = trap
+    monkeypatch.setitem(sys.modules, "network.deeplabv3p", fake)
+    for make in (NET + text(TOUCH) + b"\x85R", NET + b")\x81"):
+        refuse(archive(tmp_path / "evil.pt", make + b"}" + text("__class__") + NET + b"sb"))
+    for stand_in in converter.STAND_INS.values():
+        assert stand_in is converter.InertDict or vars(stand_in).keys() <= {"path", "__module__", "__doc__"}
+
+
+def test_archives_of_other_kinds(tmp_path):
+    fine = state_dict(tensor())
+    refuse(archive(tmp_path / "a.pt", fine, FLOAT, folder="../../evil"), "other files")
+    refuse(archive(tmp_path / "b.pt", fine, FLOAT, folder=f"{tmp_path}/evil"), "other files")
+    refuse(archive(tmp_path / "c.pt", fine, {**FLOAT, "../../evil": b"x"}), "other files")
+    refuse(archive(tmp_path / "d.pt", fine, {**FLOAT, "code/__torch__.py": b"x"}), "other files")
+    refuse(archive(tmp_path / "e.pt", fine, {**FLOAT, "byteorder": b"big"}), "big-endian")
+    bomb = {"data/0": bytes(1 << 26)}
+    refuse(archive(tmp_path / "f.pt", fine, bomb, compression=zipfile.ZIP_DEFLATED), "compressed")
+    with zipfile.ZipFile(tmp_path / "g.pt", "w") as file:
+        file.writestr("a/data.pkl", b"N.")
+        file.writestr("b/data.pkl", b"N.")
+    refuse(tmp_path / "g.pt", "other files")
+    (tmp_path / "h.pt").write_bytes(b"")
+    refuse(tmp_path / "h.pt")
+    with pytest.raises(UserError, match="no such file"):
+        converter.read_released(tmp_path)
+
+
+def test_damaged_files(save, build_tiny, tmp_path):
+    """Cut anywhere, or one byte changed anywhere: read unchanged (a byte that means nothing), or refused."""
+    net, rng = build_tiny(4), random.Random(0)
+    whole, path = save(net, tmp_path / "net.pt").read_bytes(), tmp_path / "damaged.pt"
+    for _ in range(60):
+        path.write_bytes(whole[: rng.randrange(len(whole))])
+        refuse(path)
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            state = converter.read_released(path)
+        except UserError:
+            continue
+        assert_same(state, net)
+
+
+def test_damaged_pickles(save, build_tiny, tmp_path):
+    """The same inside the pickle, where no checksum helps: a UserError or tensors, never anything else."""
+    rng = random.Random(0)
+    with zipfile.ZipFile(save(build_tiny(4), tmp_path / "net.pt")) as file:
+        records = {each.partition("/")[2]: file.read(each) for each in file.namelist()}
+    pickle = records.pop("data.pkl")[2:-1]
+    for _ in range(300):
+        damaged = bytearray(pickle)
+        damaged[rng.randrange(len(pickle))] = rng.randrange(256)
+        try:
+            state = converter.read_released(archive(tmp_path / "damaged.pt", bytes(damaged), records))
+        except UserError:
+            continue
+        assert all(type(value) is torch.Tensor for value in state.values())
+    assert not Path("pwned").exists()
+
+
+def test_files_older_than_pytorch_16_are_refused(save, build_tiny, tmp_path):
+    with warnings.catch_warnings(action="ignore"):
+        refuse(save(build_tiny(4), tmp_path / "old.pt", _use_new_zipfile_serialization=False), "not a zip file")

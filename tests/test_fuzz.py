@@ -1,0 +1,165 @@
+"""Whatever stands in a file, the answer is a result or a clear error: never a traceback, a hang or a stray file.
+
+FUZZ_EXAMPLES=5000 python -m pytest tests/test_fuzz.py     # more than the 60 of an ordinary run
+"""
+
+import csv
+import gzip
+import io
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import mms_dataloader
+import scgm_dataloader
+from utils.checkpoint import load_checkpoint, load_networks, read_metadata, save_checkpoint, save_networks
+from utils.data import RawScan
+from utils.errors import UserError
+from utils.prepare import process_case
+from utils.volume import Volume, read_shape, read_volume
+
+fuzz = settings(
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")),
+    deadline=5000,  # ms: nothing here may hang
+    suppress_health_check=list(HealthCheck),
+)
+
+# Edits of a file: (where, as a share of its length; the new byte), and a cut.
+edits = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=8)
+header_edits = st.lists(st.tuples(st.integers(0, 351), st.integers(0, 255)), min_size=1, max_size=6)
+cuts = st.none() | st.floats(0, 1)
+
+
+def edited(content, changes, cut=None):
+    content = bytearray(content)
+    for where, value in changes:
+        content[where if isinstance(where, int) else min(int(where * len(content)), len(content) - 1)] = value
+    return bytes(content if cut is None else content[: int(cut * len(content))])
+
+
+def nifti(shape=(6, 5, 3, 2), seed=0):
+    array = np.random.default_rng(seed).integers(0, 4, shape).astype(np.int16)
+    image = nib.Nifti1Image(array, np.diag([1.5, 1.5, 8, 1]))
+    return image.to_bytes()
+
+
+def clear(call, *arguments):
+    """The result of a call, or the UserError it raised; anything else fails the test."""
+    try:
+        return call(*arguments)
+    except UserError as error:
+        assert str(error) and "Traceback" not in str(error)
+        return error
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz") / "inner"
+
+
+@fuzz
+@given(changes=header_edits, packed=st.booleans(), later=edits, cut=cuts)
+def test_damaged_nifti(place, changes, packed, later, cut):
+    place.mkdir(exist_ok=True)
+    content = edited(nifti(), changes)
+    path = place / ("x.nii.gz" if packed else "x.nii")
+    path.write_bytes(edited(gzip.compress(content, 1) if packed else content, later, cut))
+    volume = clear(read_volume, path)
+    if isinstance(volume, Volume):
+        assert np.isfinite(volume.array.astype(np.float64)).all() and min(volume.zooms) > 0
+        assert volume.array.ndim in (3, 4) and 0 not in volume.array.shape
+    clear(read_shape, path)
+
+
+@fuzz
+@given(image=header_edits, mask=header_edits)
+def test_damaged_scan_in_prepare(place, image, mask):
+    folder = place / "case"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, changes in (("i.nii", image), ("m.nii", mask)):
+        (folder / name).write_bytes(edited(nifti(), changes))
+    cases = mms_dataloader.Case("P", "A", "A", folder / "i.nii", (folder / "m.nii",), {"ED": 0, "ES": 1})
+    before = sorted(place.rglob("*"))
+    report = process_case(cases, mms_dataloader.FACTS, None)
+    assert report.errors or report.outside[1] >= 0
+    assert sorted(place.rglob("*")) == before
+
+
+cells = st.text(max_size=12) | st.sampled_from(
+    ["A0S9V9", "A", "B", "1", "2", "0", "5", "../../x", "/etc", "", "NaN", "1.0"]
+)
+headers = st.permutations(["", "External code", "VendorName", "Vendor", "Centre", "ED", "ES"])
+
+
+@fuzz
+@given(
+    header=headers,
+    rows=st.lists(st.lists(cells, max_size=9), max_size=6),
+    changes=edits,
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
+)
+def test_info_tables(place, header, rows, changes, encoding):
+    raw = place / "raw"
+    (raw / "OpenDataset/Testing/A0S9V9").mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    content = text.getvalue().encode(encoding, "surrogatepass")
+    (raw / "M&Ms Dataset Information.csv").write_bytes(edited(content, changes))
+    found = mms_dataloader.find_cases(raw)
+    assert isinstance(found, RawScan)
+    assert all(case.image.is_relative_to(raw) and ".." not in case.image.parts for case in found.cases)
+    (raw / "M&Ms Dataset Information.xlsx").write_bytes(edited(content, changes))
+    assert isinstance(mms_dataloader.find_cases(raw), RawScan)
+    (raw / "M&Ms Dataset Information.xlsx").unlink()
+
+
+names = st.from_regex(r"site[0-9a-z]{0,3}-sc[0-9]{0,3}-(image|mask-r[0-9]|x)\.nii(\.gz)?", fullmatch=True)
+
+
+@fuzz
+@given(files=st.lists(names, max_size=8))
+def test_scgm_file_names(place, files):
+    raw = place / "scgm"
+    for part in ("train", "test"):
+        (raw / part).mkdir(parents=True, exist_ok=True)
+        for old in (raw / part).iterdir():
+            old.unlink()
+        for name in files:
+            (raw / part / name).touch()
+    assert isinstance(scgm_dataloader.find_cases(raw), RawScan)
+
+
+@fuzz
+@given(changes=edits, cut=cuts)
+def test_damaged_checkpoints(place, changes, cut):
+    place.mkdir(exist_ok=True)
+    folder = place / "run"
+    if not folder.exists():
+        folder.mkdir()
+        save_checkpoint(folder, {"step": 1, "weights": torch.arange(50.0)})
+        (place / "sound.pt").write_bytes((folder / "last.pt").read_bytes())
+    sound = (place / "sound.pt").read_bytes()
+    (folder / "last.pt").write_bytes(edited(sound, changes, cut))
+    state = clear(load_checkpoint, folder)
+    # A changed byte outside the checksummed content may go unnoticed, but never a changed value.
+    if isinstance(state, dict):
+        assert state["step"] == 1 and torch.equal(state["weights"], torch.arange(50.0))
+    assert {path.name for path in folder.iterdir()} == {"last.pt"}
+
+
+@fuzz
+@given(changes=edits, cut=cuts)
+def test_damaged_networks(place, changes, cut):
+    place.mkdir(exist_ok=True)
+    path = Path(place, "best.safetensors")
+    save_networks(path, [nn.Linear(3, 2), nn.Linear(3, 2)], {"dataset": "mms"})
+    path.write_bytes(edited(path.read_bytes(), changes, cut))
+    clear(read_metadata, path)
+    clear(load_networks, path, [nn.Linear(3, 2), nn.Linear(3, 2)])
