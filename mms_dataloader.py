@@ -128,7 +128,7 @@ def normalize(slices: np.ndarray) -> np.ndarray:
 
 
 def labeled_count(patients: int, ratio: float) -> int:
-    """Labelled patients of a group: ceil(N * ratio + 1) (METHOD: DGNet's protocol)."""
+    """Labelled patients of a group: ceil(N * ratio + 1) (the protocol of DGNet, Liu et al. 2021)."""
     return math.ceil(round(patients * ratio + 1, 6))  # rounded, or 0.07 * 100 would count as more than 7
 
 

@@ -32,7 +32,7 @@ class ResNet(nn.Module):
     """ResNet-50 with a deep stem, output strides 4 (stage 1) and 16 (stage 4).
 
     forward: (B, C, H, W) -> (stage 1: (B, 256, H/4, W/4), stage 4: (B, 2048, H/16, W/16)).
-    State-dict keys equal those of timm's `resnet50s` without `fc` (METHOD: Chen et al. 2018, DeepLabv3+).
+    State-dict keys equal those of timm's `resnet50s` without `fc`. Dilated as in Chen et al. 2018, DeepLabv3+.
     """
 
     def __init__(self, in_channels: int):

@@ -35,7 +35,7 @@ MMS = mms_dataloader.FACTS
 
 
 def plain_objective(nets, image, mask, u0, u1, f0, f1, box, mode, beta):
-    """L = L_s + beta L_cacps written out as METHOD's section 3 says it, for networks without randomness."""
+    """L = L_s + beta L_cacps written out as the paper says it, for networks without randomness."""
     supervised = 0
     for net in nets:
         probability = net(image).softmax(1)

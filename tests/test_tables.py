@@ -139,7 +139,7 @@ def test_published_averages_are_the_means_of_their_domains():
         for row in rows
         if abs(row.average - fmean(row.dice)) > 0.0051  # rounding
     }
-    # In METHOD.md, too; a slip of the copying would show as one more.
+    # In the paper, too; a slip of the copying would show as one more.
     assert off == {("mms", 0.02, "LDDG"): 0.06, ("mms", 0.05, "LDDG"): 0.1}
 
 

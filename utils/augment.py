@@ -13,7 +13,7 @@ GRID = 288  # px: the paper's image size, for which shift, blur and Fourier wind
 CANVAS = 300  # px: the window for random shifts, and the size of the prepared images
 
 
-# --- Fourier views (paper, equations 1 to 3) -----------------------------------------------------------------------
+# --- Fourier views (Yao et al. 2022, Fourier-based augmentation) ---------------------------------------------------
 
 
 def amplitude_swap(
@@ -158,7 +158,7 @@ def random_affine(count: int, *, generator: torch.Generator, rotation: int, shif
 
 
 def cutmix_mask(count: int, size: int, *, generator: torch.Generator, boxes: int = 3) -> torch.Tensor:
-    """Draw box masks for CutMix, 1 where the second image shows (section 3, "Box mask").
+    """Draw box masks for CutMix, 1 where the second image shows (README, The method).
 
     Returns:
         (count, 1, size, size) float32 of 0 and 1; every box toggles the mask inside it.
@@ -237,7 +237,7 @@ class Augmentation:
         plain = self._match(canvas_to_grid(image, self.size, theta), quantiles, generator)
         if not fourier:
             return self._blur(plain, generator)[0], None
-        # The partner comes from the unmatched batch and undergoes the image's own geometry (section 2).
+        # The partner comes from the unmatched batch and undergoes the image's own geometry.
         partner = canvas_to_grid(image[random_partner(len(image), generator)], self.size, theta)
         if self.fourier_mode == "AS":
             # The window counts cycles per field of view, which smaller images show whole.

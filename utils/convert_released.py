@@ -4,7 +4,7 @@ python -m utils.convert_released L.pt R.pt --out runs/released_D --dataset mms -
 
 A pickle is a program. This reader runs none of it: it knows the few instructions that `torch.save` writes, and every
 name that a released network holds becomes a stand-in that only keeps what it is given. Any other name is refused
-(METHOD, section 4; https://docs.python.org/3/library/pickle.html#restricting-globals).
+(https://docs.python.org/3/library/pickle.html#restricting-globals).
 """
 
 import io

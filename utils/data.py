@@ -144,7 +144,7 @@ def split_patients(
     val_patients: int = 0,
     use_extra_unlabeled: bool = False,
 ) -> Split:
-    """Split patients for one held-out domain (METHOD, sections 3, 5 and 6).
+    """Split patients for one held-out domain (README, The method).
 
     In each group the first `labeled_count` patients with masks, by code, are labelled. All source patients serve
     without their labels. With `val_patients`, that many labelled patients per domain only select the checkpoint;

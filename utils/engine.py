@@ -74,7 +74,7 @@ def pseudo_label(teacher: nn.Module, views: UnlabeledViews) -> torch.Tensor:
 def cross_pseudo_supervision(
     nets: Sequence[nn.Module], views: UnlabeledViews, mode: str, forward: Callable[[], Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """L_cacps of section 3: each network learns the other's pseudo labels, weighed by the other's confidence.
+    """L_cacps (README, The method): each network learns the other's pseudo labels, weighed by the other's confidence.
 
     Returns:
         The loss, and the mean KL variance (0 in mode "plain").

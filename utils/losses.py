@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 
 def dice_loss(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Soft Dice loss per class, sums taken over the whole batch (supervised loss, section 3).
+    """Soft Dice loss per class, sums taken over the whole batch (the supervised loss).
 
     Args:
         probability: (B, K, ...) in [0, 1].
@@ -23,7 +23,7 @@ def dice_loss(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def kl_variance(logits: torch.Tensor, augmented_logits: torch.Tensor) -> torch.Tensor:
-    """Uncertainty per pixel V = KL(P_F || P_O) between the Fourier and the plain view (equation of V, section 3).
+    """Uncertainty per pixel V = KL(P_F || P_O) between the Fourier and the plain view (Yao et al. 2022).
 
     Args:
         logits: (B, K, H, W) of the plain view (P_O).
@@ -40,7 +40,7 @@ def kl_variance(logits: torch.Tensor, augmented_logits: torch.Tensor) -> torch.T
 def cross_pseudo_loss(
     logits: torch.Tensor, pseudo_label: torch.Tensor, variance: torch.Tensor | None, mode: str
 ) -> torch.Tensor:
-    """Pseudo supervision of one network by the other (L_a of section 3).
+    """Pseudo supervision of one network by the other (L_a of Yao et al. 2022).
 
     Args:
         logits: (B, K, H, W), the learning network's prediction on the plain view.

@@ -1,4 +1,4 @@
-"""Evaluation figures: the paper's Dice and the volumetric figures in native space (METHOD, section 7)."""
+"""Evaluation figures: the paper's Dice and the volumetric figures in native space (README, Evaluation)."""
 
 import warnings
 from collections.abc import Mapping, Sequence

@@ -39,7 +39,7 @@ def evaluate_run(
     """Evaluate a run on its held-out domain; write the tables, pictures, predictions and the report to `out`.
 
     Returns:
-        The summary: paper protocol and volumetric figures with bootstrap intervals (METHOD, section 7).
+        The summary: paper protocol and volumetric figures with bootstrap intervals (README, Evaluation).
     """
     config = run.metadata["config"]
     data = PreparedData.open(data_root or config["data_root"], facts)

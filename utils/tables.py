@@ -31,7 +31,7 @@ class Published(NamedTuple):
     note: str = ""  # what to know about a method published after this one
 
 
-PUBLISHED = {  # (dataset, labelled share) -> rows; METHOD.md, section 8
+PUBLISHED = {  # (dataset, labelled share) -> rows, as printed in the papers
     ("mms", 0.02): (
         Published("nnUNet", (52.87, 64.63, 72.97, 73.27), 65.94),
         Published("SDNet+Aug", (54.48, 67.81, 76.46, 74.35), 68.28),
@@ -93,7 +93,7 @@ def combine(summaries: list[dict[str, Any]]) -> list[Grid]:
     """Put the summary.json of several runs, one or more seeds per held-out domain, into one table of two grids.
 
     A domain's cell holds the mean and sample standard deviation over patients or, of several seeds, over the seeds'
-    means. The average is that of the domains' means, with their population standard deviation (METHOD, section 7).
+    means. The average is that of the domains' means, with their population standard deviation, as the paper has it.
 
     Raises:
         UserError: the runs differ in data set or label ratio, or one of them is there twice.

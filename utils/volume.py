@@ -150,7 +150,7 @@ def write_volume(path: Path, array: np.ndarray, like: Volume, description: str =
 
 @dataclass(frozen=True)
 class PlaneMap:
-    """The way between the in-plane grid of a scan and a square canvas on one centre (METHOD, sections 5 and 6).
+    """The way between the in-plane grid of a scan and a square canvas on one centre.
 
     Both directions interpolate separably; the outside is 0. `shape`, `zooms` and `center` are of the scan's first
     two axes, in voxels, mm and voxels; `center` None is the image's centre.
