@@ -14,7 +14,9 @@ class Logger:
     def __init__(self, folder: Path, *, since: int, use_wandb: bool, config: dict[str, Any]):
         self.path = folder / "log.jsonl"
         self.lines = [line for line in read_log(self.path) if line["step"] <= since]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        temporary = folder / ".log.jsonl.tmp"  # a process killed here must not lose the lines
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        os.replace(temporary, self.path)
         self.wandb_run = _start_wandb(folder, config) if use_wandb else None
 
     def log(self, line: dict[str, Any], pictures: dict[str, Path] | None = None) -> None:

@@ -1,0 +1,63 @@
+"""A run that is killed at random moments, over and over, ends as the run that was left alone.
+
+KILLS=50 python -m pytest -s tests/test_kill_loop.py     # more than the 5 of an ordinary run
+"""
+
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from test_engine import assert_same, run
+
+import mms_dataloader
+from utils.checkpoint import load_checkpoint
+from utils.data import build_loaders
+from utils.engine import fit
+
+
+def child_process(cfg, build_tiny):
+    """Train in a child process; returns its id. Threads of OpenMP do not survive a fork, so it takes one."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            fit(cfg, build_loaders(cfg, mms_dataloader.FACTS), build_tiny)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return child
+
+
+def test_killed_over_and_over(mms_config, build_tiny):
+    kills, chance = int(os.environ.get("KILLS", "5")), random.Random(0)
+    cfg = replace(mms_config, batch_size=8, num_epoch=2 + kills // 10, save_every=3, run_name="whole")
+    os.waitpid(child_process(cfg, build_tiny), 0)
+    whole = run(cfg, build_tiny)  # finished by now: reads it only
+    cfg = replace(cfg, run_name="killed")
+    folder = Path(cfg.out_root) / "killed"
+    unreadable, done, steps = 0, 0, []
+    while done < kills:
+        child = child_process(cfg, build_tiny)
+        time.sleep(chance.uniform(0.1, 1.5))
+        os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        if not os.WIFSIGNALED(status):  # it was done before the signal: begin the run anew, and go on killing
+            assert os.waitstatus_to_exitcode(status) == 0
+            assert_same(whole, run(cfg, build_tiny))
+            cfg = replace(cfg, run_name=f"killed{done}")
+            folder = Path(cfg.out_root) / cfg.run_name
+            continue
+        done += 1
+        if (folder / "last.pt").exists() or (folder / "previous.pt").exists():
+            unreadable += load_checkpoint(folder) is None
+            steps.append(load_checkpoint(folder)["step"])
+    os.waitpid(child_process(cfg, build_tiny), 0)
+    assert_same(whole, run(cfg, build_tiny))  # 0 differing tensors, 0 differing log lines
+    assert unreadable == 0
+    print(
+        f"\n{done} kills, at checkpoints of steps {steps}: 0 tensors differ, 0 log lines lost, 0 checkpoints unreadable"
+    )
