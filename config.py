@@ -115,20 +115,27 @@ SCGM = Config(
 
 # What is wanted within minutes, on a CPU and from scratch: small images, a larger rate, and pseudo labels only
 # after the networks have learnt something from the labelled images.
-DEMO = {
-    "demo": True,
-    "image_size": 96,
-    "batch_size": 8,
-    "lr": 1e-3,
-    "pretrained": "none",
-    "workers": 0,
-    "wandb": False,
-}
+DEMO = {"demo": True, "batch_size": 8, "lr": 1e-3, "pretrained": "none", "workers": 0, "wandb": False}
 MMS_DEMO = replace(
-    MMS, **DEMO, data_root="data/mms_demo", run_name="mms_demo", ratio=0.3, num_epoch=3, cps_warmup=2, cps_ramp=0.5
+    MMS,
+    **DEMO,
+    data_root="data/mms_demo",
+    run_name="mms_demo",
+    ratio=0.3,
+    image_size=96,
+    num_epoch=3,
+    cps_warmup=2,
+    cps_ramp=0.5,
 )
 SCGM_DEMO = replace(
-    SCGM, **DEMO, data_root="data/scgm_demo", run_name="scgm_demo", num_epoch=12, cps_warmup=9, cps_ramp=1
+    SCGM,
+    **DEMO,
+    data_root="data/scgm_demo",
+    run_name="scgm_demo",
+    image_size=128,
+    num_epoch=8,
+    cps_warmup=6,
+    cps_ramp=1,
 )
 
 

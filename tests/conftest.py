@@ -47,7 +47,7 @@ def scgm_root(scgm_raw):
 
 @pytest.fixture
 def mms_config(mms_root, tmp_path):
-    """A short run on the M&Ms phantom: 3 steps an epoch of everything the method has."""
+    """A short run on the M&Ms phantom: 8 steps of everything the method has."""
     return replace(
         MMS_DEMO,
         demo=False,
@@ -56,10 +56,10 @@ def mms_config(mms_root, tmp_path):
         run_name="run",
         ratio=0.02,
         image_size=32,
-        batch_size=64,
-        num_epoch=3,
-        cps_warmup=0.5,
-        cps_ramp=1,
+        batch_size=8,
+        max_steps=8,
+        cps_warmup=0.1,
+        cps_ramp=0.2,
         device="cpu",
     )
 

@@ -16,6 +16,7 @@ from test_engine import assert_same, run
 import mms_dataloader
 from utils.checkpoint import load_checkpoint
 from utils.data import build_loaders
+from utils.distributed import Process
 from utils.engine import fit
 
 
@@ -25,7 +26,7 @@ def child_process(cfg, build_tiny):
     if child == 0:
         try:
             torch.set_num_threads(1)
-            fit(cfg, build_loaders(cfg, mms_dataloader.FACTS), build_tiny)
+            fit(cfg, build_loaders(cfg, mms_dataloader.FACTS), build_tiny, Process(torch.device("cpu")))
             os._exit(0)
         finally:
             os._exit(1)
@@ -34,7 +35,7 @@ def child_process(cfg, build_tiny):
 
 def test_killed_over_and_over(mms_config, build_tiny):
     kills, chance = int(os.environ.get("KILLS", "5")), random.Random(0)
-    cfg = replace(mms_config, batch_size=8, num_epoch=2 + kills // 10, save_every=3, run_name="whole")
+    cfg = replace(mms_config, max_steps=20 + 4 * kills, save_every=3, num_epoch=20, run_name="whole")
     os.waitpid(child_process(cfg, build_tiny), 0)
     whole = run(cfg, build_tiny)  # finished by now: reads it only
     cfg = replace(cfg, run_name="killed")

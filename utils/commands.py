@@ -15,6 +15,7 @@ from tyro.conf import Positional
 
 from utils.augment import Augmentation, cutmix_mask
 from utils.data import DatasetFacts, PreparedData, SliceDataset, build_loaders
+from utils.distributed import any_process, process_group
 from utils.engine import fit
 from utils.errors import clear_errors
 from utils.prepare import check_dataset, prepare_dataset
@@ -66,9 +67,11 @@ def run_data_command(facts: DatasetFacts) -> None:
 
 def train(cfg: Any, facts: DatasetFacts, build_network: Callable[..., nn.Module]) -> None:
     """Config -> data -> networks -> training."""
-    with clear_errors():
-        make_demo_data(cfg, facts)
-        fit(cfg, build_loaders(cfg, facts), build_network)
+    with clear_errors(), process_group(cfg.device) as process:
+        if process.main:
+            make_demo_data(cfg, facts)
+        any_process(False)  # the others wait for the data
+        fit(cfg, build_loaders(cfg, facts, rank=process.rank, world=process.world), build_network, process)
 
 
 def make_demo_data(cfg: Any, facts: DatasetFacts) -> None:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from utils.checkpoint import (
     write_json,
 )
 from utils.data import Loaders
+from utils.distributed import Process, any_process, average, gather
 from utils.errors import UserError
 from utils.evaluate import autocast, mean_dice, predict_scans
 from utils.logger import Logger
@@ -133,8 +135,9 @@ def training_step(
 class Trainer:
     """The state of a run on its device: networks, optimisers, step, and what the log accumulates."""
 
-    def __init__(self, cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module], device: torch.device):
-        self.cfg, self.loaders, self.device = cfg, loaders, device
+    def __init__(self, cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module], process: Process):
+        self.cfg, self.loaders, self.process, self.device = cfg, loaders, process, process.device
+        device = process.device
         classes = loaders.facts.class_names
         self.nets = []
         for i in range(2):
@@ -142,6 +145,8 @@ class Trainer:
             net = build_network(len(classes), pretrained=cfg.pretrained)
             # channels_last gains on GPUs with tensor cores; on CPUs the plain layout was as fast or faster.
             memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+            if process.world > 1 and device.type == "cuda":  # SyncBatchNorm refuses CPUs
+                net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
             self.nets.append(net.to(device, memory_format=memory_format).train())
         self.optimizers = [
             torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -193,14 +198,15 @@ class Trainer:
 
     def train_step(self, labeled: dict[str, torch.Tensor], unlabeled: dict[str, torch.Tensor]) -> None:
         """One step of both networks. A step that is not finite changes nothing, which the device decides alone."""
-        self.generator.manual_seed(derive_seed(self.cfg.seed, 4, self.step))
-        torch.manual_seed(derive_seed(self.cfg.seed, 5, self.step))  # dropout
+        self.generator.manual_seed(derive_seed(self.cfg.seed, 4, self.step, self.process.rank))
+        torch.manual_seed(derive_seed(self.cfg.seed, 5, self.step, self.process.rank))  # dropout
         image, mask, quantiles = (
             labeled[name].to(self.device, non_blocking=True) for name in ("image", "mask", "quantiles")
         )
         image, mask = self.augmentation.labeled(image, mask, quantiles, self.generator)
         weight = self.cps_weight()
-        statistics = [buffer.clone() for norm in self.batch_norms for buffer in (norm.running_mean, norm.running_var)]
+        statistics = [buffer for norm in self.batch_norms for buffer in (norm.running_mean, norm.running_var)]
+        statistics_before = [buffer.clone() for buffer in statistics]
         loss, scalars = training_step(
             self.nets,
             image,
@@ -213,23 +219,26 @@ class Trainer:
         )
         loss.backward()
         gradients = [p.grad for net in self.nets for p in net.parameters() if p.grad is not None]
-        finite = torch.isfinite(loss.detach() + torch.nn.utils.get_total_norm(gradients))
+        # One mean for all, the loss among them: so every process finds the same steps not finite.
+        loss = loss.detach()
+        average([*gradients, *statistics, loss])
+        finite = torch.isfinite(loss + torch.nn.utils.get_total_norm(gradients))
         for optimizer in self.optimizers:
             optimizer.found_inf = (~finite).float()  # the fused step leaves everything as it is where this is 1
             optimizer.step()
             optimizer.zero_grad()
-        buffers = [buffer for norm in self.batch_norms for buffer in (norm.running_mean, norm.running_var)]
-        for buffer, before in zip(buffers, statistics, strict=True):
+        for buffer, before in zip(statistics, statistics_before, strict=True):
             buffer.copy_(torch.where(finite, buffer, before))
         bad = (~finite).float()
         self.bad_steps = torch.stack([(self.bad_steps[0] + 1) * bad, self.bad_steps[1] + bad])
-        scalars |= {"steps": torch.ones_like(loss.detach()), "cps_weight": torch.full_like(loss.detach(), weight)}
+        scalars |= {"steps": torch.ones_like(loss), "cps_weight": torch.full_like(loss, weight)}
         for name, value in scalars.items():
             self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
         self.step += 1
 
     def means(self) -> dict[str, float | None]:
         """Mean scalars over the finite steps since the last line of the log; no variance without its loss."""
+        average(list(self.sums.values()))
         steps = max(float(self.sums["steps"]), 1)
         means = {name: float(total) / steps for name, total in self.sums.items() if name != "steps"}
         return means if means["cps_weight"] else means | {"variance": None}
@@ -247,13 +256,15 @@ class Trainer:
             device=self.device,
             precision=self.cfg.precision,
         )
-        dice = mean_dice(scans)
+        # Each process predicts its share of the scans; in one order, so that sums do not depend on who did which.
+        dice = mean_dice(sorted(gather([(s.patient, s.phase, s.slice_dice.tolist()) for s in scans])))
         for net in self.nets:
             net.train()
         return float(np.mean(list(dice.values())))
 
     def state(self) -> dict[str, Any]:
-        """Everything that resuming needs, as plain tensors and values."""
+        """Everything that resuming needs, as plain tensors and values: the same in every process."""
+        average(list(self.sums.values()))
         return {
             "step": self.step,
             "best": self.best,
@@ -325,49 +336,57 @@ class Trainer:
         }
 
 
-def fit(cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module]) -> None:
-    """Train two networks by `cfg`, resuming the run of that name if there is one.
+def fit(cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module], process: Process) -> None:
+    """Train two networks by `cfg`, resuming the run of that name if there is one; the main process writes.
 
     Raises:
         UserError: the run was begun with other settings or data, is in use, or cannot be written.
         SystemExit: EXIT_INTERRUPTED, after a signal, with the state saved.
     """
-    device = choose_device(cfg.device)
     folder = Path(cfg.out_root) / cfg.run_name
     total = cfg.num_epoch * loaders.steps_per_epoch
     total = min(total, cfg.max_steps or total)
-    with run_lock(folder):
-        open_run(folder, cfg, loaders)
-        trainer = Trainer(cfg, loaders, build_network, device)
+    with run_lock(folder) if process.main else nullcontext():
+        if process.main:
+            open_run(folder, cfg, loaders, process.world)
+        any_process(False)  # the others wait until the folder is this run's
+        trainer = Trainer(cfg, loaders, build_network, process)
         if checkpoint := load_checkpoint(folder):
             trainer.load_state(checkpoint)
             del checkpoint
         if trainer.step >= total:
-            print(f"{folder}: this run is finished ({trainer.step} steps); --num-epoch or --max-steps may extend it")
+            if process.main:
+                print(f"{folder}: this run is finished ({trainer.step} steps); --num-epoch or --max-steps extend it")
             return
         # Weights and two moments, as last, as previous and as the file being written; and the best weights.
         weights = sum(p.numel() * p.element_size() for net in trainer.nets for p in net.parameters())
         require_space(folder, 10 * weights)
         with (
-            Logger(folder, since=trainer.step, use_wandb=cfg.wandb, config=asdict(cfg)) as logger,
+            Logger(folder, since=trainer.step, use_wandb=cfg.wandb, config=asdict(cfg))
+            if process.main
+            else nullcontext() as logger,
             Interrupt() as interrupt,
         ):
             _train(trainer, folder, total, logger, interrupt)
-    print(f"{folder}: {trainer.step} steps, best source Dice {trainer.best:.2f} %")
+    if process.main:
+        print(f"{folder}: {trainer.step} steps, best source Dice {trainer.best:.2f} %")
 
 
-def _train(trainer: Trainer, folder: Path, total: int, logger: Logger, interrupt: "Interrupt") -> None:
-    cfg, loaders = trainer.cfg, trainer.loaders
+def _train(trainer: Trainer, folder: Path, total: int, logger: Logger | None, interrupt: "Interrupt") -> None:
+    cfg, loaders, process = trainer.cfg, trainer.loaders, trainer.process
     for loader in (loaders.labeled, loaders.unlabeled):
         loader.sampler.start, loader.sampler.stop = trainer.step, total
-    progress = tqdm(total=total, initial=trainer.step, unit="step", desc="train", smoothing=0.1)
+    progress = tqdm(
+        total=total, initial=trainer.step, unit="step", desc="train", smoothing=0.1, disable=not process.main
+    )
     recent: deque[list[int]] = deque(maxlen=MAX_BAD_STEPS)
     began = time.monotonic()
     for labeled, unlabeled in zip(loaders.labeled, loaders.unlabeled, strict=True):
         trainer.train_step(labeled, unlabeled)
         recent.append([*labeled["row"].tolist(), *unlabeled["row"].tolist()])
         epoch_ends = trainer.step % loaders.steps_per_epoch == 0 or trainer.step == total
-        if trainer.step % SYNC_EVERY == 0 or epoch_ends:
+        at_sync = trainer.step % SYNC_EVERY == 0 or epoch_ends
+        if at_sync:
             stop_if_diverged(trainer, recent)
             means = trainer.means()
             progress.set_postfix(loss=f"{means['loss']:.3f}", cps=f"{means['cps']:.3f}")
@@ -375,32 +394,37 @@ def _train(trainer: Trainer, folder: Path, total: int, logger: Logger, interrupt
         if epoch_ends:
             epoch = -(-trainer.step // loaders.steps_per_epoch)
             dice = trainer.validate()
-            if dice > trainer.best:
-                trainer.best = dice
-                save_networks(folder / "best.safetensors", trainer.nets, trainer.metadata())
             line = {"epoch": epoch, "step": trainer.step, **means, "lr": cfg.lr, "val_dice": dice}
-            line["skipped_steps"] = int(trainer.bad_steps[1])
+            line |= {"skipped_steps": int(trainer.bad_steps[1]), "seconds": round(time.monotonic() - began, 1)}
+            better, trainer.best = dice > trainer.best, max(dice, trainer.best)
             trainer.sums, trainer.bad_steps[1] = {}, 0
-            samples = folder / "samples" / f"epoch_{epoch:03d}.png"
-            trainer.draw_samples(samples, unlabeled)
-            logger.log({**line, "seconds": round(time.monotonic() - began, 1)}, {"samples": samples})
-            plot_curves(logger.lines, folder / "curves.png", selected_epoch=_best_epoch(logger.lines))
-            progress.write(
-                f"epoch {epoch}: loss {means['loss']:.4f}, source Dice {dice:.2f} % (best {trainer.best:.2f})"
-            )
+            if process.main:
+                if better:
+                    save_networks(folder / "best.safetensors", trainer.nets, trainer.metadata())
+                samples = folder / "samples" / f"epoch_{epoch:03d}.png"
+                trainer.draw_samples(samples, unlabeled)
+                logger.log(line, {"samples": samples})
+                plot_curves(logger.lines, folder / "curves.png", selected_epoch=_best_epoch(logger.lines))
+                best = f"best {trainer.best:.2f}"
+                progress.write(f"epoch {epoch}: loss {means['loss']:.4f}, source Dice {dice:.2f} % ({best})")
             began = time.monotonic()
-        if epoch_ends or interrupt.received or (cfg.save_every and trainer.step % cfg.save_every == 0):
-            save_checkpoint(folder, trainer.state())
-        if interrupt.received and trainer.step < total:
+        # Several processes agree on a stop where they wait for each other anyway.
+        stop = any_process(bool(interrupt.received)) if at_sync or process.world == 1 else False
+        if epoch_ends or stop or (cfg.save_every and trainer.step % cfg.save_every == 0):
+            state = trainer.state()
+            if process.main:
+                save_checkpoint(folder, state)
+        if stop and trainer.step < total:
             progress.close()
-            print(f"stopped by {interrupt.received} at step {trainer.step}, saved; the same command goes on from there")
+            if process.main:
+                print(f"stopped by a signal at step {trainer.step}, saved; the same command goes on from there")
             sys.exit(EXIT_INTERRUPTED)
     progress.close()
 
 
-def open_run(folder: Path, cfg: Any, loaders: Loaders) -> None:
+def open_run(folder: Path, cfg: Any, loaders: Loaders, processes: int) -> None:
     """Make `folder` the run of `cfg`: new, resumed (its settings must agree), or with `restart` emptied first."""
-    settings = json.loads(json.dumps(asdict(cfg)))
+    settings = {**json.loads(json.dumps(asdict(cfg))), "processes": processes}
     known = folder / "config.json"
     if cfg.restart:
         for name in ("last.pt", "previous.pt", "best.safetensors", "log.jsonl", "config.json", "wandb_id"):
@@ -462,17 +486,6 @@ class Interrupt:
         if self.received:
             os._exit(EXIT_INTERRUPTED)
         self.received = signal.Signals(number).name
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU where there is one, with a warning where there is none."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cpu":
-            print("warning: no GPU found, running on the CPU")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: PyTorch finds no GPU here (torch {torch.__version__}); use --device cpu")
-    return torch.device(name)
 
 
 def derive_seed(*key: int) -> int:

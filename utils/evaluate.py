@@ -1,7 +1,7 @@
 """Ensemble prediction and evaluation, used by training and inference alike."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,12 +111,15 @@ def predict_scans(
         yield ScanPrediction(str(patient), str(phase), rows, view[:, 0], probability, agreement, dice.cpu().numpy())
 
 
-def mean_dice(scans: Iterator[ScanPrediction]) -> dict[str, float]:
-    """Paper-protocol Dice (percent) by patient: the mean over the slices of all the patient's scans."""
-    slices: dict[str, list[np.ndarray]] = defaultdict(list)
-    for scan in scans:
-        slices[scan.patient].append(scan.slice_dice)
-    return {patient: 100 * float(np.concatenate(dice).mean()) for patient, dice in slices.items()}
+def mean_dice(scans: Iterable[tuple[str, str, Sequence[float]]]) -> dict[str, float]:
+    """Paper-protocol Dice (percent) by patient, the mean over the slices of all the patient's scans.
+
+    `scans` gives (patient, phase, Dice of the slices) of each.
+    """
+    slices: dict[str, list[float]] = defaultdict(list)
+    for patient, _, dice in scans:
+        slices[patient] += dice
+    return {patient: 100 * float(np.mean(dice)) for patient, dice in slices.items()}
 
 
 class NativeScan(NamedTuple):

@@ -10,7 +10,7 @@ from torch import nn
 
 from utils.checkpoint import load_checkpoint, load_networks, read_metadata
 from utils.data import DatasetFacts
-from utils.engine import choose_device
+from utils.distributed import choose_device
 from utils.errors import UserError, clear_errors
 from utils.evaluate import TrainedRun
 from utils.results import evaluate_run

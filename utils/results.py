@@ -14,7 +14,7 @@ from utils.augment import GRID, canvas_to_grid
 from utils.checkpoint import provenance, write_json
 from utils.data import DatasetFacts, PreparedData, SliceDataset, batch_loader, scan_batches
 from utils.errors import UserError
-from utils.evaluate import ScanPrediction, TrainedRun, predict_scans, to_native, volumetric_rows
+from utils.evaluate import ScanPrediction, TrainedRun, mean_dice, predict_scans, to_native, volumetric_rows
 from utils.logger import read_log
 from utils.metrics import agreement_limits, bootstrap_interval
 from utils.report import write_report
@@ -49,20 +49,20 @@ def evaluate_run(
         raise UserError(f"{data.root} has no {facts.domain_word} {domain} with masks to evaluate on: check --data-root")
     settings = {"size": size, "reference": run.reference, "device": run.device, "precision": precision, "tta": tta}
 
-    slice_dice: dict[str, list[np.ndarray]] = defaultdict(list)
+    slice_dice: list[tuple[str, str, list[float]]] = []
     rows: list[dict[str, Any]] = []
     outside = np.zeros(2, int)
     loader = _scans(data, patients)
     predictions = predict_scans(run.nets, loader, data, **settings)
     for scan in tqdm(predictions, total=len(loader), unit="scan", desc=f"evaluate {domain}"):
         native = to_native(scan, data, keep_largest=keep_largest)
-        slice_dice[scan.patient].append(scan.slice_dice)
+        slice_dice.append((scan.patient, scan.phase, scan.slice_dice.tolist()))
         rows += volumetric_rows(scan, native, facts.class_names)
         outside += native.outside
         if save_predictions:
             like = read_volume(data.truth_path(scan.patient, scan.phase), 3)
             write_volume(out / "predictions" / f"{scan.patient}_{scan.phase}.nii.gz", native.labels, like)
-    paper = {patient: 100 * float(np.concatenate(dice).mean()) for patient, dice in slice_dice.items()}
+    paper = mean_dice(slice_dice)
     rows = [{**row, "paper_dice": paper[row["patient"]]} for row in rows]
     clinical = _clinical(rows, facts)
     summary = {

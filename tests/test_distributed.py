@@ -1,0 +1,63 @@
+"""Two processes, started as a user does: with torchrun."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import mms_dataloader
+from utils.checkpoint import load_networks
+from utils.data import build_loaders
+from utils.distributed import Process
+from utils.engine import Trainer
+
+WORKER = Path(__file__).parent / "distributed_worker.py"
+
+
+def torchrun(settings, timeout=120):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", WORKER, json.dumps(settings)]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture
+def short(mms_root, tmp_path):
+    return {
+        "data_root": str(mms_root), "out_root": str(tmp_path), "run_name": "run", "ratio": 0.02, "image_size": 32,
+        "batch_size": 16, "num_epoch": 1, "cps_warmup": 0.25, "cps_ramp": 0.5,
+    }  # fmt: skip
+
+
+def test_two_processes_train_as_one(short, tmp_path, mms_config, build_tiny):
+    done = torchrun(short)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first["weights"] == second["weights"]  # BatchNorm's statistics included
+    assert first["steps"] > 2 and len(first["seen"]) == first["steps"]
+    for (labeled, unlabeled), (other_labeled, other_unlabeled) in zip(first["seen"], second["seen"], strict=True):
+        for half in (slice(16), slice(16, 32)):
+            assert not set(unlabeled[half]) & set(other_unlabeled[half])
+        assert labeled != other_labeled
+    assert first["gradients"] < 1e-6 and second["gradients"] < 1e-6
+    # The shared evaluation is that of one process, to the last digit.
+    line = json.loads((tmp_path / "run/log.jsonl").read_text())
+    assert json.loads((tmp_path / "run/config.json").read_text())["processes"] == 2
+    cfg = replace(mms_config, **{name: short[name] for name in ("ratio", "image_size", "batch_size")})
+    trainer = Trainer(cfg, build_loaders(cfg, mms_dataloader.FACTS), build_tiny, Process(torch.device("cpu")))
+    load_networks(tmp_path / "run/best.safetensors", trainer.nets)
+    assert trainer.validate() == pytest.approx(line["val_dice"], abs=1e-9)
+    # Another number of processes would see other batches.
+    done = subprocess.run(
+        [sys.executable, WORKER, json.dumps(short | {"num_epoch": 2})], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "processes: 2 there, 1 now" in done.stderr
+
+
+def test_when_one_process_dies_the_other_ends_within_a_minute(short):
+    began = time.monotonic()
+    done = torchrun(short | {"die_at": 2})
+    assert done.returncode != 0 and time.monotonic() - began < 60

@@ -1,0 +1,79 @@
+"""Training on several processes, one per GPU (or CPU processes), started by torchrun; idle with one.
+
+torchrun --nproc-per-node 4 mms_train.py
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from utils.errors import UserError
+
+
+class Process(NamedTuple):
+    """This process among all of a run."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the log and the checkpoints."""
+        return self.rank == 0
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[Process]:
+    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or be the only one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield Process(choose_device(device))
+        return
+    where = choose_device(device, int(os.environ["LOCAL_RANK"]))
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    try:
+        yield Process(where, dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(name: str, number: int = 0) -> torch.device:
+    """The device of that name; "auto" is GPU `number` where there is one, with a warning where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and number == 0:
+            print("warning: no GPU found, running on the CPU")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: PyTorch finds no GPU here (torch {torch.__version__}); use --device cpu")
+    return torch.device(name, number) if name == "cuda" else torch.device(name)
+
+
+def average(tensors: Sequence[torch.Tensor]) -> None:
+    """Replace float tensors, in place, by their mean over all processes."""
+    if not dist.is_initialized():
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
+
+
+def gather(items: list[Any]) -> list[Any]:
+    """The items of all processes, in all of them."""
+    if not dist.is_initialized():
+        return items
+    parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is up in any process: all of them come to the same answer, together."""
+    return any(gather([flag]))
