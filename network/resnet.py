@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 TIMM_NAME = "resnet50s.gluon_in1k"  # ResNet-50 with the deep stem 64, 64, 128
 
@@ -96,7 +96,7 @@ def _file_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file or one with pickled code: never executed
-        raise UserError(f"{path} is not a plain PyTorch state dict: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is not a plain PyTorch state dict: {first_line(error)}") from error
     content = content.get("state_dict", content) if isinstance(content, dict) else None
     if not content or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise UserError(f"{path} is not a plain PyTorch state dict: it does not map names to tensors")

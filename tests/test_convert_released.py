@@ -26,6 +26,7 @@ from network import build_network
 from utils import convert_released as converter
 from utils.checkpoint import read_metadata
 from utils.data import build_loaders
+from utils.distributed import Process
 from utils.engine import Trainer
 from utils.errors import UserError
 from utils.inference import load_run
@@ -111,7 +112,7 @@ def test_run_folder_says_what_a_trained_one_does(save, build_tiny, mms_config, m
     path, run = save(net, tmp_path / "net.pt"), tmp_path / "runs" / "released"
     convert(path, run, data=mms_root)
     assert "histogram matching is off" not in capsys.readouterr().out
-    trainer = Trainer(mms_config, build_loaders(mms_config, mms_dataloader.FACTS), build_tiny, CPU)
+    trainer = Trainer(mms_config, build_loaders(mms_config, mms_dataloader.FACTS), build_tiny, Process(CPU))
     metadata, trained = read_metadata(run / "best.safetensors"), trainer.metadata()
     assert metadata.keys() == trained.keys()
     for key in metadata.keys() - {"config", "selection", "step"}:

@@ -95,7 +95,7 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
     image(0).write_bytes(image(0).read_bytes()[:-2000])  # truncated
     image(1, "_sa_gt").unlink()
     affine = nib.load(image(2)).affine
-    mask = np.array(nib.load(image(2, "_sa_gt")).dataobj)
+    mask = np.asarray(nib.load(image(2, "_sa_gt")).dataobj)[:]
     nib.save(nib.Nifti1Image(mask[:-1], affine), image(2, "_sa_gt"))  # another shape
     nib.save(nib.Nifti1Image(mask[..., 0], affine), image(3))  # 3D
     scan = nib.load(image(4))
@@ -112,7 +112,7 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
     rows = {row[1]: row for row in lines}
     rows[codes[8]][3], rows[codes[9]][6] = "X", "99"  # vendor, ES
     lines.append(["99", "../../evil", "Siemens", "A", "1", "0", "1", *[""] * 4])
-    lines.append(lines[1])  # a patient in the table twice
+    lines.append(next(line for line in lines[1:] if line[1] not in codes))  # a patient in the table twice
     lines.append(["100", "Q1Q1Q1", "Siemens", "A", "1", "0", "1", *[""] * 4])  # not on disk
     with open(table_of(raw), "w", newline="") as file:
         csv.writer(file).writerows(lines)

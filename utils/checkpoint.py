@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 
 @contextmanager
@@ -71,7 +71,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
                     raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged files raise a dozen kinds
-            problems.append(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]})")
+            problems.append(f"{path} is damaged or no checkpoint ({first_line(error)})")
             continue
         for problem in problems:
             print(f"warning: {problem}; resuming from {path}")
@@ -113,7 +113,7 @@ def load_networks(path: Path, nets: list[nn.Module]) -> None:
         for i, net in enumerate(nets):
             net.load_state_dict({key[2:]: value for key, value in tensors.items() if key.startswith(f"{i}.")})
     except (SafetensorError, OSError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or holds other networks ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path} is damaged or holds other networks ({first_line(error)})") from error
 
 
 def provenance() -> dict[str, Any]:

@@ -56,7 +56,7 @@ def choose_device(name: str, number: int = 0) -> torch.device:
 
 def average(tensors: Sequence[torch.Tensor]) -> None:
     """Replace float tensors, in place, by their mean over all processes."""
-    if not dist.is_initialized():
+    if not dist.is_initialized() or not tensors:
         return
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
