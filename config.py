@@ -87,7 +87,6 @@ class Config:
         for rule, holds in rules.items():
             if not holds:
                 sys.exit(f"error: {rule}")
-        object.__setattr__(self, "run_name", self.run_name.format(**vars(self)))
 
 
 MMS = Config(
@@ -141,4 +140,8 @@ SCGM_DEMO = replace(
 
 def from_cli(base: Config, demo: Config) -> Config:
     """The settings of `base`, or with --demo those of `demo`, changed by the command line's flags."""
-    return tyro.cli(Config, default=demo if "--demo" in sys.argv[1:] else base)
+    cfg = tyro.cli(Config, default=demo if "--demo" in sys.argv[1:] else base)
+    try:
+        return replace(cfg, run_name=cfg.run_name.format(**vars(cfg)))
+    except (KeyError, IndexError, ValueError) as error:
+        sys.exit(f"error: --run-name {cfg.run_name}: only settings may stand in braces ({error})")

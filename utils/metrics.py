@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
 from skimage import measure
 
 
@@ -38,6 +37,9 @@ def structure_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequen
         dict with dice, hd95, assd, missed; None when both are empty (excluded). When one of the two is empty it is
         a miss: Dice 0 and both distances the image diagonal in mm.
     """
+    # Imported here: it takes seconds, which training and every mistyped command would wait for.
+    from monai.metrics import compute_average_surface_distance, compute_hausdorff_distance
+
     if not prediction.any() and not truth.any():
         return None
     if not prediction.any() or not truth.any():

@@ -1,0 +1,42 @@
+"""Settings that cannot work are refused where they are made, by the name of their flag."""
+
+from dataclasses import replace
+
+import pytest
+
+from config import MMS, MMS_DEMO, SCGM, from_cli
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 1}, "--batch-size must be at least 2"),
+        ({"fourier_aug": False}, "need --fourier-aug"),
+        ({"ratio": 0}, "--ratio must be in"),
+        ({"image_size": 512}, "--image-size must be"),
+        ({"shift": 400}, "--shift must be"),
+        ({"save_every": -1}, "must not be negative"),
+    ],
+)
+def test_impossible_settings(change, message):
+    with pytest.raises(SystemExit, match=message):
+        replace(MMS, **change)
+
+
+def test_flags_change_the_defaults_of_the_data_set(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "--test-vendor", "A", "--ratio", "0.05", "--seed", "3", "--no-cutmix"])
+    cfg = from_cli(MMS, MMS_DEMO)
+    assert (cfg.test_domain, cfg.ratio, cfg.cutmix, cfg.cps_weight) == ("A", 0.05, False, 3.0)
+    assert cfg.run_name == "mms_A_0.05_seed3"
+    monkeypatch.setattr("sys.argv", ["x", "--run-name", "{nonsense}"])
+    with pytest.raises(SystemExit, match="only settings may stand in braces"):
+        from_cli(MMS, MMS_DEMO)
+    monkeypatch.setattr("sys.argv", ["x", "--demo", "--image-size", "64"])
+    assert from_cli(MMS, MMS_DEMO) == replace(MMS_DEMO, image_size=64)
+
+
+def test_settings_of_the_paper():
+    assert (MMS.lr, MMS.weight_decay, MMS.num_epoch, MMS.batch_size, MMS.image_size) == (1e-4, 0.01, 50, 32, 288)
+    assert (MMS.cps_weight, MMS.fourier_ratio, MMS.cps_warmup, MMS.dice_background) == (3.0, 1.0, 0, True)
+    assert (SCGM.cps_weight, SCGM.fourier_ratio, SCGM.cps_warmup, SCGM.dice_background) == (1.5, 0.8, 4, False)
+    assert (SCGM.flip, SCGM.blur, SCGM.histogram_matching, SCGM.ratio) == (False, False, False, 0.2)
