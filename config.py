@@ -50,7 +50,8 @@ class Config:
     lr: float = 1e-4  # of AdamW, constant
     weight_decay: float = 0.01
     num_epoch: int = 50  # an epoch shows every unlabelled image once (with CutMix, once more as a partner)
-    batch_size: int = 32  # labelled images per step and process, with twice as many unlabelled ones
+    batch_size: int = 32  # labelled images per batch and process, with twice as many unlabelled ones
+    accumulate: int = 1  # batches per step, whose gradients are averaged: a large batch on a small GPU
     max_steps: int | None = None  # end after this many steps in all
     seed: int = 0  # of weights, sampling, augmentation and dropout
 
@@ -61,6 +62,8 @@ class Config:
     save_every: int = 0  # steps between checkpoints inside an epoch; 0: at epoch ends only
     device: str = "auto"  # "cuda", "cpu", or "auto": a GPU where there is one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 autocast where the device computes it natively
+    compile: bool = False  # torch.compile the networks: minutes at the start, then faster steps
+    checkpoint_activations: bool = False  # recompute them in the backward pass: less memory, slower steps
     workers: int = 4  # processes for each of the two loaders; 0: read in the training process
     wandb: bool = True  # online when an account is configured, else into the run folder only
 
@@ -77,6 +80,7 @@ class Config:
                 self.fourier_aug or self.cps_loss == "plain" or self.cps_weight == 0
             ),
             "--num-epoch must be at least 1": self.num_epoch >= 1,
+            "--accumulate must be at least 1": self.accumulate >= 1,
             "--max-steps must be at least 1": self.max_steps is None or self.max_steps >= 1,
             "--val-patients, --save-every, --workers, --cps-warmup, --cps-ramp and --cps-weight must not be negative": (
                 min(self.val_patients, self.save_every, self.workers, self.cps_warmup, self.cps_ramp, self.cps_weight)
@@ -112,29 +116,31 @@ SCGM = Config(
     run_name="scgm_{test_domain}_{ratio}_seed{seed}",
 )
 
-# What is wanted within minutes, on a CPU and from scratch: small images, a larger rate, and pseudo labels only
-# after the networks have learnt something from the labelled images.
-DEMO = {"demo": True, "batch_size": 8, "lr": 1e-3, "pretrained": "none", "workers": 0, "wandb": False}
+# What is wanted within minutes, on a CPU and from scratch: small images and batches, a larger rate, and pseudo labels
+# only after the networks have learnt something from the labelled images.
+DEMO = {"demo": True, "batch_size": 4, "lr": 1e-3, "pretrained": "none", "workers": 0, "wandb": False}
 MMS_DEMO = replace(
     MMS,
     **DEMO,
     data_root="data/mms_demo",
     run_name="mms_demo",
     ratio=0.3,
-    image_size=96,
-    num_epoch=3,
-    cps_warmup=2,
-    cps_ramp=0.5,
+    image_size=80,
+    num_epoch=2,
+    max_steps=300,
+    cps_warmup=1.7,
+    cps_ramp=0.06,
 )
 SCGM_DEMO = replace(
     SCGM,
     **DEMO,
     data_root="data/scgm_demo",
     run_name="scgm_demo",
-    image_size=128,
-    num_epoch=8,
-    cps_warmup=6,
-    cps_ramp=1,
+    image_size=112,
+    num_epoch=3,
+    max_steps=180,
+    cps_warmup=2.7,
+    cps_ramp=0.08,
 )
 
 

@@ -138,7 +138,7 @@ FACTS = DatasetFacts(
     class_names=("background", "LV", "MYO", "RV"),
     ndim=4, label_values=4, spacing=1.1,
     find_cases=find_cases, normalize=normalize, labeled_count=labeled_count, clinical=cardiac_figures,
-    write_phantom=write_mms, demo_phantom={"patients": 6, "frames": 3},
+    write_phantom=write_mms, demo_phantom={"patients": 6, "frames": 4},
     how_to_get=(
         "M&Ms is free for research after registration at https://www.ub.edu/mnms (OpenDataset and its info table).\n"
         "Then prepare it once: python mms_dataloader.py prepare RAW --out data/mms   (RAW holds OpenDataset)"

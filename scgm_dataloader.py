@@ -74,7 +74,7 @@ FACTS = DatasetFacts(
     class_names=("background", "GM"),
     ndim=3, label_values=3, spacing=0.175,
     find_cases=find_cases, consensus=majority, normalize=normalize, labeled_count=labeled_count,
-    write_phantom=write_scgm, demo_phantom={"patients": 4},
+    write_phantom=write_scgm, demo_phantom={"patients": 8},
     how_to_get=(
         "SCGM is free for research after registration at http://niftyweb.cs.ucl.ac.uk/challenge (train, test).\n"
         "Then prepare it once: python scgm_dataloader.py prepare RAW --out data/scgm   (RAW holds train and test)"

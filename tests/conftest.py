@@ -1,11 +1,14 @@
 """Phantoms, prepared once for all tests, and a small stand-in for the network."""
 
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, one per core; read when torch is imported
+
 import pytest
-import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,8 +18,6 @@ import mms_dataloader  # noqa: E402
 import scgm_dataloader  # noqa: E402
 from config import MMS_DEMO, SCGM_DEMO  # noqa: E402
 from utils.prepare import prepare_dataset  # noqa: E402
-
-torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +71,17 @@ def scgm_config(scgm_root, tmp_path):
         SCGM_DEMO, demo=False, data_root=str(scgm_root), out_root=str(tmp_path / "runs"), run_name="run",
         image_size=32, batch_size=16, num_epoch=2, cps_warmup=0.5, device="cpu",
     )  # fmt: skip
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB; needs the right to mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("no right to mount a file system")
+    yield place
+    subprocess.run(["umount", place], check=True)
 
 
 class TinyNetwork(nn.Module):

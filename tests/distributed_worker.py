@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,18 +46,20 @@ def joined_gradients(process):
 
 def main():
     settings = json.loads(sys.argv[1])
-    die_at = settings.pop("die_at", None)
+    die_at, stop_at = settings.pop("die_at", None), settings.pop("stop_at", None)
     cfg = replace(MMS_DEMO, demo=False, device="cpu", **settings)
-    torch.set_num_threads(1)
     seen, trainers = [], []
     original = Trainer.train_step
 
-    def recording(self, labeled, unlabeled):
-        seen.append((labeled["row"].tolist(), unlabeled["row"].tolist()))
+    def recording(self, batches):
+        seen.extend((labeled["row"].tolist(), unlabeled["row"].tolist()) for labeled, unlabeled in batches)
         trainers[:] = [self]
-        original(self, labeled, unlabeled)
+        original(self, batches)
         if self.process.rank == 1 and self.step == die_at:
             os._exit(3)
+        if self.process.rank == 0 and self.step == stop_at:
+            print("first step done", flush=True)
+            time.sleep(3)  # for the signal to arrive before the last step
 
     Trainer.train_step = recording
     with clear_errors(), process_group("cpu") as process:

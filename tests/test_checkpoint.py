@@ -15,11 +15,12 @@ from utils.checkpoint import (
     provenance,
     read_metadata,
     require_space,
+    run_lock,
     save_checkpoint,
     save_networks,
     write_json,
 )
-from utils.errors import UserError
+from utils.errors import UserError, clear_errors
 
 
 def state(step):
@@ -95,17 +96,6 @@ def test_leftovers_of_a_killed_save_are_ignored(folder):
     assert sorted(os.listdir(folder)) == ["last.pt", "previous.pt"]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB; needs the right to mount one."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], capture_output=True).returncode:
-        pytest.skip("no right to mount a file system")
-    yield place
-    subprocess.run(["umount", place], check=True)
-
-
 def test_full_disk_leaves_the_earlier_state(small_disk):
     save_checkpoint(small_disk, state(1))
     large = {"step": 2, "weight": torch.zeros(1_000_000)}
@@ -121,6 +111,27 @@ def test_full_disk_leaves_the_earlier_state(small_disk):
         require_space(small_disk, 2_000_000)
 
 
+def test_read_only_folder_is_named_and_its_state_loads(small_disk):
+    save_checkpoint(small_disk, state(1))
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(UserError, match=r"last\.pt: cannot be written"):
+        save_checkpoint(small_disk, state(2))
+    with pytest.raises(UserError, match=r"best\.safetensors: cannot be written"):
+        save_networks(small_disk / "best.safetensors", [nn.Linear(2, 2)], {})
+    with pytest.raises(UserError, match="cannot be written"), run_lock(small_disk):
+        pass
+    assert load_checkpoint(small_disk)["step"] == 1
+
+
+def test_disk_that_refuses_is_a_message(small_disk, capsys):
+    """Whatever writes: the log, a picture."""
+    with pytest.raises(SystemExit, match=r"error: .*No space left on device"), clear_errors():
+        (small_disk / "x").write_bytes(b"x" * 2_000_000)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(SystemExit, match=r"error: .*y: Read-only file system"), clear_errors():
+        (small_disk / "y").touch()
+
+
 def test_networks_come_back(tmp_path):
     nets = [nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)) for _ in range(2)]
     save_networks(tmp_path / "best.safetensors", nets, {"classes": ["a", "b"], "reference": None})
@@ -130,6 +141,11 @@ def test_networks_come_back(tmp_path):
     for net, other in zip(nets, others, strict=True):
         for key, value in net.state_dict().items():
             assert torch.equal(value, other.state_dict()[key])
+
+
+def test_provenance_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert provenance()["git_commit"] is None
 
 
 def test_provenance_names_code_and_packages():

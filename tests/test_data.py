@@ -1,5 +1,7 @@
 """Splits and samplers: who is labelled, who is never seen, and what a step reads."""
 
+import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -73,13 +75,28 @@ def test_data_of_the_other_set_are_refused(mms_config, scgm_root):
         build_loaders(replace(mms_config, data_root=str(scgm_root)), mms_dataloader.FACTS)
 
 
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_array_with_objects_is_refused_and_never_executed(mms_root, tmp_path, monkeypatch):
+    root = tmp_path / "prepared"
+    shutil.copytree(mms_root, root)
+    np.save(root / "quantiles.npy", np.array([Hostile()], object), allow_pickle=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"prepared is damaged.*prepare the data again"):
+        PreparedData.open(root, mms_dataloader.FACTS)
+    assert not (tmp_path / "executed").exists()
+
+
 @pytest.mark.parametrize("world", [1, 3])
 def test_an_epoch_uses_every_image_once_in_each_half(world):
     count, size = 60, 4
     parts = [{"rank": rank, "world": world} for rank in range(world)]
     samplers = [unlabeled_batches(count, batch_size=size, pairs=True, seed=0, **part) for part in parts]
     steps = count // (size * world)
-    batches = np.array([[s.batch_of_step(step) for s in samplers] for step in range(2 * steps)])  # (steps, ranks, 2B)
+    batches = np.array([[s.batch_of_number(step) for s in samplers] for step in range(2 * steps)])  # (steps, ranks, 2B)
     first, second = batches[..., :size], batches[..., size:]
     assert (first != second).all()
     for half in (first, second):
@@ -96,7 +113,7 @@ def test_batches_follow_from_the_step_alone():
 
     assert batches(0, 9)[5:] == batches(5, 9)
     assert batches(0, 1) != batches(1, 2)
-    assert labeled_batches(50, batch_size=8, seed=3, rank=1).batch_of_step(0).tolist() != batches(0, 1)[0]
+    assert labeled_batches(50, batch_size=8, seed=3, rank=1).batch_of_number(0).tolist() != batches(0, 1)[0]
 
 
 def test_scans_come_whole_and_in_order(mms_root):

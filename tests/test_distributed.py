@@ -1,6 +1,7 @@
 """Two processes, started as a user does: with torchrun."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import mms_dataloader
-from utils.checkpoint import load_networks
+from utils.checkpoint import load_checkpoint, load_networks
 from utils.data import build_loaders
 from utils.distributed import Process
 from utils.engine import Trainer
@@ -20,7 +22,16 @@ WORKER = Path(__file__).parent / "distributed_worker.py"
 
 
 def torchrun(settings, timeout=120):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", WORKER, json.dumps(settings)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        WORKER,
+        json.dumps(settings),
+    ]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=timeout)
 
 
@@ -55,6 +66,33 @@ def test_two_processes_train_as_one(short, tmp_path, mms_config, build_tiny):
         [sys.executable, WORKER, json.dumps(short | {"num_epoch": 2})], capture_output=True, text=True
     )
     assert done.returncode == 1 and "processes: 2 there, 1 now" in done.stderr
+
+
+def test_signal_to_torchrun_saves_and_the_same_command_goes_on(short, tmp_path):
+    short = short | {"num_epoch": 2}
+    whole = torchrun(short | {"run_name": "whole"})
+    settings = json.dumps(short | {"stop_at": 1})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(WORKER),
+        settings,
+    ]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in started.stdout:
+        if "first step done" in line:
+            started.send_signal(signal.SIGTERM)
+            break
+    assert "stopped by a signal at step" in started.stdout.read() and started.wait(60) != 0
+    assert load_checkpoint(tmp_path / "run")["step"] in (6, 10)  # an epoch's end, or where the processes meet anyway
+    resumed = torchrun(short)
+    assert (whole.returncode, resumed.returncode) == (0, 0), resumed.stderr
+    weights = [load_file(tmp_path / name / "best.safetensors") for name in ("whole", "run")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def test_when_one_process_dies_the_other_ends_within_a_minute(short):

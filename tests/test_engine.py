@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -69,12 +70,12 @@ def test_step_equals_the_equations(build_tiny, mode):
     mask, box = torch.randint(0, 4, (3, 16, 16)), torch.randint(0, 2, (3, 1, 16, 16)).double()
     expected = plain_objective(nets, image, mask, u0, u1, f0, f1, box, mode, 3.0)
     reference = torch.autograd.grad(expected, [p for net in nets for p in net.parameters()])
-    loss, scalars = training_step(
+    scalars = training_step(
         nets, image, mask, UnlabeledViews((u0, u1), (f0, f1), box),
-        dice_classes=slice(0, None), cps_loss=mode, cps_weight=3.0, forward=lambda: autocast(CPU, "fp32"),
+        dice_classes=slice(0, None), cps_loss=mode, cps_weight=3.0, forward=lambda: autocast(CPU, "fp32"), share=0.5,
     )  # fmt: skip
-    gradients = torch.autograd.grad(loss, [p for net in nets for p in net.parameters()])
-    assert torch.allclose(loss, expected.to(loss.dtype), rtol=1e-5)
+    gradients = [2 * p.grad for net in nets for p in net.parameters()]
+    assert torch.allclose(scalars["loss"], expected.float(), rtol=1e-5)
     for ours, theirs in zip(gradients, reference, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
     assert (scalars["variance"] > 0) == (mode != "plain")
@@ -83,7 +84,7 @@ def test_step_equals_the_equations(build_tiny, mode):
 def test_supervised_loss_of_scgm_counts_grey_matter_only(build_tiny):
     nets = [build_tiny(2).eval() for _ in range(2)]
     image, mask = torch.rand(2, 1, 16, 16), torch.randint(0, 2, (2, 16, 16))
-    loss, _ = training_step(
+    scalars = training_step(
         nets, image, mask, None,
         dice_classes=slice(1, None), cps_loss="pixel", cps_weight=0.0, forward=lambda: autocast(CPU, "fp32"),
     )  # fmt: skip
@@ -91,13 +92,13 @@ def test_supervised_loss_of_scgm_counts_grey_matter_only(build_tiny):
     for net in nets:
         p, g = net(image).softmax(1)[:, 1], mask.float()
         expected += 1 - (2 * (p * g).sum() + 0.1) / (p.sum() + g.sum() + 0.1)
-    assert torch.allclose(loss, expected)
+    assert torch.allclose(scalars["loss"], expected)
 
 
 def test_switching_cutmix_off_reads_one_batch_and_mixes_nothing(mms_config, build_tiny):
     cfg = replace(mms_config, cutmix=False)
     trainer = Trainer(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
-    batch = trainer.loaders.unlabeled.dataset[trainer.loaders.unlabeled.sampler.batch_of_step(0).tolist()]
+    batch = trainer.loaders.unlabeled.dataset[trainer.loaders.unlabeled.sampler.batch_of_number(0).tolist()]
     assert len(batch["image"]) == cfg.batch_size
     views = trainer.views(batch)
     assert views.box_mask is None and len(views.plain) == len(views.fourier) == 1
@@ -180,12 +181,13 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(mms_config, build_
     whole = run(replace(mms_config, run_name="whole"), build_tiny)
     cfg = replace(mms_config, run_name="parts", save_every=interval)
     original = Trainer.train_step
-    for stop in (2, 5, 7):  # a signal in the midst of an epoch; the step it comes in is finished
+    # A signal in the midst of an epoch; the step it comes in is finished.
+    for stop, number in ((2, signal.SIGTERM), (5, signal.SIGUSR1), (7, signal.SIGINT)):
 
-        def stepping(self, labeled, unlabeled, stop=stop):
-            original(self, labeled, unlabeled)
+        def stepping(self, batches, stop=stop, number=number):
+            original(self, batches)
             if self.step == stop:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Trainer, "train_step", stepping)
@@ -206,13 +208,12 @@ def test_killed_run_resumes_from_its_last_checkpoint(mms_config, build_tiny):
     if child == 0:
         original = Trainer.train_step
 
-        def stepping(self, labeled, unlabeled):
-            original(self, labeled, unlabeled)
+        def stepping(self, batches):
+            original(self, batches)
             if self.step == 5:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         Trainer.train_step = stepping
-        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
         run(cfg, build_tiny)
         os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
@@ -253,35 +254,87 @@ def test_other_settings_are_refused_and_restart_begins_anew(mms_config, build_ti
 
 def test_step_that_is_not_finite_changes_nothing(mms_config, build_tiny):
     trainer = Trainer(mms_config, build_loaders(mms_config, MMS), build_tiny, Process(CPU))
-    batches = [
-        loader.dataset[loader.sampler.batch_of_step(0).tolist()]
-        for loader in (trainer.loaders.labeled, trainer.loaders.unlabeled)
-    ]
-    trainer.train_step(*batches)
+    batches = first_batches(trainer, 1)
+    trainer.train_step(batches)
     before = copy.deepcopy([net.state_dict() for net in trainer.nets] + [o.state_dict() for o in trainer.optimizers])
-    broken = {**batches[0], "image": torch.full_like(batches[0]["image"], torch.nan)}
-    trainer.train_step(broken, batches[1])
+    broken = {**batches[0][0], "image": torch.full_like(batches[0][0]["image"], torch.nan)}
+    trainer.train_step([(broken, batches[0][1])])
     after = [net.state_dict() for net in trainer.nets] + [o.state_dict() for o in trainer.optimizers]
     ours, theirs = tensors(before), tensors(after)
     changed = [path for path in ours if not torch.equal(ours[path], theirs[path])]
     assert all(path.endswith("num_batches_tracked") for path in changed)
     assert trainer.bad_steps.tolist() == [1, 1] and trainer.step == 2
-    trainer.train_step(*batches)
+    trainer.train_step(batches)
     assert trainer.bad_steps.tolist() == [0, 1]
     assert np.isfinite([value for value in trainer.means().values() if value is not None]).all()
+
+
+def first_batches(trainer, count):
+    loaders = trainer.loaders.labeled, trainer.loaders.unlabeled
+    return [tuple(x.dataset[x.sampler.batch_of_number(i).tolist()] for x in loaders) for i in range(count)]
+
+
+def test_accumulated_gradient_is_the_mean_over_the_batches(mms_config, build_tiny, monkeypatch):
+    """Two batches in one step against the gradients of each alone, at the place in the run that it has there."""
+    cfg = replace(mms_config, batch_size=4, accumulate=2, cps_warmup=0, cps_ramp=0)
+    trainer = Trainer(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
+    batches = first_batches(trainer, 2)
+    parameters = [p for net in trainer.nets for p in net.parameters()]
+    alone = []
+    for number, batch in enumerate(batches):
+        trainer._batch(number, *batch, 3.0)
+        alone.append([p.grad for p in parameters])
+        for p in parameters:
+            p.grad = None
+    kept = []
+    for optimizer in trainer.optimizers:
+        monkeypatch.setattr(optimizer, "step", lambda group=optimizer.param_groups[0]: kept.extend(
+            p.grad.clone() for p in group["params"]))  # fmt: skip
+    trainer.train_step(batches)
+    assert len(kept) == len(parameters)
+    for a, b, both in zip(*alone, kept, strict=True):
+        assert torch.allclose(a + b, both, atol=1e-6)
+    assert any(not torch.allclose(a, b, atol=1e-3) for a, b in zip(*alone, strict=True))
+    fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
+
+
+def test_checkpointed_activations_change_nothing(mms_config, build_tiny):
+    cfg = replace(mms_config, max_steps=3, cps_warmup=0, cps_ramp=0)
+    (plain, _), (recomputed, _) = (
+        run(replace(cfg, run_name=str(flag), checkpoint_activations=flag), build_tiny) for flag in (False, True)
+    )
+    ours, theirs = tensors(plain["networks"]), tensors(recomputed["networks"])
+    differing = [path for path in ours if not torch.allclose(ours[path], theirs[path], atol=1e-6)]
+    assert all(path.endswith("num_batches_tracked") for path in differing)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_networks_train_alike(mms_config, build_tiny):
+    cfg = replace(mms_config, max_steps=2, cps_warmup=0, cps_ramp=0, precision="fp32")
+    (_, plain), (_, compiled) = (run(replace(cfg, run_name=str(flag), compile=flag), build_tiny) for flag in (0, 1))
+    assert compiled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-3)
+
+
+def test_without_a_compiler_compiling_is_left_out_with_a_warning(mms_config, build_tiny, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    run(replace(mms_config, max_steps=1, compile=True), build_tiny)
+    assert capsys.readouterr().out.count("warning: --compile needs a C++ compiler") == 1
 
 
 def test_training_that_diverges_stops_and_names_the_images(mms_config, build_tiny):
     cfg = replace(mms_config, max_steps=None, num_epoch=1)
     original = Trainer.train_step
 
-    def poisoned(self, labeled, unlabeled):
-        original(self, {**labeled, "image": labeled["image"] * torch.nan}, unlabeled)
+    def poisoned(self, batches):
+        original(self, [({**labeled, "image": labeled["image"] * torch.nan}, other) for labeled, other in batches])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train_step", poisoned)
-        with pytest.raises(UserError, match=f"not finite in {MAX_BAD_STEPS} steps in a row(.|\n)* frame . slice "):
+        with pytest.raises(UserError, match=f"not finite in {MAX_BAD_STEPS} steps in a row.* frame . slice "):
             run(cfg, build_tiny)
+    names = Path(cfg.out_root, "run/not_finite.txt").read_text().splitlines()
+    assert len(names) == len(set(names)) > MAX_BAD_STEPS and all(" frame " in name for name in names)
     assert not os.path.exists(f"{cfg.out_root}/run/best.safetensors")
 
 
@@ -301,6 +354,15 @@ def test_run_folder_admits_one_process(mms_config, build_tiny):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     fit(replace(mms_config, max_steps=1), loaders, build_tiny, Process(CPU))
+
+
+def test_weights_that_were_not_trained_here_are_kept(mms_config, build_tiny):
+    folder = Path(mms_config.out_root) / "run"
+    folder.mkdir(parents=True)
+    (folder / "best.safetensors").write_bytes(b"converted")
+    with pytest.raises(UserError, match="weights that were not trained here"):
+        run(mms_config, build_tiny)
+    assert (folder / "best.safetensors").read_bytes() == b"converted"
 
 
 @pytest.mark.parametrize("change", [{"fourier_aug": False, "cps_loss": "plain"}, {"cutmix": False}, {"cps_weight": 0.0},

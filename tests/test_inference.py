@@ -19,7 +19,8 @@ from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluate import mean_dice, predict_scans, to_native, volumetric_rows
 from utils.inference import load_run, write_table
-from utils.results import evaluate_run
+from utils.logger import read_log
+from utils.results import evaluate_run, runs_table
 
 MMS = mms_dataloader.FACTS
 CPU = torch.device("cpu")
@@ -159,12 +160,24 @@ def test_one_table_over_the_domains(mms_config, build_tiny, tmp_path):
         cfg = replace(mms_config, test_domain=vendor, run_name=vendor, max_steps=1)
         fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
         summaries.append(evaluate(Path(cfg.out_root) / vendor, build_tiny))
-    write_table(summaries, tmp_path / "tables")
+    write_table(summaries, MMS, tmp_path / "tables")
     text = (tmp_path / "tables/leave_one_domain_out.md").read_text()
     means = [summary["paper_protocol"]["mean"] for summary in summaries]
     assert f"{means[0]:.2f}" in text and f"{means[1]:.2f}" in text and f"{np.mean(means):.2f}" in text
     assert "84.52" in text and "phantom" in text  # published beside, and why they do not compare
     assert {path.suffix for path in (tmp_path / "tables").iterdir()} == {".md", ".csv", ".tex"}
+
+
+def test_runs_are_listed_with_their_best_scores(trained, build_tiny, mms_config):
+    supervised = replace(mms_config, run_name="supervised", cps_weight=0.0, seed=7, max_steps=1)
+    fit(supervised, build_loaders(supervised, MMS), build_tiny, Process(CPU))
+    paper = evaluate(trained, build_tiny)["paper_protocol"]
+    rows = runs_table(trained.parent, MMS).splitlines()[2:]
+    source = read_log(trained / "log.jsonl")[0]["val_dice"]
+    assert rows[0] == f"| run | D | 2 % | full | 0 | 2 | {source:.2f} | {paper['mean']:.2f} ± {paper['std']:.2f} |"
+    assert rows[1].startswith("| supervised | D | 2 % | supervised only | 7 | 1 |") and rows[1].endswith("| - |")
+    with pytest.raises(UserError, match="no run of M&Ms there"):
+        runs_table(trained, MMS)
 
 
 def test_networks_are_saved_with_what_inference_needs(trained, build_tiny):

@@ -21,11 +21,10 @@ from utils.engine import fit
 
 
 def child_process(cfg, build_tiny):
-    """Train in a child process; returns its id. Threads of OpenMP do not survive a fork, so it takes one."""
+    """Train in a child process; returns its id."""
     child = os.fork()
     if child == 0:
         try:
-            torch.set_num_threads(1)
             fit(cfg, build_loaders(cfg, mms_dataloader.FACTS), build_tiny, Process(torch.device("cpu")))
             os._exit(0)
         finally:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"mms_train", "scgm_train", "inference_mms", "inference_scgm", "convert_released"}
+SCRIPTS = {"mms_train", "scgm_train", "inference_mms", "inference_scgm", "convert_released", "benchmark"}
 DATALOADERS = {"mms_dataloader", "scgm_dataloader"}
 # Of utils: import nothing of ours but the errors.
 LEAVES = {"errors", "losses", "augment", "metrics", "logger", "visualize", "tables", "report", "distributed"}

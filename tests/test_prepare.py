@@ -2,17 +2,29 @@
 
 import csv
 import gzip
+import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import openpyxl
 import pytest
+import torch
+from conftest import ROOT
 from scipy.ndimage import map_coordinates
 
 import mms_dataloader
 import scgm_dataloader
-from utils.data import PreparedData
+from utils.data import PreparedData, build_loaders
+from utils.distributed import Process
+from utils.engine import fit
 from utils.errors import UserError
 from utils.prepare import check_dataset, prepare_dataset, quantile_curves
 
@@ -182,6 +194,87 @@ def test_prepare_refuses_an_existing_folder(raw, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="exists already"):
         prepare_dataset(raw, tmp_path / "out", MMS, workers=1)
+
+
+def test_disk_too_small_is_said_before_the_work(mms_raw, small_disk):
+    with pytest.raises(UserError, match=r"the prepared data take 0\.\d GB, 0\.0 GB are free"):
+        prepare_dataset(mms_raw, small_disk / "out", MMS, workers=2)
+    assert not list(small_disk.iterdir())
+
+
+def test_read_only_disk_is_named(mms_raw, small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(UserError, match=r"out: cannot be written \(.*Read-only"):
+        prepare_dataset(mms_raw, small_disk / "out", MMS, workers=2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_prepare_leaves_nothing_that_looks_ready(mms_raw, tmp_path, number):
+    """Ctrl-C reaches the whole process group, as from a terminal."""
+    command = [sys.executable, ROOT / "mms_dataloader.py", "prepare", mms_raw, "--out", tmp_path / "out"]
+    started = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "out.partial/truth").exists():  # at work
+        assert started.poll() is None and not (tmp_path / "out").exists()
+        time.sleep(0.01)
+    os.killpg(started.pid, number)
+    error = started.communicate(timeout=60)[1]
+    assert started.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
+    assert "Traceback" not in error and not (tmp_path / "out").exists()
+    if number == signal.SIGINT:
+        assert "stopped by Ctrl-C" in error and not list(tmp_path.iterdir())
+    prepare_dataset(mms_raw, tmp_path / "out", MMS, workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def labeled_folders(raw):
+    return [folder_of(raw, number, "Training/Labeled/*") for number in range(3)]
+
+
+def rewrite(path, array=None, affine=None):
+    image = nib.load(path)
+    array = np.array(image.dataobj) if array is None else array
+    nib.save(nib.Nifti1Image(array, image.affine if affine is None else affine, image.header), path)
+
+
+def test_odd_geometry_is_counted_and_named_and_work_goes_on(raw, capsys):
+    masks = [folder / f"{folder.name}_sa_gt.nii.gz" for folder in labeled_folders(raw)[:2]]
+    rewrite(masks[0], affine=nib.load(masks[0]).affine + 0.01 * np.eye(4, k=3))  # moved by 0.01 mm
+    scan = labeled_folders(raw)[2] / f"{labeled_folders(raw)[2].name}_sa.nii.gz"
+    image = nib.load(scan)
+    image.header["pixdim"][1:3] *= 1.5
+    nib.save(nib.Nifti1Image(np.array(image.dataobj), None, image.header), scan)
+    assert check_dataset(raw, MMS, workers=2)
+    out = capsys.readouterr().out
+    assert f"warning: {masks[0]}: its affine differs from the image's" in out
+    assert f"warning: {scan}: voxel size by the affine" in out
+    assert "0 errors, 2 warnings" in out
+
+
+def test_extreme_slices_are_prepared_and_trained_on(raw, tmp_path, mms_config, build_tiny):
+    """Constant and empty slices, 512 px and 20 px matrices: valid input all the way through a training."""
+    constant, large, small = labeled_folders(raw)
+    rng = np.random.default_rng(0)
+    shapes = {constant: None, large: (512, 512), small: (20, 17)}
+    for folder, plane in shapes.items():
+        scan, mask = (folder / f"{folder.name}_{kind}.nii.gz" for kind in ("sa", "sa_gt"))
+        array = np.array(nib.load(scan).dataobj)
+        if plane is None:
+            array[:, :, 0], array[:, :, 1] = 700, 0
+            rewrite(scan, array)
+        else:
+            shape = (*plane, *array.shape[2:])
+            rewrite(scan, rng.integers(0, 900, shape).astype(np.int16))
+            rewrite(mask, rng.integers(0, 4, shape).astype(np.uint8))
+    prepare_dataset(raw, tmp_path / "out", MMS, workers=2)
+    data = PreparedData.open(tmp_path / "out", MMS)
+    assert np.isfinite(data.images).all() and np.isfinite(data.quantiles).all()
+    rows = {folder: np.flatnonzero(data.index["patient"] == folder.name) for folder in shapes}
+    assert data.images[rows[constant]].reshape(len(rows[constant]), -1).max(1).tolist().count(0) == 4  # 2 frames
+    assert (data.images[rows[large]] > 0).mean() > 0.9 and (data.images[rows[small]] > 0).mean() < 0.05
+    cfg = replace(mms_config, data_root=str(tmp_path / "out"), cps_warmup=0, cps_ramp=0)
+    fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(torch.device("cpu")))
+    line = json.loads((Path(cfg.out_root) / "run/log.jsonl").read_text().splitlines()[-1])
+    assert line["skipped_steps"] == 0 and np.isfinite(line["loss"])
 
 
 # --- SCGM ----------------------------------------------------------------------------------------------------------

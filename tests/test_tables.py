@@ -7,10 +7,22 @@ from statistics import fmean
 
 import pytest
 
+from utils import tables
 from utils.errors import UserError
-from utils.tables import PUBLISHED, combine, to_csv, to_latex, to_markdown
+from utils.tables import PUBLISHED, method_name, to_csv, to_latex, to_markdown
 
 RULE = "highest ensemble Dice on 100 % of source_images"
+
+
+FACTS = {
+    "mms": {"name": "M&Ms", "domain_word": "vendor", "domains": "ABCD"},
+    "scgm": {"name": "SCGM", "domain_word": "site", "domains": "1234"},
+    "new": {"name": "New", "domain_word": "hospital", "domains": ("x", "y")},
+}
+
+
+def combine(summaries):
+    return tables.combine(summaries, **FACTS[summaries[0]["dataset"]])
 
 
 def summary(domain="A", mean=80.0, std=5.0, *, seed=0, structures=("LV", "MYO", "RV"), **changes):
@@ -25,6 +37,7 @@ def summary(domain="A", mean=80.0, std=5.0, *, seed=0, structures=("LV", "MYO", 
         "paper_protocol": {"mean": mean, "std": std, "ci95": None},
         "volumetric": {name: {**figures, "scans": 40, "missed": 1, "both_empty": 0} for name in structures},
         "phantom": False,
+        "method": "full",
         "ratio": 0.02,
         "seed": seed,
         "image_size": 288,
@@ -94,6 +107,7 @@ def test_no_mean_and_no_deviation():
         ({"ratio": 0.1}, "10 % labelled"),
         ({"image_size": 64}, "64 px"),
         ({"tta": True}, "test-time augmentation"),
+        ({"method": "supervised only"}, "supervised only"),
         ({"phantom": True, "image_size": 144}, "phantom data, 144 px"),
     ],
 )
@@ -132,6 +146,13 @@ def test_published_rows_are_those_of_the_ratio():
     assert "each site held out in turn, 20 % of the patients labelled" in scgm[0].caption
 
 
+def test_data_set_without_published_numbers():
+    paper, volumetric = table = combine([summary("x", dataset="new"), summary("y", dataset="new", mean=70.0)])
+    assert [label for _, label, _ in paper.rows] == ["this implementation"] and paper.columns == ["x", "y", "average"]
+    assert "New, each hospital held out in turn" in paper.caption and len(paper.notes) == 1
+    assert "ublished" not in to_markdown(table) + to_latex(table) and volumetric.rows
+
+
 def test_published_averages_are_the_means_of_their_domains():
     off = {
         (dataset, ratio, row.method): round(row.average - fmean(row.dice), 2)
@@ -141,6 +162,24 @@ def test_published_averages_are_the_means_of_their_domains():
     }
     # In the paper, too; a slip of the copying would show as one more.
     assert off == {("mms", 0.02, "LDDG"): 0.06, ("mms", 0.05, "LDDG"): 0.1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "full"),
+        ({"cps_weight": 0.0, "cutmix": False}, "supervised only"),
+        ({"cps_loss": "plain", "fourier_aug": False}, "plain CPS"),
+        ({"cps_loss": "plain"}, "plain CPS + Fourier"),
+        ({"cps_loss": "scalar", "fourier_mode": "AM"}, "confidence as released (amplitude mix)"),
+        ({"cutmix": False}, "full, no CutMix"),
+    ],
+)
+def test_every_step_of_the_ablation_has_its_name(changes, name):
+    settings = {"cps_weight": 3.0, "cps_loss": "pixel", "fourier_aug": True, "fourier_mode": "AS", "cutmix": True}
+    assert method_name(settings | changes) == name
+    with pytest.raises(UserError, match="one table takes runs of one method, not full, other"):
+        combine([summary("A"), summary("B", method="other")])
 
 
 def test_caption_says_how_the_checkpoint_was_selected():

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
             f"{path}: cannot be written ({error.strerror or error}); the earlier state is intact"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only folder
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -118,16 +119,14 @@ def load_networks(path: Path, nets: list[nn.Module]) -> None:
 
 def provenance() -> dict[str, Any]:
     """What made a result: the code's git commit ("+" where it was changed since) and the packages' versions."""
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty=+"],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    describe = ["git", "describe", "--always", "--dirty=+"]
+    try:
+        git = subprocess.run(describe, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=False)
+        commit = git.stdout.strip() or None
+    except FileNotFoundError:  # no git here
+        commit = None
     packages = ("torch", "torchvision", "timm", "monai", "numpy", "nibabel", "scikit-image")
-    return {"git_commit": git.stdout.strip() or None, "versions": {name: version(name) for name in packages}}
+    return {"git_commit": commit, "versions": {name: version(name) for name in packages}}
 
 
 @contextmanager

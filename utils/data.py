@@ -211,33 +211,33 @@ class SliceDataset(Dataset):
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
 
 
-class StepSampler:
-    """Yields the batch of every step from `start` to `stop`; iterating never changes the sampler."""
+class BatchSampler:
+    """Yields the batches from number `start` to `stop` of the whole run; iterating never changes the sampler."""
 
-    def __init__(self, batch_of_step: Callable[[int], np.ndarray]):
-        self.batch_of_step, self.start, self.stop = batch_of_step, 0, 0
+    def __init__(self, batch_of_number: Callable[[int], np.ndarray]):
+        self.batch_of_number, self.start, self.stop = batch_of_number, 0, 0
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return (self.batch_of_step(step) for step in range(self.start, self.stop))
+        return map(self.batch_of_number, range(self.start, self.stop))
 
     def __len__(self) -> int:
         return self.stop - self.start
 
 
-def labeled_batches(count: int, *, batch_size: int, seed: int, rank: int = 0) -> StepSampler:
+def labeled_batches(count: int, *, batch_size: int, seed: int, rank: int = 0) -> BatchSampler:
     """Labelled positions, drawn with replacement."""
-    return StepSampler(lambda step: np.random.default_rng([seed, 1, step, rank]).integers(count, size=batch_size))
+    return BatchSampler(lambda number: np.random.default_rng([seed, 1, number, rank]).integers(count, size=batch_size))
 
 
 def unlabeled_batches(
-    count: int, *, batch_size: int, pairs: bool, seed: int, rank: int = 0, world: int = 1
-) -> StepSampler:
-    """Unlabelled positions: an epoch is a permutation of all images, cut into steps of `batch_size` per process.
+    count: int, *, batch_size: int, pairs: bool, seed: int, rank: int = 0, world: int = 1, accumulate: int = 1
+) -> BatchSampler:
+    """Unlabelled positions: an epoch is a permutation of all images, cut into steps of whole batches.
 
     With `pairs` a batch holds 2 x batch_size positions: u0 and its CutMix partners u1, the same permutation rotated
     by a random distance. So every image is used once in each, and never as its own partner.
     """
-    steps = count // (batch_size * world)
+    batches = count // (batch_size * world * accumulate) * accumulate  # an epoch
 
     @lru_cache(maxsize=1)
     def epoch_order(epoch: int) -> tuple[np.ndarray, ...]:
@@ -245,12 +245,12 @@ def unlabeled_batches(
         order = rng.permutation(count)
         return (order, np.roll(order, rng.integers(1, count))) if pairs else (order,)
 
-    def batch_of_step(step: int) -> np.ndarray:
-        epoch, position = divmod(step, steps)
+    def batch_of_number(number: int) -> np.ndarray:
+        epoch, position = divmod(number, batches)
         first = (position * world + rank) * batch_size
         return np.concatenate([order[first : first + batch_size] for order in epoch_order(epoch)])
 
-    return StepSampler(batch_of_step)
+    return BatchSampler(batch_of_number)
 
 
 def scan_batches(data: PreparedData, rows: np.ndarray) -> list[np.ndarray]:
@@ -288,11 +288,11 @@ def build_loaders(cfg: Any, facts: DatasetFacts, *, rank: int = 0, world: int = 
         use_extra_unlabeled=cfg.use_extra_unlabeled,
     )
     unlabeled_rows = data.rows(split.unlabeled)
-    steps = len(unlabeled_rows) // (cfg.batch_size * world)
+    steps = len(unlabeled_rows) // (cfg.batch_size * world * cfg.accumulate)
     if not steps:
         raise UserError(
-            f"{len(unlabeled_rows)} unlabelled images in {data.root} are fewer than one batch of {cfg.batch_size} x "
-            f"{world} process(es): use a smaller --batch-size"
+            f"{len(unlabeled_rows)} unlabelled images in {data.root} are fewer than one step takes: batches of "
+            f"{cfg.batch_size} x {world} process(es) x --accumulate {cfg.accumulate}. Use a smaller --batch-size"
         )
     first_domain = min(data.index["domain"][unlabeled_rows])
     labeled = SliceDataset(data, data.rows(split.labeled, with_mask=True), with_mask=True)
@@ -301,7 +301,13 @@ def build_loaders(cfg: Any, facts: DatasetFacts, *, rank: int = 0, world: int = 
     test = SliceDataset(data, data.rows(split.held_out, with_mask=True), with_mask=True)
     labeled_sampler = labeled_batches(len(labeled), batch_size=cfg.batch_size, seed=cfg.seed, rank=rank)
     unlabeled_sampler = unlabeled_batches(
-        len(unlabeled), batch_size=cfg.batch_size, pairs=cfg.cutmix, seed=cfg.seed, rank=rank, world=world
+        len(unlabeled),
+        batch_size=cfg.batch_size,
+        pairs=cfg.cutmix,
+        seed=cfg.seed,
+        rank=rank,
+        world=world,
+        accumulate=cfg.accumulate,
     )
     return Loaders(
         batch_loader(labeled, labeled_sampler, cfg.workers),

@@ -11,15 +11,18 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from utils.augment import Augmentation, cutmix_mask
@@ -33,7 +36,7 @@ from utils.checkpoint import (
     write_json,
 )
 from utils.data import Loaders
-from utils.distributed import Process, any_process, average, gather
+from utils.distributed import Process, any_process, average, gather, unflatten
 from utils.errors import UserError
 from utils.evaluate import autocast, mean_dice, predict_scans
 from utils.logger import Logger
@@ -47,6 +50,7 @@ SYNC_EVERY = 10  # steps between looks at the device's counters, for the progres
 # What may differ between the command that began a run and the one that resumes it.
 FREE_ON_RESUME = {
     "data_root", "out_root", "num_epoch", "max_steps", "restart", "save_every", "device", "workers", "wandb",
+    "compile", "checkpoint_activations",
 }  # fmt: skip
 
 SELECTION = "highest ensemble Dice (paper protocol) on labelled source images; the target domain is never looked at"
@@ -98,7 +102,7 @@ def cross_pseudo_supervision(
 
 
 def training_step(
-    nets: Sequence[nn.Module],
+    nets: Sequence[Callable[[torch.Tensor], torch.Tensor]],
     image: torch.Tensor,
     mask: torch.Tensor,
     views: UnlabeledViews | None,
@@ -107,8 +111,11 @@ def training_step(
     cps_loss: str,
     cps_weight: float,
     forward: Callable[[], Any],
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The whole objective, L = L_s + beta L_cacps.
+    share: float = 1.0,
+) -> dict[str, torch.Tensor]:
+    """The whole objective, L = L_s + beta L_cacps, and its gradient, added to the networks' parameters.
+
+    Parts that share no graph are backpropagated one by one: the same gradient, without all activations at once.
 
     Args:
         nets: the two networks, in train mode.
@@ -117,19 +124,48 @@ def training_step(
         dice_classes: the classes that the supervised loss sums.
         cps_weight: beta at this step.
         forward: makes the autocast context of the forward passes.
+        share: what this batch's gradient counts, of a step that accumulates several.
 
     Returns:
-        The loss, and detached scalars for the log.
+        Detached scalars for the log; "loss" is the whole objective.
     """
-    with forward():
-        logits = [net(image).float() for net in nets]
-    supervised = sum(dice_loss(x.softmax(1), mask)[dice_classes].sum() for x in logits)
+    supervised = torch.zeros((), device=image.device)
+    for net in nets:
+        with forward():
+            logits = net(image).float()
+        part = dice_loss(logits.softmax(1), mask)[dice_classes].sum()
+        (share * part).backward()
+        supervised = supervised + part.detach()
     cps = variance = torch.zeros_like(supervised)
     if views is not None:
         cps, variance = cross_pseudo_supervision(nets, views, cps_loss, forward)
-    loss = supervised + cps_weight * cps
-    scalars = {"loss": loss, "supervised": supervised, "cps": cps, "variance": variance}
-    return loss, {name: value.detach() for name, value in scalars.items()}
+        (share * cps_weight * cps).backward()
+        cps = cps.detach()
+    return {"loss": supervised + cps_weight * cps, "supervised": supervised, "cps": cps, "variance": variance}
+
+
+def checkpointed(net: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`net` with activation checkpointing: a forward keeps nothing but its input, the backward computes it again."""
+
+    @contextmanager
+    def still_statistics() -> Iterator[None]:
+        """The second forward sees the batch that BatchNorm's running statistics have counted already."""
+        norms = batch_norms([net])
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+    return partial(checkpoint, net, use_reentrant=False, context_fn=lambda: (nullcontext(), still_statistics()))
+
+
+def batch_norms(nets: Sequence[nn.Module]) -> list[nn.Module]:
+    """All BatchNorm layers of the networks."""
+    return [m for net in nets for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
 
 
 class Trainer:
@@ -148,6 +184,14 @@ class Trainer:
             if process.world > 1 and device.type == "cuda":  # SyncBatchNorm refuses CPUs
                 net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
             self.nets.append(net.to(device, memory_format=memory_format).train())
+        # Shapes repeat from step to step.
+        torch.backends.cudnn.benchmark = device.type == "cuda"
+        # What training calls; evaluation calls the networks themselves.
+        self.students = [checkpointed(net) if cfg.checkpoint_activations else net for net in self.nets]
+        if cfg.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            print("warning: --compile needs a C++ compiler (g++), and there is none: training without it")
+        elif cfg.compile:
+            self.students = [torch.compile(student) for student in self.students]
         self.optimizers = [
             torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
             for net in self.nets
@@ -167,9 +211,8 @@ class Trainer:
             reference=reference,
         )
         self.generator = torch.Generator(device)
-        self.batch_norms = [
-            m for net in self.nets for m in net.modules() if isinstance(m, nn.modules.batchnorm._NormBase)
-        ]
+        norms = batch_norms(self.nets)
+        self.statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
         self.step = 0
         self.best = -1.0  # percent
         self.sums: dict[str, torch.Tensor] = {}  # since the last line of the log, on the device
@@ -196,19 +239,45 @@ class Trainer:
             box_mask = cutmix_mask(len(image) // 2, self.cfg.image_size, generator=self.generator)
         return UnlabeledViews(plain.chunk(parts), fourier.chunk(parts) if fourier is not None else None, box_mask)
 
-    def train_step(self, labeled: dict[str, torch.Tensor], unlabeled: dict[str, torch.Tensor]) -> None:
-        """One step of both networks. A step that is not finite changes nothing, which the device decides alone."""
-        self.generator.manual_seed(derive_seed(self.cfg.seed, 4, self.step, self.process.rank))
-        torch.manual_seed(derive_seed(self.cfg.seed, 5, self.step, self.process.rank))  # dropout
+    def train_step(self, batches: Sequence[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]) -> None:
+        """One step of both networks on `cfg.accumulate` pairs of a labelled and an unlabelled batch.
+
+        A step that is not finite changes nothing, which the device decides alone.
+        """
+        weight = self.cps_weight()
+        statistics_before = torch.cat(self.statistics)
+        parts = [self._batch(number, *batch, weight) for number, batch in enumerate(batches)]
+        scalars = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+        gradients = [p.grad for net in self.nets for p in net.parameters() if p.grad is not None]
+        # One mean for all, the loss among them: so every process finds the same steps not finite.
+        loss = scalars["loss"].clone()
+        average([*gradients, *self.statistics, loss])
+        finite = torch.isfinite(loss + torch.nn.utils.get_total_norm(gradients))
+        for optimizer in self.optimizers:
+            optimizer.found_inf = (~finite).float()  # the fused step leaves everything as it is where this is 1
+            optimizer.step()
+            optimizer.zero_grad()
+        unflatten(torch.where(finite, torch.cat(self.statistics), statistics_before), self.statistics)
+        bad = (~finite).float()
+        self.bad_steps = torch.stack([(self.bad_steps[0] + 1) * bad, self.bad_steps[1] + bad])
+        scalars |= {"steps": torch.ones_like(loss), "cps_weight": torch.full_like(loss, weight)}
+        for name, value in scalars.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
+        self.step += 1
+
+    def _batch(
+        self, number: int, labeled: dict[str, torch.Tensor], unlabeled: dict[str, torch.Tensor], weight: float
+    ) -> dict[str, torch.Tensor]:
+        """Augment one of the step's batches and add its gradient; returns its scalars."""
+        place = self.step * self.cfg.accumulate + number
+        self.generator.manual_seed(derive_seed(self.cfg.seed, 4, place, self.process.rank))
+        torch.manual_seed(derive_seed(self.cfg.seed, 5, place, self.process.rank))  # dropout
         image, mask, quantiles = (
             labeled[name].to(self.device, non_blocking=True) for name in ("image", "mask", "quantiles")
         )
         image, mask = self.augmentation.labeled(image, mask, quantiles, self.generator)
-        weight = self.cps_weight()
-        statistics = [buffer for norm in self.batch_norms for buffer in (norm.running_mean, norm.running_var)]
-        statistics_before = [buffer.clone() for buffer in statistics]
-        loss, scalars = training_step(
-            self.nets,
+        return training_step(
+            self.students,
             image,
             mask,
             self.views(unlabeled) if weight else None,
@@ -216,25 +285,8 @@ class Trainer:
             cps_loss=self.cfg.cps_loss,
             cps_weight=weight,
             forward=self.forward,
+            share=1 / self.cfg.accumulate,
         )
-        loss.backward()
-        gradients = [p.grad for net in self.nets for p in net.parameters() if p.grad is not None]
-        # One mean for all, the loss among them: so every process finds the same steps not finite.
-        loss = loss.detach()
-        average([*gradients, *statistics, loss])
-        finite = torch.isfinite(loss + torch.nn.utils.get_total_norm(gradients))
-        for optimizer in self.optimizers:
-            optimizer.found_inf = (~finite).float()  # the fused step leaves everything as it is where this is 1
-            optimizer.step()
-            optimizer.zero_grad()
-        for buffer, before in zip(statistics, statistics_before, strict=True):
-            buffer.copy_(torch.where(finite, buffer, before))
-        bad = (~finite).float()
-        self.bad_steps = torch.stack([(self.bad_steps[0] + 1) * bad, self.bad_steps[1] + bad])
-        scalars |= {"steps": torch.ones_like(loss), "cps_weight": torch.full_like(loss, weight)}
-        for name, value in scalars.items():
-            self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
-        self.step += 1
 
     def means(self) -> dict[str, float | None]:
         """Mean scalars over the finite steps since the last line of the log; no variance without its loss."""
@@ -361,6 +413,9 @@ def fit(cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module], pro
         # Weights and two moments, as last, as previous and as the file being written; and the best weights.
         weights = sum(p.numel() * p.element_size() for net in trainer.nets for p in net.parameters())
         require_space(folder, 10 * weights)
+        if process.main:
+            images = cfg.batch_size * cfg.accumulate * process.world
+            print(f"{folder}: steps of {images} labelled and {images * (1 + cfg.cutmix)} unlabelled images")
         with (
             Logger(folder, since=trainer.step, use_wandb=cfg.wandb, config=asdict(cfg))
             if process.main
@@ -375,19 +430,21 @@ def fit(cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module], pro
 def _train(trainer: Trainer, folder: Path, total: int, logger: Logger | None, interrupt: "Interrupt") -> None:
     cfg, loaders, process = trainer.cfg, trainer.loaders, trainer.process
     for loader in (loaders.labeled, loaders.unlabeled):
-        loader.sampler.start, loader.sampler.stop = trainer.step, total
+        loader.sampler.start, loader.sampler.stop = trainer.step * cfg.accumulate, total * cfg.accumulate
     progress = tqdm(
         total=total, initial=trainer.step, unit="step", desc="train", smoothing=0.1, disable=not process.main
     )
     recent: deque[list[int]] = deque(maxlen=MAX_BAD_STEPS)
     began = time.monotonic()
-    for labeled, unlabeled in zip(loaders.labeled, loaders.unlabeled, strict=True):
-        trainer.train_step(labeled, unlabeled)
-        recent.append([*labeled["row"].tolist(), *unlabeled["row"].tolist()])
+    pairs = zip(loaders.labeled, loaders.unlabeled, strict=True)
+    while trainer.step < total:
+        batches = list(islice(pairs, cfg.accumulate))
+        trainer.train_step(batches)
+        recent.append([row for pair in batches for batch in pair for row in batch["row"].tolist()])
         epoch_ends = trainer.step % loaders.steps_per_epoch == 0 or trainer.step == total
         at_sync = trainer.step % SYNC_EVERY == 0 or epoch_ends
         if at_sync:
-            stop_if_diverged(trainer, recent)
+            stop_if_diverged(trainer, recent, folder / "not_finite.txt")
             means = trainer.means()
             progress.set_postfix(loss=f"{means['loss']:.3f}", cps=f"{means['cps']:.3f}")
         progress.update()
@@ -402,7 +459,7 @@ def _train(trainer: Trainer, folder: Path, total: int, logger: Logger | None, in
                 if better:
                     save_networks(folder / "best.safetensors", trainer.nets, trainer.metadata())
                 samples = folder / "samples" / f"epoch_{epoch:03d}.png"
-                trainer.draw_samples(samples, unlabeled)
+                trainer.draw_samples(samples, batches[0][1])
                 logger.log(line, {"samples": samples})
                 plot_curves(logger.lines, folder / "curves.png", selected_epoch=_best_epoch(logger.lines))
                 best = f"best {trainer.best:.2f}"
@@ -427,9 +484,13 @@ def open_run(folder: Path, cfg: Any, loaders: Loaders, processes: int) -> None:
     settings = {**json.loads(json.dumps(asdict(cfg))), "processes": processes}
     known = folder / "config.json"
     if cfg.restart:
-        for name in ("last.pt", "previous.pt", "best.safetensors", "log.jsonl", "config.json", "wandb_id"):
+        saved = ["last.pt", "previous.pt", "best.safetensors", "config.json"]
+        for name in [*saved, "log.jsonl", "curves.png", "not_finite.txt", "wandb_id"]:
             (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / "samples", ignore_errors=True)
+        for name in ("samples", "results"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    if (folder / "best.safetensors").exists() and not known.exists():
+        raise UserError(f"{folder} holds weights that were not trained here: choose another --run-name, or --restart")
     if known.exists():
         try:
             began = json.loads(known.read_text())
@@ -450,16 +511,19 @@ def open_run(folder: Path, cfg: Any, loaders: Loaders, processes: int) -> None:
     write_json(folder / "split.json", loaders.split._asdict())
 
 
-def stop_if_diverged(trainer: Trainer, recent: Sequence[list[int]]) -> None:
-    """Raise UserError, naming the images, after MAX_BAD_STEPS non-finite steps in a row."""
+def stop_if_diverged(trainer: Trainer, recent: Sequence[list[int]], path: Path) -> None:
+    """Raise UserError after MAX_BAD_STEPS non-finite steps in a row, with the images of these steps named in `path`."""
     if trainer.bad_steps[0] < MAX_BAD_STEPS:
         return
     index = trainer.loaders.data.index
-    rows = sorted({row for rows in recent for row in rows})
-    names = sorted({f"{index['patient'][r]} frame {index['frame'][r]} slice {index['slice'][r]}" for r in rows})
+    rows = sorted(set(gather([row for rows in recent for row in rows])))
+    names = [f"{index['patient'][r]} frame {index['frame'][r]} slice {index['slice'][r]}" for r in rows]
+    if trainer.process.main:
+        path.write_text("\n".join(names) + "\n")
     raise UserError(
         f"the loss was not finite in {MAX_BAD_STEPS} steps in a row, up to step {trainer.step}; the last checkpoint is "
-        "from before. Try a smaller --lr or --precision fp32. The images of these steps:\n  " + "\n  ".join(names)
+        f"from before. Try a smaller --lr or --precision fp32. {path} names the {len(names)} images of these steps: "
+        + ", ".join(names[:5] + ["..."] * (len(names) > 5))
     )
 
 

@@ -1,10 +1,14 @@
 """Errors that are a user's to mend: one clear message, exit status 1, no traceback."""
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
 
 import torch
+
+# What the surroundings refuse: full disk, quota, read-only file system, missing rights.
+REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 class UserError(Exception):
@@ -18,7 +22,7 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn a UserError, or a full GPU memory, inside the block into a message on stderr and exit status 1."""
+    """Turn a UserError, a refusing disk, a full GPU memory or Ctrl-C inside the block into a message and an exit."""
     try:
         yield
     except UserError as error:
@@ -26,5 +30,13 @@ def clear_errors() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         sys.exit(
             f"error: out of GPU memory ({first_line(error)})\n"
-            "Use a smaller --batch-size or --image-size, or --precision bf16."
+            "Use --checkpoint-activations, --precision bf16, or a smaller --image-size or --batch-size (with "
+            "--accumulate the step stays as large)."
         )
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        sys.exit(f"error: {error.filename or 'the output folder'}: {error.strerror}; what was saved before is intact")
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        sys.exit(130)

@@ -13,7 +13,7 @@ from utils.data import DatasetFacts
 from utils.distributed import choose_device
 from utils.errors import UserError, clear_errors
 from utils.evaluate import TrainedRun
-from utils.results import evaluate_run
+from utils.results import evaluate_run, runs_table
 from utils.segment import Segmenter, segment_files
 from utils.tables import combine, to_csv, to_latex, to_markdown
 
@@ -22,7 +22,8 @@ def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) 
     """Run what the command line asks for."""
 
     def inference(
-        run: tuple[Path, ...],
+        run: tuple[Path, ...] = (),
+        list_runs: Path | None = None,
         data_root: Path | None = None,
         checkpoint: Literal["best", "last"] = "best",
         save_predictions: bool = False,
@@ -41,6 +42,7 @@ def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) 
 
         Args:
             run: folders of runs; of several, one table over their held-out domains is written, too.
+            list_runs: folder of runs, to list with their best scores instead.
             data_root: prepared data to evaluate on; by default those of the training.
             checkpoint: "best" by source validation, or "last".
             save_predictions: write every prediction as NIfTI in its scan's own grid.
@@ -55,6 +57,10 @@ def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) 
             device: "cuda", "cpu", or "auto": a GPU where there is one.
             precision: bf16 autocast, or float32.
         """
+        if list_runs:
+            return print(runs_table(list_runs, facts))
+        if not run:
+            raise UserError("--run names the trained run, --list-runs the folder whose runs are listed")
         where = choose_device(device)
         if bool(input) != bool(output):
             raise UserError("--input and --output belong together: new scans, and the folder for their label maps")
@@ -92,15 +98,15 @@ def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) 
                 )
             )
         if len(run) > 1:
-            write_table(summaries, out or run[0].parent)
+            write_table(summaries, facts, out or run[0].parent)
 
     with clear_errors():
         tyro.cli(inference)
 
 
-def write_table(summaries: list[dict[str, Any]], folder: Path) -> None:
+def write_table(summaries: list[dict[str, Any]], facts: DatasetFacts, folder: Path) -> None:
     """Write and print the leave-one-domain-out table of several evaluations, as Markdown, CSV and LaTeX."""
-    table = combine(summaries)
+    table = combine(summaries, name=facts.name, domain_word=facts.domain_word, domains=facts.domains)
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, form in (("md", to_markdown), ("csv", to_csv), ("tex", to_latex)):
         (folder / f"leave_one_domain_out.{suffix}").write_text(form(table), encoding="utf-8")

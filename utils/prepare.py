@@ -4,7 +4,9 @@ import csv
 import hashlib
 import json
 import math
+import os
 import shutil
+import signal
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -75,7 +77,8 @@ def _process(raw: Path, facts: DatasetFacts, *, workers: int, out: Path | None) 
     found = facts.find_cases(raw)
     reports: Reports = [(None, Report(found.errors, found.warnings, []))]
     offsets = _allocate(found.cases, out) if out and not found.errors else None
-    with ProcessPoolExecutor(max_workers=workers) as pool:
+    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process alone: it ends the workers
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore_interrupt) as pool:
         jobs = {}
         for number, case in enumerate(found.cases):
             target = (out, offsets[number]) if offsets else None
@@ -114,6 +117,10 @@ def _allocate(cases: list[Case], out: Path) -> list[tuple[int, int]] | None:
     open_memmap(out / "images.npy", "w+", np.float16, (slices, CANVAS, CANVAS))
     open_memmap(out / "masks.npy", "w+", np.uint8, (masks, CANVAS, CANVAS))
     open_memmap(out / "quantiles.npy", "w+", np.float32, (slices, QUANTILES))
+    for path in out.glob("*.npy"):
+        if hasattr(os, "posix_fallocate"):  # Linux: take the space now; a disk that fills up later kills a memory map
+            with open(path, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return offsets
 
 

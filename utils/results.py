@@ -1,6 +1,7 @@
 """Results of a run on its held-out domain: figures, tables, pictures and predictions."""
 
 import csv
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 from tqdm import tqdm
 
 from utils.augment import GRID, canvas_to_grid
-from utils.checkpoint import provenance, write_json
+from utils.checkpoint import provenance, read_metadata, write_json
 from utils.data import DatasetFacts, PreparedData, SliceDataset, batch_loader, scan_batches
 from utils.errors import UserError
 from utils.evaluate import ScanPrediction, TrainedRun, mean_dice, predict_scans, to_native, volumetric_rows
 from utils.logger import read_log
 from utils.metrics import agreement_limits, bootstrap_interval
 from utils.report import write_report
+from utils.tables import method_name
 from utils.visualize import plot_bland_altman, plot_case, plot_dice_per_case
 from utils.volume import read_volume, write_volume
 
@@ -75,6 +77,7 @@ def evaluate_run(
         "volumetric": {name: _volumetric(rows, name) for name in facts.class_names[1:]},
         "outside_field_percent": 100 * float(outside[0]) / max(int(outside[1]), 1),
         "phantom": data.info["phantom"],
+        "method": method_name(config),
         "ratio": config["ratio"],
         "seed": config["seed"],
         "image_size": size,
@@ -103,6 +106,30 @@ def evaluate_run(
     print(text)
     print(f"results in {out}")
     return summary
+
+
+def runs_table(root: Path, facts: DatasetFacts) -> str:
+    """The runs below `root` with their best scores, as a Markdown table."""
+    lines = [f"| run | held out | labelled | method | seed | best at step | source Dice | {facts.domain_word} Dice |"]
+    lines.append("|---" * 8 + "|")
+    for path in sorted(root.glob("*/best.safetensors")):
+        metadata, folder = read_metadata(path), path.parent
+        if metadata["dataset"] != facts.key:
+            continue
+        config = metadata["config"]
+        source = max((line["val_dice"] for line in read_log(folder / "log.jsonl")), default=None)
+        evaluated = folder / "results" / config["test_domain"] / "summary.json"
+        held_out = json.loads(evaluated.read_text())["paper_protocol"] if evaluated.exists() else {"mean": None}
+        cells = [folder.name, config["test_domain"], f"{100 * config['ratio']:g} %", method_name(config)]
+        cells += [config["seed"], metadata["step"], _score(source), _score(held_out["mean"], held_out.get("std"))]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if len(lines) == 2:
+        raise UserError(f"{root}: no run of {facts.name} there; train one first: python {facts.key}_train.py --help")
+    return "\n".join(lines)
+
+
+def _score(mean: float | None, std: float | None = None) -> str:
+    return "-" if mean is None else f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
 
 
 def _scans(data: PreparedData, patients: Sequence[str]) -> Any:
@@ -141,7 +168,8 @@ def format_summary(summary: dict[str, Any], facts: DatasetFacts) -> str:
         f"# {facts.name}: held-out {facts.domain_word} {summary['test_domain']}",
         "",
         f"{summary['patients']} patients, {100 * summary['ratio']:g} % labelled, seed {summary['seed']}, "
-        f"{summary['image_size']} px. Checkpoint: {summary['checkpoint']}; selection: {summary['selection']}.",
+        f"{summary['image_size']} px. Method: {summary['method']}. Checkpoint: {summary['checkpoint']}; "
+        f"selection: {summary['selection']}.",
     ]
     if summary["phantom"]:
         lines += ["", "**Phantom data: these figures say nothing about real scans.**"]

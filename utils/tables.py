@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from operator import itemgetter
 from statistics import fmean, pstdev, stdev
@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from utils.errors import UserError
 
 GRID = 288  # px, of the published experiments
-DATASETS = {"mms": ("M&Ms", "vendor", "ABCD"), "scgm": ("SCGM", "site", "1234")}  # name, word for a domain, domains
 FIGURES = {"dice": "Dice (%)", "hd95": "HD95 (mm)", "assd": "ASSD (mm)", "missed": "missed (% of scans)"}
 LATEX = str.maketrans(
     {character: rf"\{character}" for character in "%_&#${}"}
@@ -89,50 +88,65 @@ class Grid(NamedTuple):
     notes: list[str]
 
 
-def combine(summaries: list[dict[str, Any]]) -> list[Grid]:
+def method_name(config: dict[str, Any]) -> str:
+    """What a run's settings make of the method: the full one, or a step of its ablation."""
+    if config["cps_weight"] == 0:
+        return "supervised only"
+    name = {"pixel": "full", "scalar": "confidence as released", "plain": "plain CPS"}[config["cps_loss"]]
+    if config["cps_loss"] == "plain" and config["fourier_aug"]:
+        name += " + Fourier"
+    if config["fourier_aug"] and config["fourier_mode"] == "AM":
+        name += " (amplitude mix)"
+    return name if config["cutmix"] else f"{name}, no CutMix"
+
+
+def combine(summaries: list[dict[str, Any]], *, name: str, domain_word: str, domains: Sequence[str]) -> list[Grid]:
     """Put the summary.json of several runs, one or more seeds per held-out domain, into one table of two grids.
+
+    `name` is the data set's, `domain_word` says what a domain of it is, and `domains` are all of them.
 
     A domain's cell holds the mean and sample standard deviation over patients or, of several seeds, over the seeds'
     means. The average is that of the domains' means, with their population standard deviation, as the paper has it.
 
     Raises:
-        UserError: the runs differ in data set or label ratio, or one of them is there twice.
+        UserError: the runs differ in data set, label ratio or method, or one of them is there twice.
     """
     names = [f"{s['dataset']} {s['test_domain']} {_percent(s['ratio'])} seed {s['seed']}" for s in summaries]
     if len({(summary["dataset"], summary["ratio"]) for summary in summaries}) > 1:
         raise UserError(f"one table takes one data set and one label ratio, not {', '.join(names)}")
+    if len(methods := dict.fromkeys(summary["method"] for summary in summaries)) > 1:
+        raise UserError(f"one table takes runs of one method, not {', '.join(methods)}")
     if len(set(names)) < len(names):
         raise UserError(f"give each held-out domain and seed once, not {', '.join(names)}")
     dataset, ratio, structures = (summaries[0][key] for key in ("dataset", "ratio", "volumetric"))
-    title, domain_word, domains = DATASETS[dataset]
     by_seed = sorted(summaries, key=lambda summary: summary["seed"])
     runs: Runs = {domain: [s for s in by_seed if s["test_domain"] == domain] for domain in domains}
-    ratios = [share for key, share in PUBLISHED if key == dataset]
-    nearest = min(ratios, key=lambda share: abs(share - ratio))
+    published = {share: rows for (key, share), rows in PUBLISHED.items() if key == dataset}
+    nearest = min(published, key=lambda share: abs(share - ratio), default=None)
     # Beside the last state of a training, summary.json names the rule that did not choose it.
     kinds = [(summary["checkpoint"].split(",")[0], summary["selection"]) for summary in summaries]
     checkpoints = dict.fromkeys(f"{kind}, {rule}" if kind == "best" else kind for kind, rule in kinds)
     setting = (
-        f"{title}, each {domain_word} held out in turn, {_percent(ratio)} of the patients labelled. Mean ± standard "
+        f"{name}, each {domain_word} held out in turn, {_percent(ratio)} of the patients labelled. Mean ± standard "
         "deviation over patients, of several seeds over their means; average ± population standard deviation of the "
-        f"{domain_word}s' means. Checkpoint: {'; '.join(checkpoints)}."
+        f"{domain_word}s' means. Method: {summaries[0]['method']}. Checkpoint: {'; '.join(checkpoints)}."
     )
-    beside = f"Published rows: {_percent(nearest)} labelled"
+    beside = f" Published rows: {_percent(nearest)} labelled." if published else ""
     notes = [f"Runs: {'; '.join(_source(domain, found) for domain, found in runs.items() if found)}."]
-    if any(map(_differences, runs.values())):
-        beside += ", not comparable with what is marked †"
-        published = f"{title}, {' or '.join(map(_percent, ratios))} labelled, {GRID} px"
-        notes.append(f"† Not comparable with the published numbers ({published}).")
+    if published and any(map(_differences, runs.values())):
+        beside = f"{beside[:-1]}, not comparable with what is marked †."
+        setting_there = f"{name}, {' or '.join(map(_percent, published))} labelled, {GRID} px"
+        notes.append(f"† Not comparable with the published numbers ({setting_there}).")
     caption = f"Paper protocol: Dice (%) of all structures pooled per slice, softmax > 0.5, on a {GRID} px grid."
     rows, later = [("ours", "this implementation", _cells(runs, "", "dice"))], []
-    for method, dice, average, std, note in PUBLISHED[dataset, nearest]:
+    for method, dice, average, std, note in published.get(nearest, ()):
         rows.append(("published", f"{method} ‡" if note else method, [*map(Cell, dice, std), Cell(average)]))
         later += [f"{method}: {note}"] if note else []
     columns = [*domains, "average"]
-    later_note = f"‡ Later work. {'; '.join(later)}."
-    paper = Grid("paper protocol", f"{caption} {setting} {beside}.", columns, rows, [*notes, later_note])
+    later_note = [f"‡ Later work. {'; '.join(later)}."] if later else []
+    paper = Grid("paper protocol", f"{caption} {setting}{beside}", columns, rows, [*notes, *later_note])
     caption = "Volumetric: the scans' own grid; a miss counts as Dice 0 and as distances of the image diagonal."
-    rows = [(key, f"{name} {unit}", _cells(runs, name, key)) for key, unit in FIGURES.items() for name in structures]
+    rows = [(key, f"{part} {unit}", _cells(runs, part, key)) for key, unit in FIGURES.items() for part in structures]
     return [paper, Grid("volumetric", f"{caption} {setting}", columns, rows, notes)]
 
 
@@ -166,11 +180,14 @@ def _over(means: list[float], deviation: Callable[[list[float]], float]) -> tupl
 
 
 def _differences(found: list[dict[str, Any]]) -> str:
-    """Why the runs of a domain cannot stand beside the published numbers; empty where they can."""
+    """Why the runs of a domain cannot stand beside the published numbers; empty where they can, or there are none."""
+    if {summary["dataset"] for summary in found}.isdisjoint(dataset for dataset, _ in PUBLISHED):
+        return ""
     flags = {"phantom": "phantom data", "tta": "test-time augmentation"}
     reasons = [reason for key, reason in flags.items() if any(summary.get(key) for summary in found)]
     ratios = {summary["ratio"] for summary in found if (summary["dataset"], summary["ratio"]) not in PUBLISHED}
     sizes = {summary["image_size"] for summary in found} - {GRID}
+    reasons += sorted({summary["method"] for summary in found} - {"full"})
     return ", ".join([*reasons, *(f"{_percent(r)} labelled" for r in ratios), *(f"{px} px" for px in sorted(sizes))])
 
 

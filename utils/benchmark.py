@@ -1,0 +1,204 @@
+"""How fast this machine trains, on phantoms and with the very engine of a training.
+
+python -m utils.benchmark                                                      # the paper's batch
+python -m utils.benchmark --image-size 128 --batch-size 4 --precision auto fp32 --steps 5
+"""
+
+import json
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from config import MMS, Config
+from mms_dataloader import FACTS
+from network import build_network
+from utils.data import build_loaders
+from utils.distributed import Process, choose_device
+from utils.engine import Trainer
+from utils.errors import clear_errors
+from utils.evaluate import autocast, predict
+from utils.prepare import prepare_dataset
+
+WARM_UP = 2  # calls before the timed ones
+
+
+def benchmark(
+    device: str = "auto",
+    image_size: int = 288,
+    batch_size: int = 32,
+    accumulate: int = 1,
+    precision: tuple[Literal["auto", "bf16", "fp32"], ...] = ("auto",),
+    compile: bool = False,
+    checkpoint_activations: bool = False,
+    workers: int = 4,
+    steps: int = 10,
+    training: bool = True,
+    show_profile: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Measure the training step, the input pipeline and inference; medians of synchronised times after a warm-up.
+
+    Args:
+        device: as in training.
+        image_size: px.
+        batch_size: labelled images per batch; twice as many unlabelled ones.
+        accumulate: batches per step.
+        precision: one column of the table each; "auto" is bf16 where the device computes it natively.
+        compile: torch.compile the networks.
+        checkpoint_activations: recompute activations in the backward pass.
+        workers: of each loader.
+        steps: timed ones.
+        training: measure training steps, too; without, only the input pipeline and inference.
+        show_profile: print the operations that a step spends most time in.
+        out: JSON file to write.
+    """
+    with clear_errors(), tempfile.TemporaryDirectory() as folder:
+        cfg = replace(
+            MMS,
+            data_root=f"{folder}/data",
+            device=device,
+            image_size=image_size,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            compile=compile,
+            checkpoint_activations=checkpoint_activations,
+            workers=workers,
+            pretrained="none",
+        )
+        where = choose_device(device)
+        FACTS.write_phantom(Path(folder, "raw"), patients=4, frames=2 + batch_size * accumulate // 64)
+        prepare_dataset(Path(folder, "raw"), Path(cfg.data_root), FACTS, workers=2)
+        columns = {
+            name: measure(replace(cfg, precision=name), where, steps, training=training, show_profile=show_profile)
+            for name in precision
+        }
+    machine = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"\n{machine}, torch {torch.__version__}: {image_size} px, steps of {batch_size} x {accumulate} images")
+    print(table(columns))
+    if out:
+        settings = {"machine": machine, "torch": torch.__version__, "image_size": image_size, "batch_size": batch_size}
+        settings |= {"accumulate": accumulate, "compile": compile, "checkpoint_activations": checkpoint_activations}
+        out.write_text(json.dumps({**settings, "workers": workers, "measured": columns}, indent=2) + "\n")
+        print(out)
+
+
+def measure(cfg: Config, device: torch.device, steps: int, *, training: bool, show_profile: bool) -> dict[str, float]:
+    """All figures of one configuration; names carry the unit."""
+    peak = matmul_peak(device, cfg.precision)
+    figures = {"matmul peak, TFLOP/s": peak / 1e12}
+    trainer = Trainer(cfg, build_loaders(cfg, FACTS), build_network, Process(device))
+    with reading(trainer, 0) as read:
+        batches = [[{k: v.to(device) for k, v in part.items()} for part in pair] for pair in read()]
+    if training:
+        flop = step_flop(cfg, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        step = median(lambda: trainer.train_step(batches), device, steps, "step")
+        with reading(trainer, steps) as read:
+            loading = median(lambda: trainer.train_step(read()), device, steps, "step with loading")
+        figures |= {
+            "FLOP of a step, TFLOP": flop / 1e12,
+            "step, ms": 1e3 * step,
+            "step with data loading, ms": 1e3 * loading,
+            "utilisation, % of the peak": 100 * flop / step / peak,
+            "training, images/s": cfg.accumulate * cfg.batch_size * (2 + cfg.cutmix) / step,
+            "peak memory, GB": peak_memory(device) / 1e9,
+        }
+    if show_profile:
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        with profile(activities=activities) as record:
+            trainer.train_step(batches)
+        order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+        print(record.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=50))
+    with reading(trainer, steps) as read:
+        views = median(lambda: [trainer.views(pair[1]) for pair in read()], device, steps, "input pipeline")
+    image = trainer.views(batches[0][1]).plain[0]
+    for net in trainer.nets:
+        net.eval()
+    inference = median(lambda: predict(trainer.nets, image, precision=cfg.precision), device, steps, "inference")
+    return figures | {
+        "input pipeline, unlabelled images/s": cfg.accumulate * len(batches[0][1]["image"]) / views,
+        "inference of both networks, slices/s": len(image) / inference,
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU since its counter was reset, or of this process since its start."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
+
+
+@contextmanager
+def reading(trainer: Trainer, steps: int) -> Iterator[Callable[[], list[Any]]]:
+    """A function that reads the batches of a next step, from freshly started loaders."""
+    loaders, accumulate = (trainer.loaders.labeled, trainer.loaders.unlabeled), trainer.cfg.accumulate
+    for loader in loaders:
+        loader.sampler.start, loader.sampler.stop = 0, (WARM_UP + steps) * accumulate
+    pairs = zip(*loaders, strict=True)
+    yield lambda: [next(pairs) for _ in range(accumulate)]
+
+
+def median(call: Callable[[], Any], device: torch.device, repeats: int, name: str) -> float:
+    """Median seconds of a call, the device synchronised before and after."""
+    seconds = []
+    for _ in tqdm(range(WARM_UP + repeats), desc=name, leave=False):
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[WARM_UP:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def matmul_peak(device: torch.device, precision: str) -> float:
+    """FLOP/s of a large matrix product in that precision; float32 as convolutions have it, with TF32 on GPUs."""
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
+    size = 8192 if device.type == "cuda" else 2048
+    with autocast(device, precision):
+        reduced = torch.is_autocast_enabled(device.type)
+    a, b = torch.rand(2, size, size, device=device).to(torch.bfloat16 if reduced else torch.float32)
+    return 2 * size**3 / median(lambda: a @ b, device, 20, "matmul")
+
+
+def step_flop(cfg: Config, device: torch.device) -> int:
+    """FLOP of a training step by PyTorch's counter, without what activation checkpointing computes twice."""
+    small = replace(cfg, batch_size=2, accumulate=1, compile=False, checkpoint_activations=False, workers=0)
+    trainer = Trainer(small, build_loaders(small, FACTS), build_network, Process(device))
+    with reading(trainer, 1) as read, FlopCounterMode(display=False) as counter:
+        trainer.train_step(read())
+    return counter.get_total_flops() * cfg.batch_size * cfg.accumulate // small.batch_size
+
+
+def table(columns: dict[str, dict[str, float]]) -> str:
+    """The figures, a column per precision, and how many times larger the last column's are than the first's."""
+    names = list(columns)
+    lines = [f"{'':42}" + "".join(f"{name:>12}" for name in names)]
+    lines[0] += f"{names[-1] + ' / ' + names[0]:>14}" * (len(names) > 1)
+    for figure in columns[names[0]]:
+        values = [columns[name][figure] for name in names]
+        line = f"{figure:42}" + "".join(f"{value:>12.4g}" for value in values)
+        lines.append(line + f"{values[-1] / values[0]:>14.2f}" * (len(names) > 1))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    tyro.cli(benchmark)
