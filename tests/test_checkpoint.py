@@ -76,7 +76,14 @@ def damage_hostile(path):
         file.writestr("archive/byteorder", "little")
 
 
-@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_empty, damage_hostile])
+def damage_directory(path):
+    """A byte of the archive's directory, which no checksum of ZIP covers: PyTorch would load other values."""
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 42] ^= 16  # offset of the first member
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_directory, damage_empty, damage_hostile])
 def test_damaged_last_falls_back_to_previous(folder, damage, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     damage(folder / "last.pt")
@@ -141,6 +148,16 @@ def test_networks_come_back(tmp_path):
     for net, other in zip(nets, others, strict=True):
         for key, value in net.state_dict().items():
             assert torch.equal(value, other.state_dict()[key])
+
+
+def test_flipped_bit_of_the_networks_is_noticed(tmp_path):
+    path = tmp_path / "best.safetensors"
+    save_networks(path, [nn.Linear(100, 10), nn.Linear(100, 10)], {})
+    content = bytearray(path.read_bytes())
+    content[-50] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="its checksum is wrong"):
+        load_networks(path, [nn.Linear(100, 10), nn.Linear(100, 10)])
 
 
 def test_provenance_without_git(monkeypatch):

@@ -34,11 +34,12 @@ def test_from_nothing_to_the_table(name, domain, flag, structures, tmp_path):
     script(tmp_path, loader, "prepare", "raw", "--out", f"data/{name}")
     script(tmp_path, loader, "preview", "--data", f"data/{name}", "--out", "preview.png")
     assert (tmp_path / "preview.png").stat().st_size > 20_000
-    steps = [2, 3, 3] if name == "mms" else [2]  # resumes by itself, and says when there is nothing left to do
-    outputs = [script(tmp_path, train, *SMALL, flag, domain, "--max-steps", number) for number in steps]
+    steps = [2, 3] if name == "mms" else [2]  # resumes by itself
+    for number in steps:
+        script(tmp_path, train, *SMALL, flag, domain, "--max-steps", number)
     run = tmp_path / "runs/smoke"
     logged = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
-    assert logged == sorted(set(steps)) and (name != "mms" or "finished" in outputs[2])
+    assert logged == steps
     out = script(tmp_path, inference, "--run", "runs/smoke", "--device", "cpu")
     summary = json.loads((run / f"results/{domain}/summary.json").read_text())
     assert list(summary["volumetric"]) == structures and 0 <= summary["paper_protocol"]["mean"] <= 100

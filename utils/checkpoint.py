@@ -1,11 +1,12 @@
 """Saving and loading what a run must not lose: atomically, and never by unpickling code."""
 
 import fcntl
+import hashlib
 import json
+import mmap
 import os
 import shutil
 import subprocess
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -18,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils.errors import UserError, first_line
+
+DIGEST_SIZE = 32  # bytes of a SHA-256
 
 
 @contextmanager
@@ -52,8 +55,31 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
             torch.save(state, temporary)
         except RuntimeError as error:  # PyTorch's zip writer reports a full disk this way
             raise UserError(f"{last}: cannot be written ({error}); the earlier state is intact") from error
+        _seal(temporary)
         if last.exists():
             os.replace(last, previous)
+
+
+def _seal(path: Path) -> None:
+    """Append the SHA-256 of a file that torch.save wrote, as the comment of the ZIP archive that it is.
+
+    PyTorch verifies no checksums, and those of ZIP do not cover an archive's directory.
+    """
+    with open(path, "rb+") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(DIGEST_SIZE.to_bytes(2, "little"))  # length of the comment
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").digest()
+        file.write(digest)
+
+
+def _check_seal(path: Path) -> None:
+    """Raise ValueError when the file is not as it was sealed."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with memoryview(content) as view, view[:-DIGEST_SIZE] as sealed:
+            digest = hashlib.sha256(sealed).digest()
+        if digest != content[-DIGEST_SIZE:]:
+            raise ValueError("its checksum is wrong")
 
 
 def load_checkpoint(folder: Path) -> dict[str, Any] | None:
@@ -67,9 +93,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         if not path.exists():
             continue
         try:
-            with zipfile.ZipFile(path) as file:
-                if (damaged := file.testzip()) is not None:  # PyTorch itself does not verify the checksums
-                    raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+            _check_seal(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged files raise a dozen kinds
             problems.append(f"{path} is damaged or no checkpoint ({first_line(error)})")
@@ -91,7 +115,7 @@ def save_networks(path: Path, nets: list[nn.Module], metadata: dict[str, Any]) -
     }
     with atomic_write(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata={"semidg": json.dumps(metadata)})
+            save_file(tensors, temporary, metadata={"semidg": json.dumps(metadata), "sha256": _digest(tensors)})
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
@@ -111,10 +135,22 @@ def load_networks(path: Path, nets: list[nn.Module]) -> None:
     """Load the weights that `save_networks` wrote."""
     try:
         tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("sha256") != _digest(tensors):
+                raise OSError("its checksum is wrong")
         for i, net in enumerate(nets):
             net.load_state_dict({key[2:]: value for key, value in tensors.items() if key.startswith(f"{i}.")})
     except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(f"{path} is damaged or holds other networks ({first_line(error)})") from error
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of names and values."""
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(key.encode())
+        digest.update(tensors[key].reshape(-1).numpy())
+    return digest.hexdigest()
 
 
 def provenance() -> dict[str, Any]:
