@@ -111,10 +111,10 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
     nib.save(nib.Nifti1Image(mask[:-1], affine), image(2, "_sa_gt"))  # another shape
     nib.save(nib.Nifti1Image(mask[..., 0], affine), image(3))  # 3D
     scan = nib.load(image(4))
-    voxels = np.array(scan.dataobj).astype(np.float32)
+    voxels = np.asarray(scan.dataobj).astype(np.float32)
     voxels[0, 0, 0, 0] = np.nan
     nib.save(nib.Nifti1Image(voxels, scan.affine), image(4))
-    labels = np.array(nib.load(image(5, "_sa_gt")).dataobj)
+    labels = np.asarray(nib.load(image(5, "_sa_gt")).dataobj)
     labels[0, 0, 0, 0] = 7
     nib.save(nib.Nifti1Image(labels, nib.load(image(5)).affine), image(5, "_sa_gt"))
     shutil.copytree(folders[6], raw / "OpenDataset/Training/Unlabeled" / codes[6])  # there twice
@@ -232,7 +232,7 @@ def labeled_folders(raw):
 
 def rewrite(path, array=None, affine=None):
     image = nib.load(path)
-    array = np.array(image.dataobj) if array is None else array
+    array = np.asarray(image.dataobj) if array is None else array
     nib.save(nib.Nifti1Image(array, image.affine if affine is None else affine, image.header), path)
 
 
@@ -242,7 +242,7 @@ def test_odd_geometry_is_counted_and_named_and_work_goes_on(raw, capsys):
     scan = labeled_folders(raw)[2] / f"{labeled_folders(raw)[2].name}_sa.nii.gz"
     image = nib.load(scan)
     image.header["pixdim"][1:3] *= 1.5
-    nib.save(nib.Nifti1Image(np.array(image.dataobj), None, image.header), scan)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), scan)
     assert check_dataset(raw, MMS, workers=2)
     out = capsys.readouterr().out
     assert f"warning: {masks[0]}: its affine differs from the image's" in out
@@ -257,7 +257,7 @@ def test_extreme_slices_are_prepared_and_trained_on(raw, tmp_path, mms_config, b
     shapes = {constant: None, large: (512, 512), small: (20, 17)}
     for folder, plane in shapes.items():
         scan, mask = (folder / f"{folder.name}_{kind}.nii.gz" for kind in ("sa", "sa_gt"))
-        array = np.array(nib.load(scan).dataobj)
+        array = np.asarray(nib.load(scan).dataobj)
         if plane is None:
             array[:, :, 0], array[:, :, 1] = 700, 0
             rewrite(scan, array)
@@ -325,7 +325,7 @@ def test_scgm_faults_are_named_all_at_once(scgm_raw, tmp_path, capsys):
     train = raw / "train"
     (train / "site1-sc01-mask-r3.nii.gz").unlink()
     mask = nib.load(train / "site2-sc01-mask-r1.nii.gz")
-    nib.save(nib.Nifti1Image(np.array(mask.dataobj)[:-1], mask.affine), train / "site2-sc01-mask-r1.nii.gz")
+    nib.save(nib.Nifti1Image(np.asarray(mask.dataobj)[:-1], mask.affine), train / "site2-sc01-mask-r1.nii.gz")
     for rater in range(1, 5):
         (train / f"site3-sc02-mask-r{rater}.nii.gz").unlink()
     shutil.copy(train / "site4-sc01-image.nii.gz", train / "site9-sc01-image.nii.gz")
