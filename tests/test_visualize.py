@@ -129,9 +129,9 @@ def test_preview_difference_is_symmetric_and_unlabelled_rows_have_no_contour(tmp
 @pytest.mark.parametrize("num_lines", [1, 3])
 def test_curves(tmp_path, figures, num_lines):
     log = [
-        {"epoch": 1, "loss": 2.0, "cps": 0.25, "cps_weight": 2, "variance": 0.0, "val_dice": 60},
+        {"epoch": 1, "loss": 2.0, "supervised": 1.5, "variance": 0.0, "val_dice": 60},
         {"epoch": 2, "loss": float("nan"), "val_dice": None},
-        {"epoch": 3, "loss": 1.0, "cps": 0.1, "cps_weight": 3, "variance": 1.0, "val_dice": 70},
+        {"epoch": 3, "loss": 1.0, "supervised": 0.7, "variance": 1.0, "val_dice": 70},
     ][:num_lines]
     visualize.plot_curves(log, tmp_path / "curves.png", selected_epoch=1)
     curves = {line.get_label(): line for ax in figures[0].axes for line in ax.lines}

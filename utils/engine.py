@@ -260,7 +260,8 @@ class Trainer:
         unflatten(torch.where(finite, torch.cat(self.statistics), statistics_before), self.statistics)
         bad = (~finite).float()
         self.bad_steps = torch.stack([(self.bad_steps[0] + 1) * bad, self.bad_steps[1] + bad])
-        scalars |= {"steps": torch.ones_like(loss), "cps_weight": torch.full_like(loss, weight)}
+        scalars |= {"steps": torch.ones_like(loss), "cps_steps": torch.full_like(loss, weight > 0)}
+        scalars |= {"cps_weight": torch.full_like(loss, weight)}
         for name, value in scalars.items():
             self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
         self.step += 1
@@ -289,11 +290,13 @@ class Trainer:
         )
 
     def means(self) -> dict[str, float | None]:
-        """Mean scalars over the finite steps since the last line of the log; no variance without its loss."""
+        """Mean scalars over the finite steps since the last line of the log; of the pseudo supervision over its own."""
         average(list(self.sums.values()))
-        steps = max(float(self.sums["steps"]), 1)
-        means = {name: float(total) / steps for name, total in self.sums.items() if name != "steps"}
-        return means if means["cps_weight"] else means | {"variance": None}
+        sums = {name: float(total) for name, total in self.sums.items()}
+        steps, cps_steps = max(sums.pop("steps"), 1), sums.pop("cps_steps")
+        means = {name: sums[name] / steps for name in ("loss", "supervised")}
+        means |= {name: sums[name] / max(cps_steps, 1) for name in ("cps", "cps_weight")}
+        return means | {"variance": sums["variance"] / cps_steps if cps_steps else None}
 
     def validate(self) -> float:
         """Mean paper-protocol Dice (percent) on the labelled source images, without augmentation."""

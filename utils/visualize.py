@@ -23,7 +23,7 @@ FILL_ALPHA = 0.5
 def plot_curves(log: list[dict], path, *, selected_epoch: int | None = None) -> None:
     """Losses, source validation Dice, variance and confidence over the epochs.
 
-    log: a dict per epoch with `epoch` and any of loss, supervised, cps, cps_weight, variance (mean KL, >= 0),
+    log: a dict per epoch with `epoch` and any of loss, supervised, variance (mean KL, >= 0),
     val_dice (percent); a missing, None or NaN value is a gap in its curve.
     selected_epoch: the epoch whose weights were kept, marked in the Dice panel.
     """
@@ -31,7 +31,7 @@ def plot_curves(log: list[dict], path, *, selected_epoch: int | None = None) -> 
     def column(key):
         return np.array([line.get(key) for line in log], dtype=float)  # None becomes NaN
 
-    weighted_cps = column("cps_weight") * column("cps")
+    weighted_cps = column("loss") - column("supervised")
     panels = {
         "Loss": {"total": column("loss"), "supervised": column("supervised"), "weight × CPS": weighted_cps},
         "Source validation Dice (%)": {"validation": column("val_dice")},
