@@ -54,12 +54,12 @@ def cells(grid, label):
 
 
 def ours(summaries):
-    return cells(combine(summaries)[0], "this implementation")
+    return cells(combine(summaries)[0], "this implementation, full")
 
 
 def test_average_has_the_population_deviation_of_the_domain_means():
     paper, volumetric = combine(all_domains())
-    found = cells(paper, "this implementation")
+    found = cells(paper, "this implementation, full")
     assert {domain: found[domain][:2] for domain in "ABCD"} == {"A": (70, 5), "B": (74, 5), "C": (82, 5), "D": (86, 5)}
     # deviations -8, -4, 4, 8: sqrt(160 / 4), not sqrt(160 / 3)
     assert found["average"] == (78, pytest.approx(6.3246, abs=1e-4), "", "")
@@ -73,7 +73,7 @@ def test_average_has_the_population_deviation_of_the_domain_means():
 def test_seeds_are_averaged_with_their_sample_deviation():
     runs = [summary("B", mean, seed=seed) for seed, mean in ((2, 90.0), (0, 80.0), (1, 82.0))]
     table = combine([*runs, summary("A", 70.0)])
-    found = cells(table[0], "this implementation")
+    found = cells(table[0], "this implementation, full")
     # 84; deviations 6, -4, -2: sqrt(56 / 2)
     assert found["B"][:3] == (84, pytest.approx(5.2915, abs=1e-4), "3 seeds")
     assert found["A"][:3] == (70, 5, "")
@@ -92,11 +92,11 @@ def test_missing_domains_are_shown():
 def test_no_mean_and_no_deviation():
     empty = summary("A", None, None)
     paper, volumetric = combine([empty, summary("B", 70.0, None), summary("B", None, None, seed=1)])
-    found = cells(paper, "this implementation")
+    found = cells(paper, "this implementation, full")
     assert (str(found["A"]), str(found["B"]), str(found["average"])) == ("–", "70.00 (1 seeds)", "70.00 (1 domain)")
     assert str(cells(volumetric, "LV Dice (%)")["A"]) == "–"
     nothing = combine([empty])
-    assert "| this implementation | – | – | – | – | – |" in to_markdown(nothing)
+    assert "| this implementation, full | – | – | – | – | – |" in to_markdown(nothing)
     assert "None" not in to_markdown(nothing) + to_csv(nothing) + to_latex(nothing)
 
 
@@ -113,7 +113,7 @@ def test_no_mean_and_no_deviation():
 )
 def test_what_is_not_comparable_is_marked(changes, reason):
     paper, volumetric = table = combine(all_domains(**changes))
-    found = cells(paper, "this implementation")
+    found = cells(paper, f"this implementation, {changes.get('method', 'full')}")
     assert all(cell.differences == reason and "†" in str(cell) for cell in found.values())
     assert all("†" in str(cell) for cell in cells(volumetric, "LV Dice (%)").values())
     assert "not comparable with what is marked †" in paper.caption
@@ -121,7 +121,8 @@ def test_what_is_not_comparable_is_marked(changes, reason):
     assert cells(paper, "this method, as published")["average"].mean in (84.52, 85.72)  # still beside ours
     for text in (to_markdown(table), to_latex(table).replace("\\", "")):
         assert reason in text and "Not comparable" in text
-    assert to_csv(table).count(reason) == 5 * 13
+    marks = [line["not_comparable"] for line in csv.DictReader(io.StringIO(to_csv(table)))]
+    assert marks.count(reason) == 5 * 13
 
 
 def test_a_mark_stays_in_its_domain_but_reaches_the_average():
@@ -148,7 +149,7 @@ def test_published_rows_are_those_of_the_ratio():
 
 def test_data_set_without_published_numbers():
     paper, volumetric = table = combine([summary("x", dataset="new"), summary("y", dataset="new", mean=70.0)])
-    assert [label for _, label, _ in paper.rows] == ["this implementation"] and paper.columns == ["x", "y", "average"]
+    assert [label for _, label, _ in paper.rows] == ["this implementation, full"] and paper.columns == ["x", "y", "average"]
     assert "New, each hospital held out in turn" in paper.caption and len(paper.notes) == 1
     assert "ublished" not in to_markdown(table) + to_latex(table) and volumetric.rows
 
@@ -178,8 +179,16 @@ def test_published_averages_are_the_means_of_their_domains():
 def test_every_step_of_the_ablation_has_its_name(changes, name):
     settings = {"cps_weight": 3.0, "cps_loss": "pixel", "fourier_aug": True, "fourier_mode": "AS", "cutmix": True}
     assert method_name(settings | changes) == name
-    with pytest.raises(UserError, match="one table takes runs of one method, not full, other"):
-        combine([summary("A"), summary("B", method="other")])
+
+
+def test_methods_stand_in_rows_of_their_own():
+    table = combine([summary("A", 70.0), summary("A", 60.0, method="plain CPS"), summary("B", 80.0)])
+    assert [grid.name for grid in table] == ["paper protocol", "volumetric, full", "volumetric, plain CPS"]
+    full, plain = (cells(table[0], f"this implementation, {method}") for method in ("full", "plain CPS"))
+    assert (full["A"].mean, full["B"].mean, full["average"].mean) == (70, 80, 75)
+    assert (plain["A"].mean, plain["B"].mean, plain["average"].mean) == (60, None, 60)
+    assert cells(table[2], "LV Dice (%)")["A"].mean == 60
+    assert not full["A"].differences and plain["A"].differences == "plain CPS"
 
 
 def test_caption_says_how_the_checkpoint_was_selected():
@@ -190,11 +199,11 @@ def test_caption_says_how_the_checkpoint_was_selected():
 
 
 def test_runs_that_do_not_belong_together_are_refused():
-    with pytest.raises(UserError, match="mms A 2 % seed 0, scgm 1 20 % seed 0"):
+    with pytest.raises(UserError, match=r"mms A 2 % seed 0 \(full\), scgm 1 20 % seed 0"):
         combine([summary("A"), summary("1", dataset="scgm", ratio=0.2)])
-    with pytest.raises(UserError, match="mms A 2 % seed 0, mms B 5 % seed 0"):
+    with pytest.raises(UserError, match=r"mms A 2 % seed 0 \(full\), mms B 5 % seed 0"):
         combine([summary("A"), summary("B", ratio=0.05)])
-    with pytest.raises(UserError, match="once, not mms A 2 % seed 0, mms A 2 % seed 0"):
+    with pytest.raises(UserError, match=r"once, not mms A 2 % seed 0 \(full\), mms A 2 % seed 0"):
         combine([summary("A"), summary("A", 90.0)])
 
 

@@ -17,7 +17,7 @@ LATEX = str.maketrans(
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"}
     | {"±": r"$\pm$", "–": "--", "†": r"$^{\dagger}$", "‡": r"$^{\ddagger}$"}
 )
-Runs = dict[str, list[dict[str, Any]]]  # held-out domain -> summaries by seed; empty where there is none
+Runs = dict[str, list[dict[str, Any]]]  # held-out domain -> one method's summaries by seed; empty where there is none
 
 
 class Published(NamedTuple):
@@ -101,26 +101,29 @@ def method_name(config: dict[str, Any]) -> str:
 
 
 def combine(summaries: list[dict[str, Any]], *, name: str, domain_word: str, domains: Sequence[str]) -> list[Grid]:
-    """Put the summary.json of several runs, one or more seeds per held-out domain, into one table of two grids.
+    """Put the summary.json of several runs, one or more seeds per held-out domain and method, into one table.
 
-    `name` is the data set's, `domain_word` says what a domain of it is, and `domains` are all of them.
+    Its first grid has a row per method and the published ones, by the paper's protocol; a volumetric grid per method
+    follows. `name` is the data set's, `domain_word` says what a domain of it is, and `domains` are all of them.
 
     A domain's cell holds the mean and sample standard deviation over patients or, of several seeds, over the seeds'
     means. The average is that of the domains' means, with their population standard deviation, as the paper has it.
 
     Raises:
-        UserError: the runs differ in data set, label ratio or method, or one of them is there twice.
+        UserError: the runs differ in data set or label ratio, or one of them is there twice.
     """
-    names = [f"{s['dataset']} {s['test_domain']} {_percent(s['ratio'])} seed {s['seed']}" for s in summaries]
+    names = [
+        f"{s['dataset']} {s['test_domain']} {_percent(s['ratio'])} seed {s['seed']} ({s['method']})" for s in summaries
+    ]
     if len({(summary["dataset"], summary["ratio"]) for summary in summaries}) > 1:
         raise UserError(f"one table takes one data set and one label ratio, not {', '.join(names)}")
-    if len(methods := dict.fromkeys(summary["method"] for summary in summaries)) > 1:
-        raise UserError(f"one table takes runs of one method, not {', '.join(methods)}")
     if len(set(names)) < len(names):
-        raise UserError(f"give each held-out domain and seed once, not {', '.join(names)}")
+        raise UserError(f"give each held-out domain, seed and method once, not {', '.join(names)}")
     dataset, ratio, structures = (summaries[0][key] for key in ("dataset", "ratio", "volumetric"))
     by_seed = sorted(summaries, key=lambda summary: summary["seed"])
-    runs: Runs = {domain: [s for s in by_seed if s["test_domain"] == domain] for domain in domains}
+    methods: dict[str, Runs] = {s["method"]: {domain: [] for domain in domains} for s in summaries}
+    for summary in by_seed:
+        methods[summary["method"]][summary["test_domain"]].append(summary)
     published = {share: rows for (key, share), rows in PUBLISHED.items() if key == dataset}
     nearest = min(published, key=lambda share: abs(share - ratio), default=None)
     # Beside the last state of a training, summary.json names the rule that did not choose it.
@@ -129,25 +132,41 @@ def combine(summaries: list[dict[str, Any]], *, name: str, domain_word: str, dom
     setting = (
         f"{name}, each {domain_word} held out in turn, {_percent(ratio)} of the patients labelled. Mean ± standard "
         "deviation over patients, of several seeds over their means; average ± population standard deviation of the "
-        f"{domain_word}s' means. Method: {summaries[0]['method']}. Checkpoint: {'; '.join(checkpoints)}."
+        f"{domain_word}s' means. Checkpoint: {'; '.join(checkpoints)}."
     )
     beside = f" Published rows: {_percent(nearest)} labelled." if published else ""
-    notes = [f"Runs: {'; '.join(_source(domain, found) for domain, found in runs.items() if found)}."]
-    if published and any(map(_differences, runs.values())):
+    sources = {
+        method: f"Runs, {method}: {'; '.join(_source(domain, found) for domain, found in runs.items() if found)}."
+        for method, runs in methods.items()
+    }
+    not_comparable = []
+    if published and any(_differences([summary]) for summary in summaries):
         beside = f"{beside[:-1]}, not comparable with what is marked †."
         setting_there = f"{name}, {' or '.join(map(_percent, published))} labelled, {GRID} px"
-        notes.append(f"† Not comparable with the published numbers ({setting_there}).")
+        not_comparable = [f"† Not comparable with the published numbers ({setting_there})."]
     caption = f"Paper protocol: Dice (%) of all structures pooled per slice, softmax > 0.5, on a {GRID} px grid."
-    rows, later = [("ours", "this implementation", _cells(runs, "", "dice"))], []
+    rows = [("ours", f"this implementation, {method}", _cells(runs, "", "dice")) for method, runs in methods.items()]
+    later = []
     for method, dice, average, std, note in published.get(nearest, ()):
         rows.append(("published", f"{method} ‡" if note else method, [*map(Cell, dice, std), Cell(average)]))
         later += [f"{method}: {note}"] if note else []
     columns = [*domains, "average"]
-    later_note = [f"‡ Later work. {'; '.join(later)}."] if later else []
-    paper = Grid("paper protocol", f"{caption} {setting}{beside}", columns, rows, [*notes, *later_note])
+    later = [f"‡ Later work. {'; '.join(later)}."] if later else []
+    notes = [*sources.values(), *not_comparable, *later]
+    paper = Grid("paper protocol", f"{caption} {setting}{beside}", columns, rows, notes)
     caption = "Volumetric: the scans' own grid; a miss counts as Dice 0 and as distances of the image diagonal."
-    rows = [(key, f"{part} {unit}", _cells(runs, part, key)) for key, unit in FIGURES.items() for part in structures]
-    return [paper, Grid("volumetric", f"{caption} {setting}", columns, rows, notes)]
+    figures = [(key, f"{part} {unit}", part) for key, unit in FIGURES.items() for part in structures]
+    volumetric = [
+        Grid(
+            f"volumetric, {method}",
+            f"{caption} {setting} Method: {method}.",
+            columns,
+            [(key, label, _cells(runs, part, key)) for key, label, part in figures],
+            [sources[method], *not_comparable],
+        )
+        for method, runs in methods.items()
+    ]
+    return [paper, *volumetric]
 
 
 def _cells(runs: Runs, structure: str, figure: str) -> list[Cell]:
