@@ -313,9 +313,11 @@ def test_checkpointed_activations_change_nothing(mms_config, build_tiny):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_compiled_networks_train_alike(mms_config, build_tiny):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_networks_train_alike(mms_config, build_tiny, checkpointing):
     cfg = replace(mms_config, max_steps=2, cps_warmup=0, cps_ramp=0, precision="fp32")
-    (_, plain), (_, compiled) = (run(replace(cfg, run_name=str(flag), compile=flag), build_tiny) for flag in (0, 1))
+    compiled = replace(cfg, run_name="compiled", compile=True, checkpoint_activations=checkpointing)
+    (_, plain), (_, compiled) = (run(settings, build_tiny) for settings in (cfg, compiled))
     assert compiled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-3)
 
 

@@ -149,7 +149,8 @@ def test_published_rows_are_those_of_the_ratio():
 
 def test_data_set_without_published_numbers():
     paper, volumetric = table = combine([summary("x", dataset="new"), summary("y", dataset="new", mean=70.0)])
-    assert [label for _, label, _ in paper.rows] == ["this implementation, full"] and paper.columns == ["x", "y", "average"]
+    assert [label for _, label, _ in paper.rows] == ["this implementation, full"]
+    assert paper.columns == ["x", "y", "average"]
     assert "New, each hospital held out in turn" in paper.caption and len(paper.notes) == 1
     assert "ublished" not in to_markdown(table) + to_latex(table) and volumetric.rows
 

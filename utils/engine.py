@@ -187,11 +187,13 @@ class Trainer:
         # Shapes repeat from step to step.
         torch.backends.cudnn.benchmark = device.type == "cuda"
         # What training calls; evaluation calls the networks themselves.
-        self.students = [checkpointed(net) if cfg.checkpoint_activations else net for net in self.nets]
+        self.students = self.nets
         if cfg.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
             print("warning: --compile needs a C++ compiler (g++), and there is none: training without it")
         elif cfg.compile:
-            self.students = [torch.compile(student) for student in self.students]
+            self.students = [torch.compile(net) for net in self.nets]
+        if cfg.checkpoint_activations:  # around the compiled networks: torch.compile cannot look into it
+            self.students = [checkpointed(student) for student in self.students]
         self.optimizers = [
             torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
             for net in self.nets
