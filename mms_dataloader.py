@@ -36,6 +36,8 @@ def find_cases(raw: Path) -> RawScan:
             folders[folder.name].append(folder)
     if not folders:
         errors.append(f"{base}: no patient folders in {', '.join(PARTS)}")
+    if not table:
+        return RawScan([], errors, warnings)
     cases = []
     for code, places in sorted(folders.items()):
         if len(places) > 1:
@@ -73,7 +75,10 @@ def _read_table(paths: list[Path], raw: Path) -> tuple[dict[str, dict | None], l
     found = {path: rows for path, rows in found.items() if rows and set(COLUMNS) <= set(rows[0])}
     if len(found) != 1:
         columns, names = ", ".join(COLUMNS), ", ".join(str(path) for path in found) or "none"
-        return {}, [f"{raw}: expected one info table (CSV or XLSX with the columns {columns}), found {names}"]
+        return {}, [
+            f"{raw}: expected one info table (CSV or XLSX with the columns {columns}) beside or inside OpenDataset, "
+            f"found {names}"
+        ]
     ((path, rows),) = found.items()
     table: dict[str, dict | None] = {}
     errors = []

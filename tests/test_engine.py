@@ -31,6 +31,7 @@ from utils.engine import (
 )
 from utils.errors import UserError
 from utils.evaluate import autocast
+from utils.tables import method_name
 
 CPU = torch.device("cpu")
 MMS = mms_dataloader.FACTS
@@ -110,12 +111,14 @@ def test_weight_of_the_pseudo_supervision_warms_up_and_ramps(mms_config, build_t
     trainer = Trainer(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
     steps = trainer.loaders.steps_per_epoch
     weights = []
-    for trainer.step in (0, steps - 1, steps, 2 * steps, 3 * steps, 9 * steps):
-        weights.append(trainer.cps_weight())
+    for step in (0, steps - 1, steps, 2 * steps, 3 * steps, 9 * steps):
+        weights.append(trainer.cps_weight(step))
     assert weights == [0, 0, 0, 1.5, 3, 3]
+    trainer.step = steps  # the next would be the first one with the pseudo supervision
+    assert method_name(trainer.metadata()) == "full, before its pseudo supervision"
     trainer.cfg = replace(cfg, cps_warmup=0, cps_ramp=0)
-    trainer.step = 0
-    assert trainer.cps_weight() == 3
+    assert trainer.cps_weight(0) == 3
+    assert method_name(trainer.metadata()) == "full"
     # Logged are means over the steps that had the pseudo supervision, here 2 of 4.
     sums = {"loss": 12, "supervised": 8, "cps": 1, "cps_weight": 4, "variance": 0.5, "steps": 4, "cps_steps": 2}
     trainer.sums = {name: torch.tensor(float(total)) for name, total in sums.items()}
@@ -342,6 +345,16 @@ def test_training_that_diverges_stops_and_names_the_images(mms_config, build_tin
     names = Path(cfg.out_root, "run/not_finite.txt").read_text().splitlines()
     assert len(names) == len(set(names)) > MAX_BAD_STEPS and all(" frame " in name for name in names)
     assert not os.path.exists(f"{cfg.out_root}/run/best.safetensors")
+
+
+def test_start_that_failed_does_not_bind_the_next_one(mms_config, build_tiny):
+    def no_weights(num_classes, pretrained):
+        raise UserError("no such weights")
+
+    with pytest.raises(UserError, match="no such weights"):
+        run(mms_config, no_weights)
+    state, _ = run(replace(mms_config, lr=0.01, max_steps=1), build_tiny)
+    assert state["step"] == 1
 
 
 def test_run_folder_admits_one_process(mms_config, build_tiny):

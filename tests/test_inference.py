@@ -174,7 +174,8 @@ def test_runs_are_listed_with_their_best_scores(trained, build_tiny, mms_config)
     paper = evaluate(trained, build_tiny)["paper_protocol"]
     rows = runs_table(trained.parent, MMS).splitlines()[2:]
     source = read_log(trained / "log.jsonl")[0]["val_dice"]
-    assert rows[0] == f"| run | D | 2 % | full | 0 | 2 | {source:.2f} | {paper['mean']:.2f} ± {paper['std']:.2f} |"
+    scores = f"{source:.2f} | {paper['mean']:.2f} ± {paper['std']:.2f}"
+    assert rows[0] == f"| run | D | 2 % | full, before its pseudo supervision | 0 | 2 | {scores} |"
     assert rows[1].startswith("| supervised | D | 2 % | supervised only | 7 | 1 |") and rows[1].endswith("| - |")
     with pytest.raises(UserError, match="no run of M&Ms there"):
         runs_table(trained, MMS)
@@ -193,9 +194,9 @@ def test_networks_are_saved_with_what_inference_needs(trained, build_tiny):
 def test_missing_and_foreign_runs_are_refused(trained, build_tiny, tmp_path):
     with pytest.raises(UserError, match="no such run"):
         load_run(tmp_path / "nowhere", "best", MMS, build_tiny, CPU)
-    with pytest.raises(UserError, match="no such file; train first"):
+    with pytest.raises(UserError, match="no such file; the run has not ended its first epoch"):
         load_run(tmp_path, "best", MMS, build_tiny, CPU)
-    with pytest.raises(UserError, match="no such file; train first"):
+    with pytest.raises(UserError, match="no such file; the run has saved no state"):
         load_run(tmp_path, "last", MMS, build_tiny, CPU)
     metadata = read_metadata(trained / "best.safetensors") | {"dataset": "scgm"}
     save_networks(tmp_path / "best.safetensors", [build_tiny(4), build_tiny(4)], metadata)

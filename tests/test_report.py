@@ -67,6 +67,7 @@ def arguments(tmp_path):
             "ratio": 0.02,
             "seed": 7,
             "image_size": 288,
+            "method": "plain CPS",
             "checkpoint": "best, step 3",
             "selection": "highest Dice",
             "phantom": False,
@@ -128,7 +129,7 @@ def test_values_are_there(report):
     for text in (
         "M&Ms, held-out vendor D",
         "For research use, not for clinical decisions.",
-        "2 patients, 2 % labelled, seed 7, 288 px. Checkpoint: best, step 3; selection: highest Dice.",
+        "2 patients, 2 % labelled, seed 7, 288 px. Method: plain CPS. Checkpoint: best, step 3; selection: highest Dice.",
         "Dice 65.00 ± 35.36 % [40.00, 90.00]",
         "0.50 % of the labelled voxels lie outside",
         '"data_root": "data/mms"',
@@ -144,7 +145,7 @@ def test_values_are_there(report):
 
 def test_cases_run_from_the_worst_to_the_best(report):
     _, cases = report().tables
-    assert cases[0][:4] == ["patient", "phase", "paper Dice %", "LV Dice %"] and cases[0][-1] == "RV ASSD mm"
+    assert cases[0][:4] == ["patient", "phase", "patient's paper Dice %", "LV Dice %"] and cases[0][-1] == "RV ASSD mm"
     assert [line[:3] for line in cases[1:]] == [
         ["bad", "ED", "40.00"],
         ["bad", "ES", "40.00"],

@@ -184,7 +184,7 @@ def test_scgm_uses_the_same_way(tmp_path):
     assert 2 * (ours & disc).sum() / (ours.sum() + disc.sum()) > 0.97
 
 
-def test_a_bad_scan_does_not_stop_the_others(tmp_path):
+def test_a_bad_scan_does_not_stop_the_others(tmp_path, capsys):
     folder = tmp_path / "scans"
     folder.mkdir()
     write(folder / "good.nii.gz", phantom((100, 100, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
@@ -192,6 +192,9 @@ def test_a_bad_scan_does_not_stop_the_others(tmp_path):
     with pytest.raises(UserError, match=r"1 of 2 scans failed:\n  .*bad.nii.gz: cannot be read whole"):
         segment_files(segmenter(), [folder], tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good_seg.nii.gz"]
+    with pytest.raises(UserError, match=r"no \.nii or \.nii\.gz scan in"):  # it holds nothing but our own map
+        segment_files(segmenter(), [tmp_path / "out"], tmp_path / "more")
+    assert "left out as no scans: good_seg.nii.gz" in capsys.readouterr().out
     with pytest.raises(UserError, match="no such file or folder"):
         segment_files(segmenter(), [tmp_path / "none.nii.gz"], tmp_path / "out")
     (tmp_path / "other").mkdir()

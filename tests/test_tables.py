@@ -38,6 +38,7 @@ def summary(domain="A", mean=80.0, std=5.0, *, seed=0, structures=("LV", "MYO", 
         "volumetric": {name: {**figures, "scans": 40, "missed": 1, "both_empty": 0} for name in structures},
         "phantom": False,
         "method": "full",
+        "config": {"seed": seed, "num_epoch": 50},
         "ratio": 0.02,
         "seed": seed,
         "image_size": 288,
@@ -179,7 +180,7 @@ def test_published_averages_are_the_means_of_their_domains():
 )
 def test_every_step_of_the_ablation_has_its_name(changes, name):
     settings = {"cps_weight": 3.0, "cps_loss": "pixel", "fourier_aug": True, "fourier_mode": "AS", "cutmix": True}
-    assert method_name(settings | changes) == name
+    assert method_name({"config": settings | changes, "cps_weight": 3.0}) == name
 
 
 def test_methods_stand_in_rows_of_their_own():
@@ -190,6 +191,13 @@ def test_methods_stand_in_rows_of_their_own():
     assert (plain["A"].mean, plain["B"].mean, plain["average"].mean) == (60, None, 60)
     assert cells(table[2], "LV Dice (%)")["A"].mean == 60
     assert not full["A"].differences and plain["A"].differences == "plain CPS"
+
+
+def test_runs_of_unequal_settings_are_announced():
+    runs = [summary("A"), summary("A", seed=1, config={"seed": 1, "num_epoch": 8}), summary("B")]
+    for grid in combine(runs):
+        assert "**They differ in num_epoch (50, 8).**" in grid.notes[0]
+    assert "differ" not in combine(runs[::2])[0].notes[0]
 
 
 def test_caption_says_how_the_checkpoint_was_selected():

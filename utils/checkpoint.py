@@ -123,7 +123,9 @@ def save_networks(path: Path, nets: list[nn.Module], metadata: dict[str, Any]) -
 def read_metadata(path: Path) -> dict[str, Any]:
     """What was saved beside the weights; raises UserError when the file is missing or not ours."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file; train first, or check --run")
+        raise UserError(
+            f"{path}: no such file; the run has not ended its first epoch (train on), or --run names no run's folder"
+        )
     try:
         with safe_open(path, "pt") as file:
             return json.loads(file.metadata()["semidg"])

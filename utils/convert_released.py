@@ -255,6 +255,7 @@ def convert_released(
         "config": config,
         "selection": SELECTION,
         "step": "unknown",
+        "cps_weight": cfg.cps_weight,
         "content_hash": loaders.data.info["content_hash"] if loaders else None,
         "phantom": bool(loaders and loaders.data.info["phantom"]),
         **provenance(),

@@ -6,6 +6,7 @@ that a run resumes at any step with the very images the uninterrupted run would 
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -96,10 +97,14 @@ class PreparedData:
             raise UserError(f"no prepared {facts.name} data in the folder {root}\n{facts.how_to_get}\n{demo}")
         try:
             info = json.loads((root / "dataset.json").read_text())
-            if (info["format"], info["dataset"]) != (FORMAT_VERSION, facts.key):
+            if info["dataset"] != facts.key:
                 raise UserError(
-                    f"{root} holds {info['dataset']} data of format {info['format']}, expected {facts.key} of format "
-                    f"{FORMAT_VERSION}: prepare it again with {facts.key}_dataloader.py"
+                    f"{root} holds {info['dataset']} data: use the {info['dataset']} scripts, or name {facts.key} data"
+                )
+            if info["format"] != FORMAT_VERSION:
+                raise UserError(
+                    f"{root} is of format {info['format']}, expected {FORMAT_VERSION}: prepare it again with "
+                    f"{facts.key}_dataloader.py"
                 )
             with open(root / "index.csv", newline="") as file:
                 rows = list(csv.DictReader(file))
@@ -167,7 +172,8 @@ def split_patients(
             count = facts.labeled_count(len(members), ratio)
             if members and count > len(members):
                 raise UserError(
-                    f"ratio {ratio} asks for {count} labelled patients of group {group}, {data.root} has {len(members)}"
+                    f"ratio {ratio} asks for {count} labelled patients of group {group}, {data.root} has "
+                    f"{len(members)}: hold that {facts.domain_word} out, use a smaller --ratio or more data"
                 )
             chosen += members[:count] if members else []
         if not chosen or len(chosen) <= val_patients:
@@ -324,6 +330,7 @@ def build_loaders(cfg: Any, facts: DatasetFacts, *, rank: int = 0, world: int = 
 
 def batch_loader(dataset: SliceDataset, batches: Any, workers: int) -> DataLoader:
     """A loader of whole batches: `batches` yields the positions of each."""
+    workers = min(workers, os.cpu_count() or 1)  # more only slow each other down, and PyTorch warns of them
     # sampler= (not batch_sampler=) with batch_size=None hands the positions to the dataset as one request.
     return DataLoader(
         dataset,

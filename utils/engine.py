@@ -223,9 +223,9 @@ class Trainer:
     def forward(self) -> Any:
         return autocast(self.device, self.cfg.precision)
 
-    def cps_weight(self) -> float:
-        """beta at this step, after warm-up and ramp."""
-        epoch = self.step / self.loaders.steps_per_epoch
+    def cps_weight(self, step: int) -> float:
+        """beta at a step, after warm-up and ramp."""
+        epoch = step / self.loaders.steps_per_epoch
         if epoch < self.cfg.cps_warmup:
             return 0.0
         ramp = (epoch - self.cfg.cps_warmup) / self.cfg.cps_ramp if self.cfg.cps_ramp else 1.0
@@ -246,7 +246,7 @@ class Trainer:
 
         A step that is not finite changes nothing, which the device decides alone.
         """
-        weight = self.cps_weight()
+        weight = self.cps_weight(self.step)
         statistics_before = torch.cat(self.statistics)
         parts = [self._batch(number, *batch, weight) for number, batch in enumerate(batches)]
         scalars = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
@@ -387,6 +387,7 @@ class Trainer:
             "config": asdict(self.cfg),
             "selection": SELECTION,
             "step": self.step,
+            "cps_weight": self.cps_weight(self.step - 1),  # of the last step: 0 before the pseudo supervision began
             "content_hash": self.loaders.data.info["content_hash"],
             "phantom": self.loaders.data.info["phantom"],
             **provenance(),
@@ -411,6 +412,8 @@ def fit(cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module], pro
         if checkpoint := load_checkpoint(folder):
             trainer.load_state(checkpoint)
             del checkpoint
+            if process.main:
+                print(f"{folder}: goes on from step {trainer.step} of {total}")
         if trainer.step >= total:
             if process.main:
                 print(f"{folder}: this run is finished ({trainer.step} steps); --num-epoch or --max-steps extend it")
@@ -496,7 +499,7 @@ def open_run(folder: Path, cfg: Any, loaders: Loaders, processes: int) -> None:
             shutil.rmtree(folder / name, ignore_errors=True)
     if (folder / "best.safetensors").exists() and not known.exists():
         raise UserError(f"{folder} holds weights that were not trained here: choose another --run-name, or --restart")
-    if known.exists():
+    if any((folder / name).exists() for name in ("last.pt", "previous.pt", "best.safetensors")):
         try:
             began = json.loads(known.read_text())
         except ValueError as error:

@@ -84,7 +84,7 @@ def predict(
     views = [(turns, flip) for turns in range(4) for flip in (False, True)] if tta else [(0, False)]
     first, second = sum(softmax(*view) for view in views) / len(views)
     divergence = (first * (first.clamp_min(1e-12) / second.clamp_min(1e-12)).log()).sum(1)
-    return (first + second) / 2, torch.exp(-divergence)
+    return (first + second) / 2, torch.exp(-divergence.clamp_min(0))
 
 
 def predict_scans(

@@ -64,6 +64,8 @@ def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) 
         where = choose_device(device)
         if bool(input) != bool(output):
             raise UserError("--input and --output belong together: new scans, and the folder for their label maps")
+        if (center or confidence) and not input:
+            raise UserError("--center and --confidence are for new scans: --input names them")
         if input and len(run) > 1:
             raise UserError("new scans are segmented by one --run")
         options = {"precision": precision, "tta": tta, "keep_largest": keep_largest}
@@ -124,7 +126,7 @@ def load_run(
     if checkpoint == "last":
         path, state = folder / "last.pt", load_checkpoint(folder)
         if state is None:
-            raise UserError(f"{path}: no such file; train first, or check --run")
+            raise UserError(f"{path}: no such file; the run has saved no state, or --run names no run's folder")
     metadata = read_metadata(path) if state is None else state["metadata"]
     if metadata["dataset"] != facts.key:
         raise UserError(f"{path} was trained on {metadata['dataset']} data: use inference_{metadata['dataset']}.py")

@@ -34,7 +34,8 @@ def kl_variance(logits: torch.Tensor, augmented_logits: torch.Tensor) -> torch.T
     """
     log_plain = F.log_softmax(logits.float(), dim=1)
     log_augmented = F.log_softmax(augmented_logits.float(), dim=1)
-    return (log_augmented.exp() * (log_augmented - log_plain)).sum(dim=1)
+    # Never below 0 but by rounding.
+    return (log_augmented.exp() * (log_augmented - log_plain)).sum(dim=1).clamp_min(0)
 
 
 def cross_pseudo_loss(

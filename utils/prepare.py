@@ -243,6 +243,7 @@ def _summarise(raw: Path, facts: DatasetFacts, reports: list[tuple[Case | None, 
     counts = ", ".join(f"{d}: {by_domain[d]} ({labeled[d]} with masks)" for d in sorted(by_domain))
     outside, voxels = (sum(report.outside[i] for _, report in reports) for i in (0, 1))
     print(f"{raw}: scans by {facts.domain_word}: {counts or 'none'}")
-    print(f"{100 * outside / max(voxels, 1):.2f} % of the labelled voxels lie outside the network's field of view")
+    if voxels:
+        print(f"{100 * outside / voxels:.2f} % of the labelled voxels lie outside the network's field of view")
     print(f"{len(errors)} errors, {len(warnings)} warnings")
     return not errors

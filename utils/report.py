@@ -77,7 +77,7 @@ def _head(title: str, summary: Mapping[str, Any]) -> str:
     facts = (
         f"{summary['patients']} patients, {100 * summary['ratio']:g} % labelled, seed {summary['seed']}, "
         f"{''.join(text for key, text in options.items() if summary.get(key))}{summary['image_size']} px. "
-        f"Checkpoint: {summary['checkpoint']}; selection: {summary['selection']}."
+        f"Method: {summary['method']}. Checkpoint: {summary['checkpoint']}; selection: {summary['selection']}."
     )
     spread = "" if paper["std"] is None else f" ± {_number(paper['std'])}"
     return (
@@ -123,7 +123,7 @@ def _cases(cases: Sequence[Mapping[str, Any]]) -> str:
         [patient, phase, _number(dice), *(_number(of.get(name, {}).get(key)) for key, name in columns)]
         for (patient, phase, dice), of in scans.items()
     ]
-    header = ["patient", "phase", "paper Dice %", *(f"{name} {FIGURES[key]}" for key, name in columns)]
+    header = ["patient", "phase", "patient's paper Dice %", *(f"{name} {FIGURES[key]}" for key, name in columns)]
     return _table("Cases, worst first", header, lines, "–: absent from truth and prediction.")
 
 

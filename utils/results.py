@@ -77,7 +77,8 @@ def evaluate_run(
         "volumetric": {name: _volumetric(rows, name) for name in facts.class_names[1:]},
         "outside_field_percent": 100 * float(outside[0]) / max(int(outside[1]), 1),
         "phantom": data.info["phantom"],
-        "method": method_name(config),
+        "method": method_name(run.metadata),
+        "config": config,
         "ratio": config["ratio"],
         "seed": config["seed"],
         "image_size": size,
@@ -120,7 +121,7 @@ def runs_table(root: Path, facts: DatasetFacts) -> str:
         source = max((line["val_dice"] for line in read_log(folder / "log.jsonl")), default=None)
         evaluated = folder / "results" / config["test_domain"] / "summary.json"
         held_out = json.loads(evaluated.read_text())["paper_protocol"] if evaluated.exists() else {"mean": None}
-        cells = [folder.name, config["test_domain"], f"{100 * config['ratio']:g} %", method_name(config)]
+        cells = [folder.name, config["test_domain"], f"{100 * config['ratio']:g} %", method_name(metadata)]
         cells += [config["seed"], metadata["step"], _score(source), _score(held_out["mean"], held_out.get("std"))]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     if len(lines) == 2:
@@ -191,7 +192,7 @@ def format_summary(summary: dict[str, Any], facts: DatasetFacts) -> str:
     if "clinical" in summary:
         lines += [
             "",
-            "Clinical figures, prediction against truth:",
+            "Clinical figures, prediction against truth (n: patients whose figure both have):",
             "",
             "| | bias | 95 % limits | mean error | truth | n |",
         ]
@@ -284,5 +285,5 @@ def _draw_case(
         agreement=scan.agreement.float().cpu().numpy(),
         slices=np.unique(np.linspace(0, depth - 1, min(depth, 6)).round().astype(int)).tolist(),
         class_names=facts.class_names[1:],
-        title=f"{rank} patient: {scan.patient} {scan.phase}, paper Dice {dice:.1f} %",
+        title=f"{rank} patient: {scan.patient} {scan.phase}; paper Dice of the patient {dice:.1f} %",
     )

@@ -20,6 +20,7 @@ from utils.prepare import quantile_curves
 from utils.volume import PlaneMap, Volume, frame_count, frame_slices, read_volume, write_volume
 
 NOTE = "SemiDG-Seg: for research use, not for clinical decisions"
+MAPS = ("_gt", "_seg", "_confidence", "_agreement")  # endings of what lies beside scans and is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +118,12 @@ def _output_stems(inputs: Sequence[Path]) -> dict[Path, str]:
             raise UserError(f"--input {path}: no such file or folder")
         files += sorted(p for p in path.iterdir() if p.name.endswith((".nii", ".nii.gz"))) if path.is_dir() else [path]
     stems = {path: path.name.removesuffix(".gz").removesuffix(".nii") for path in files}
+    maps = [path for path, stem in stems.items() if stem.endswith(MAPS) and path not in inputs]
+    if maps:
+        print(f"left out as no scans: {', '.join(path.name for path in maps)}")
+    stems = {path: stem for path, stem in stems.items() if path not in maps}
     if not stems:
-        raise UserError(f"no .nii or .nii.gz file in {', '.join(map(str, inputs))}")
+        raise UserError(f"no .nii or .nii.gz scan in {', '.join(map(str, inputs))} (folders in it are not searched)")
     doubles = sorted({stem for stem in stems.values() if list(stems.values()).count(stem) > 1})
     if doubles:
         raise UserError(f"several inputs would be written as {doubles[0]}_seg.nii.gz: segment them into other folders")

@@ -17,6 +17,11 @@ LATEX = str.maketrans(
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"}
     | {"±": r"$\pm$", "–": "--", "†": r"$^{\dagger}$", "‡": r"$^{\ddagger}$"}
 )
+# Settings that differ from seed to seed and from domain to domain, or that the result does not depend on.
+VARYING = {
+    "seed", "test_domain", "run_name", "data_root", "out_root", "restart", "save_every", "device", "workers", "wandb",
+    "compile", "checkpoint_activations",
+}  # fmt: skip
 Runs = dict[str, list[dict[str, Any]]]  # held-out domain -> one method's summaries by seed; empty where there is none
 
 
@@ -88,8 +93,9 @@ class Grid(NamedTuple):
     notes: list[str]
 
 
-def method_name(config: dict[str, Any]) -> str:
-    """What a run's settings make of the method: the full one, or a step of its ablation."""
+def method_name(metadata: dict[str, Any]) -> str:
+    """What a checkpoint's settings make of the method: the full one, or a step of its ablation."""
+    config = metadata["config"]
     if config["cps_weight"] == 0:
         return "supervised only"
     name = {"pixel": "full", "scalar": "confidence as released", "plain": "plain CPS"}[config["cps_loss"]]
@@ -97,7 +103,8 @@ def method_name(config: dict[str, Any]) -> str:
         name += " + Fourier"
     if config["fourier_aug"] and config["fourier_mode"] == "AM":
         name += " (amplitude mix)"
-    return name if config["cutmix"] else f"{name}, no CutMix"
+    name += "" if config["cutmix"] else ", no CutMix"
+    return name if metadata["cps_weight"] else f"{name}, before its pseudo supervision"
 
 
 def combine(summaries: list[dict[str, Any]], *, name: str, domain_word: str, domains: Sequence[str]) -> list[Grid]:
@@ -137,6 +144,7 @@ def combine(summaries: list[dict[str, Any]], *, name: str, domain_word: str, dom
     beside = f" Published rows: {_percent(nearest)} labelled." if published else ""
     sources = {
         method: f"Runs, {method}: {'; '.join(_source(domain, found) for domain, found in runs.items() if found)}."
+        + _unequal([summary["config"] for found in runs.values() for summary in found])
         for method, runs in methods.items()
     }
     not_comparable = []
@@ -208,6 +216,13 @@ def _differences(found: list[dict[str, Any]]) -> str:
     sizes = {summary["image_size"] for summary in found} - {GRID}
     reasons += sorted({summary["method"] for summary in found} - {"full"})
     return ", ".join([*reasons, *(f"{_percent(r)} labelled" for r in ratios), *(f"{px} px" for px in sorted(sizes))])
+
+
+def _unequal(configs: list[dict[str, Any]]) -> str:
+    """Names the settings in which one method's runs differ, other than those that vary by design."""
+    values = {key: dict.fromkeys(config[key] for config in configs) for key in configs[0].keys() - VARYING}
+    differing = [f"{key} ({', '.join(map(str, found))})" for key, found in sorted(values.items()) if len(found) > 1]
+    return f" **They differ in {', '.join(differing)}.**" if differing else ""
 
 
 def _source(domain: str, found: list[dict[str, Any]]) -> str:

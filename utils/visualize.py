@@ -196,7 +196,7 @@ def plot_bland_altman(path, pairs: dict, units: dict[str, str]) -> None:
             text += f", limits {low:+.1f} to {high:+.1f}"
         ax.set_title(text, fontsize=8)
         ax.set_xlabel(f"mean of both ({units[quantity]})", fontsize=8)
-        ax.set_ylabel(f"predicted − reference ({units[quantity]})", fontsize=8)
+        ax.set_ylabel(f"predicted − truth ({units[quantity]})", fontsize=8)
         ax.tick_params(labelsize=8)
     for ax in axes[len(pairs) :]:
         ax.set_axis_off()
