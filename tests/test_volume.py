@@ -10,7 +10,7 @@ import pytest
 from scipy import ndimage
 
 from utils.errors import UserError
-from utils.volume import PlaneMap, read_shape, read_volume, write_volume
+from utils.volume import PlaneMap, Volume, radiological, read_shape, read_volume, write_volume
 
 DATA = np.random.default_rng(0).integers(-500, 500, (7, 6, 5)).astype(np.int16)
 OBLIQUE = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.3, -0.2, 0.4) @ np.diag([1.25, 1.5, 8.0]), [-90, 40, 12])
@@ -339,3 +339,22 @@ def test_inside_names_the_voxels_on_the_canvas():
     inside = plane.inside()
     assert inside.dtype == bool
     np.testing.assert_array_equal(inside, x[:, None] & y[None])
+
+
+@pytest.mark.parametrize("axes", ["RAS", "LPS", "LAI", "PLS", "ARI", "RSA", "PIR", "SAL"])
+def test_pictures_show_the_patient_as_a_radiologist_does(axes):
+    """The patient's right lies at the viewer's left, front at the top; head at the top where the plane shows it."""
+    codes = nib.orientations.axcodes2ornt(axes)
+    affine = np.zeros((4, 4))
+    affine[codes[:, 0].astype(int), range(3)] = codes[:, 1]
+    affine[3, 3] = 1
+    header = nib.Nifti1Header()
+    header["sform_code"] = 1
+    index = np.stack(np.meshgrid(range(4), range(5), indexing="ij"), -1)  # of the voxels in the plane
+    world = index @ affine[:3, :2].T  # (X, Y, 3): to the right, to the front, to the head
+    like = Volume(np.zeros((4, 5, 1)), header, affine, (1, 1, 1))
+    right, front, head = radiological(np.moveaxis(world, -1, 0), like)
+    across, down = (right, front) if head.std() == 0 else (right if front.std() == 0 else front, head)
+    assert (np.diff(across, axis=0) == -1).all() and (np.diff(down, axis=1) == -1).all()
+    header["sform_code"] = 0
+    assert (radiological(world, like) == world).all()  # where the scan does not say: as stored

@@ -20,6 +20,7 @@ from utils.engine import fit
 from utils.errors import clear_errors
 from utils.prepare import check_dataset, prepare_dataset
 from utils.visualize import plot_preview
+from utils.volume import radiological, read_volume
 
 
 def run_data_command(facts: DatasetFacts) -> None:
@@ -96,21 +97,24 @@ def draw_preview(facts: DatasetFacts, root: Path, out: Path, *, count: int, four
         [rng.choice(filled[data.index["domain"][filled] == domains[i % len(domains)]]) for i in range(count)]
     )
     batch = SliceDataset(data, rows, with_mask=True)[list(range(count))]
-    views = Augmentation(
+    augmentation = Augmentation(
         size=288, rotation=0, shift=0, flip=False, blur=False,
         fourier_mode="AS", fourier_window=0.01, fourier_ratio=fourier_ratio, fourier_alpha=0.3,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    plain, mask = views.labeled(batch["image"], batch["mask"], batch["quantiles"], generator)
-    plain, fourier = views.unlabeled(batch["image"], batch["quantiles"], generator, fourier=True)
+    plain, mask = augmentation.labeled(batch["image"], batch["mask"], batch["quantiles"], generator)
+    plain, fourier = augmentation.unlabeled(batch["image"], batch["quantiles"], generator, fourier=True)
     boxes = cutmix_mask(count, 288, generator=generator)
     mixed = torch.where(boxes > 0, plain.roll(1, 0), plain)
+    places = zip(data.index["patient"][rows], data.index["phase"][rows], strict=True)
+    scans = [read_volume(data.truth_path(*place), 3) for place in places]
+    maps = {"images": plain[:, 0], "masks": mask, "fourier": fourier[:, 0], "mixed": mixed[:, 0]}
     plot_preview(
         out,
-        images=plain[:, 0].numpy(),
-        masks=mask.numpy(),
-        fourier=fourier[:, 0].numpy(),
-        mixed=mixed[:, 0].numpy(),
+        **{
+            name: [radiological(*pair) for pair in zip(views.numpy(), scans, strict=True)]
+            for name, views in maps.items()
+        },
         titles=[
             f"{facts.domain_word} {domain}\n{patient} {phase} slice {number}"
             for domain, patient, phase, number in zip(

@@ -21,7 +21,7 @@ from utils.metrics import agreement_limits, bootstrap_interval
 from utils.report import write_report
 from utils.tables import method_name
 from utils.visualize import plot_bland_altman, plot_case, plot_dice_per_case
-from utils.volume import read_volume, write_volume
+from utils.volume import radiological, read_volume, write_volume
 
 FIGURES = ("dice", "hd95", "assd")
 CASE_COLUMNS = ("patient", "phase", "structure", *FIGURES, "missed", "predicted_ml", "truth_ml", "paper_dice")
@@ -277,12 +277,16 @@ def _draw_case(
 ) -> None:
     masks = torch.from_numpy(data.masks[data.index["mask"][scan.rows]])[:, None]
     depth, size = len(scan.rows), scan.image.shape[-1]
+    maps = {
+        "image": scan.image,
+        "truth": canvas_to_grid(masks, size)[:, 0],
+        "prediction": scan.probability.argmax(1),
+        "agreement": scan.agreement.float(),
+    }
+    like = read_volume(data.truth_path(scan.patient, scan.phase), 3)
     plot_case(
         path,
-        image=scan.image.cpu().numpy(),
-        truth=canvas_to_grid(masks, size)[:, 0].numpy(),
-        prediction=scan.probability.argmax(1).cpu().numpy(),
-        agreement=scan.agreement.float().cpu().numpy(),
+        **{name: radiological(array.cpu().numpy(), like) for name, array in maps.items()},
         slices=np.unique(np.linspace(0, depth - 1, min(depth, 6)).round().astype(int)).tolist(),
         class_names=facts.class_names[1:],
         title=f"{rank} patient: {scan.patient} {scan.phase}; paper Dice of the patient {dice:.1f} %",

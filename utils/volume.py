@@ -148,6 +148,20 @@ def write_volume(path: Path, array: np.ndarray, like: Volume, description: str =
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
+def radiological(array: np.ndarray, like: Volume) -> np.ndarray:
+    """Turn slices as a radiologist looks at them, where the scan says how its axes lie.
+
+    (..., X, Y) in the grid of `like` -> (..., X', Y'): X' from the patient's right to left (or front to back), Y' from
+    front to back (or head to feet).
+    """
+    if not (like.header["sform_code"] or like.header["qform_code"]):
+        return array
+    axes = list(zip(nib.aff2axcodes(like.affine)[:2], (-2, -1), strict=True))
+    axes.sort(key=lambda axis: "LRAPSI".index(axis[0]) // 2)
+    array = np.flip(array, [axis for code, axis in axes if code in "RAS"])
+    return array if axes[0][1] == -2 else array.swapaxes(-2, -1)
+
+
 @dataclass(frozen=True)
 class PlaneMap:
     """The way between the in-plane grid of a scan and a square canvas on one centre.
