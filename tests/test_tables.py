@@ -38,7 +38,7 @@ def summary(domain="A", mean=80.0, std=5.0, *, seed=0, structures=("LV", "MYO", 
         "volumetric": {name: {**figures, "scans": 40, "missed": 1, "both_empty": 0} for name in structures},
         "phantom": False,
         "method": "full",
-        "config": {"seed": seed, "num_epoch": 50},
+        "settings": {"seed": seed, "num_epoch": 50},
         "ratio": 0.02,
         "seed": seed,
         "image_size": 288,
@@ -194,7 +194,7 @@ def test_methods_stand_in_rows_of_their_own():
 
 
 def test_runs_of_unequal_settings_are_announced():
-    runs = [summary("A"), summary("A", seed=1, config={"seed": 1, "num_epoch": 8}), summary("B")]
+    runs = [summary("A"), summary("A", seed=1, settings={"seed": 1, "num_epoch": 8}), summary("B")]
     for grid in combine(runs):
         assert "**They differ in num_epoch (50, 8).**" in grid.notes[0]
     assert "differ" not in combine(runs[::2])[0].notes[0]

@@ -41,7 +41,7 @@ def run_data_command(facts: DatasetFacts) -> None:
 
         Args:
             raw: the raw data set.
-            out: folder to write, with 180 kB per slice (M&Ms: 16 GB).
+            out: folder to write, with 180 kB per slice and 90 kB more where it has a mask.
             workers: processes; each holds one scan in memory.
         """
         prepare_dataset(raw, out, facts, workers=workers)

@@ -47,11 +47,12 @@ EXIT_INTERRUPTED = 75  # after SIGTERM, SIGUSR1 or Ctrl-C: the state is saved, r
 MAX_BAD_STEPS = 10  # non-finite steps in a row before training gives up
 SYNC_EVERY = 10  # steps between looks at the device's counters, for the progress bar
 
-# What may differ between the command that began a run and the one that resumes it.
-FREE_ON_RESUME = {
-    "data_root", "out_root", "num_epoch", "max_steps", "restart", "save_every", "device", "workers", "wandb",
-    "compile", "checkpoint_activations",
+# Settings that the method and its result do not depend on.
+WITHOUT_EFFECT = {
+    "data_root", "out_root", "restart", "save_every", "device", "workers", "wandb", "compile", "checkpoint_activations",
 }  # fmt: skip
+# What may differ between the command that began a run and the one that resumes it.
+FREE_ON_RESUME = WITHOUT_EFFECT | {"num_epoch", "max_steps"}
 
 SELECTION = "highest ensemble Dice (paper protocol) on labelled source images; the target domain is never looked at"
 
@@ -262,8 +263,8 @@ class Trainer:
         unflatten(torch.where(finite, torch.cat(self.statistics), statistics_before), self.statistics)
         bad = (~finite).float()
         self.bad_steps = torch.stack([(self.bad_steps[0] + 1) * bad, self.bad_steps[1] + bad])
-        scalars |= {"steps": torch.ones_like(loss), "cps_steps": torch.full_like(loss, weight > 0)}
-        scalars |= {"cps_weight": torch.full_like(loss, weight)}
+        counts = {"steps": 1, "cps_steps": weight > 0, "cps_weight": weight}
+        scalars |= {name: torch.full_like(loss, count) for name, count in counts.items()}
         for name, value in scalars.items():
             self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
         self.step += 1
@@ -502,8 +503,10 @@ def open_run(folder: Path, cfg: Any, loaders: Loaders, processes: int) -> None:
     if any((folder / name).exists() for name in ("last.pt", "previous.pt", "best.safetensors")):
         try:
             began = json.loads(known.read_text())
-        except ValueError as error:
-            raise UserError(f"{known} is damaged ({error}): restore it, or begin anew with --restart") from error
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{known} is missing or damaged ({error}): restore it, or begin anew with --restart"
+            ) from error
         differing = {
             key: (began.get(key), settings.get(key))
             for key in {*began, *settings} - FREE_ON_RESUME

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from utils.augment import GRID, canvas_to_grid
 from utils.checkpoint import provenance, read_metadata, write_json
 from utils.data import DatasetFacts, PreparedData, SliceDataset, batch_loader, scan_batches
+from utils.engine import WITHOUT_EFFECT
 from utils.errors import UserError
 from utils.evaluate import ScanPrediction, TrainedRun, mean_dice, predict_scans, to_native, volumetric_rows
 from utils.logger import read_log
@@ -78,7 +79,7 @@ def evaluate_run(
         "outside_field_percent": 100 * float(outside[0]) / max(int(outside[1]), 1),
         "phantom": data.info["phantom"],
         "method": method_name(run.metadata),
-        "config": config,
+        "settings": {key: value for key, value in config.items() if key not in WITHOUT_EFFECT},
         "ratio": config["ratio"],
         "seed": config["seed"],
         "image_size": size,

@@ -118,10 +118,9 @@ def _output_stems(inputs: Sequence[Path]) -> dict[Path, str]:
             raise UserError(f"--input {path}: no such file or folder")
         files += sorted(p for p in path.iterdir() if p.name.endswith((".nii", ".nii.gz"))) if path.is_dir() else [path]
     stems = {path: path.name.removesuffix(".gz").removesuffix(".nii") for path in files}
-    maps = [path for path, stem in stems.items() if stem.endswith(MAPS) and path not in inputs]
-    if maps:
-        print(f"left out as no scans: {', '.join(path.name for path in maps)}")
-    stems = {path: stem for path, stem in stems.items() if path not in maps}
+    for path in [path for path, stem in stems.items() if stem.endswith(MAPS) and path not in inputs]:
+        print(f"left out as no scan: {path}")
+        del stems[path]
     if not stems:
         raise UserError(f"no .nii or .nii.gz scan in {', '.join(map(str, inputs))} (folders in it are not searched)")
     doubles = sorted({stem for stem in stems.values() if list(stems.values()).count(stem) > 1})

@@ -17,11 +17,7 @@ LATEX = str.maketrans(
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"}
     | {"±": r"$\pm$", "–": "--", "†": r"$^{\dagger}$", "‡": r"$^{\ddagger}$"}
 )
-# Settings that differ from seed to seed and from domain to domain, or that the result does not depend on.
-VARYING = {
-    "seed", "test_domain", "run_name", "data_root", "out_root", "restart", "save_every", "device", "workers", "wandb",
-    "compile", "checkpoint_activations",
-}  # fmt: skip
+VARYING = {"seed", "test_domain", "run_name"}  # settings in which the runs of a table differ by design
 Runs = dict[str, list[dict[str, Any]]]  # held-out domain -> one method's summaries by seed; empty where there is none
 
 
@@ -144,7 +140,7 @@ def combine(summaries: list[dict[str, Any]], *, name: str, domain_word: str, dom
     beside = f" Published rows: {_percent(nearest)} labelled." if published else ""
     sources = {
         method: f"Runs, {method}: {'; '.join(_source(domain, found) for domain, found in runs.items() if found)}."
-        + _unequal([summary["config"] for found in runs.values() for summary in found])
+        + _unequal([summary["settings"] for found in runs.values() for summary in found])
         for method, runs in methods.items()
     }
     not_comparable = []
@@ -218,9 +214,9 @@ def _differences(found: list[dict[str, Any]]) -> str:
     return ", ".join([*reasons, *(f"{_percent(r)} labelled" for r in ratios), *(f"{px} px" for px in sorted(sizes))])
 
 
-def _unequal(configs: list[dict[str, Any]]) -> str:
+def _unequal(settings: list[dict[str, Any]]) -> str:
     """Names the settings in which one method's runs differ, other than those that vary by design."""
-    values = {key: dict.fromkeys(config[key] for config in configs) for key in configs[0].keys() - VARYING}
+    values = {key: dict.fromkeys(of_run[key] for of_run in settings) for key in settings[0].keys() - VARYING}
     differing = [f"{key} ({', '.join(map(str, found))})" for key, found in sorted(values.items()) if len(found) > 1]
     return f" **They differ in {', '.join(differing)}.**" if differing else ""
 
