@@ -357,6 +357,15 @@ def test_start_that_failed_does_not_bind_the_next_one(mms_config, build_tiny):
     assert state["step"] == 1
 
 
+def test_lost_config_of_a_run_is_named(mms_config, build_tiny):
+    cfg = replace(mms_config, max_steps=1)
+    run(cfg, build_tiny)
+    for name in ("config.json", "best.safetensors"):
+        Path(cfg.out_root, "run", name).unlink()
+    with pytest.raises(UserError, match=r"config\.json.* missing or damaged"):
+        run(cfg, build_tiny)
+
+
 def test_run_folder_admits_one_process(mms_config, build_tiny):
     loaders = build_loaders(mms_config, MMS)
     reader, writer = os.pipe()
