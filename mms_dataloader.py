@@ -113,7 +113,8 @@ def _table_rows(path: Path) -> list[dict[str, str]]:
             with open(path, newline="", encoding="utf-8-sig") as file:
                 lines = list(csv.reader(file))
         else:
-            lines = list(openpyxl.load_workbook(path, read_only=True, data_only=True).active.values)
+            with open(path, "rb") as file:  # opened here, or a read-only workbook keeps it open
+                lines = list(openpyxl.load_workbook(file, read_only=True, data_only=True).active.values)
     except Exception:  # openpyxl raises what zip and XML raise; a table that cannot be read is none
         return []
     header, *rows = [[_text(cell) for cell in line] for line in lines if any(map(_text, line))] or [[]]
