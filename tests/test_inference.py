@@ -181,6 +181,18 @@ def test_runs_are_listed_with_their_best_scores(trained, build_tiny, mms_config)
         runs_table(trained, MMS)
 
 
+def test_unfinished_training_is_named(trained, build_tiny):
+    assert "not finished" not in evaluate(trained, build_tiny)["checkpoint"]
+    known = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps(known | {"max_steps": None, "num_epoch": 9}))
+    remark = "(training not finished: epoch 1 of 9)"
+    assert evaluate(trained, build_tiny)["checkpoint"] == f"best, step 2 {remark}"
+    assert remark in (trained / "results/D/summary.md").read_text()
+    assert f"| 2 {remark} |" in runs_table(trained.parent, MMS)
+    (trained / "log.jsonl").unlink()  # weights without a log: nothing is known
+    assert "not finished" not in evaluate(trained, build_tiny)["checkpoint"]
+
+
 def test_networks_are_saved_with_what_inference_needs(trained, build_tiny):
     metadata = read_metadata(trained / "best.safetensors")
     assert metadata["config"]["image_size"] == 32 and metadata["dataset"] == "mms"

@@ -38,6 +38,7 @@ def summary(domain="A", mean=80.0, std=5.0, *, seed=0, structures=("LV", "MYO", 
         "volumetric": {name: {**figures, "scans": 40, "missed": 1, "both_empty": 0} for name in structures},
         "phantom": False,
         "method": "full",
+        "unfinished": "",
         "settings": {"seed": seed, "num_epoch": 50},
         "ratio": 0.02,
         "seed": seed,
@@ -191,6 +192,12 @@ def test_methods_stand_in_rows_of_their_own():
     assert (plain["A"].mean, plain["B"].mean, plain["average"].mean) == (60, None, 60)
     assert cells(table[2], "LV Dice (%)")["A"].mean == 60
     assert not full["A"].differences and plain["A"].differences == "plain CPS"
+
+
+def test_unfinished_runs_are_announced():
+    remark = " (training not finished: epoch 12 of 50)"
+    notes = combine([summary("A"), summary("B", seed=3, unfinished=remark)])[0].notes
+    assert notes[0].endswith("A 50 patients, seed 0; B 50 patients, seed 3 (training not finished: epoch 12 of 50).")
 
 
 def test_runs_of_unequal_settings_are_announced():

@@ -71,7 +71,7 @@ def evaluate_run(
     summary = {
         "dataset": facts.key,
         "test_domain": domain,
-        "checkpoint": f"{run.checkpoint}, step {run.metadata['step']}",
+        "checkpoint": f"{run.checkpoint}, step {run.metadata['step']}{unfinished(run.folder)}",
         "selection": run.metadata["selection"],
         "patients": len(paper),
         "paper_protocol": _mean_std_interval(list(paper.values())),
@@ -79,6 +79,7 @@ def evaluate_run(
         "outside_field_percent": 100 * float(outside[0]) / max(int(outside[1]), 1),
         "phantom": data.info["phantom"],
         "method": method_name(run.metadata),
+        "unfinished": unfinished(run.folder),
         "settings": {key: value for key, value in config.items() if key not in WITHOUT_EFFECT},
         "ratio": config["ratio"],
         "seed": config["seed"],
@@ -123,11 +124,24 @@ def runs_table(root: Path, facts: DatasetFacts) -> str:
         evaluated = folder / "results" / config["test_domain"] / "summary.json"
         held_out = json.loads(evaluated.read_text())["paper_protocol"] if evaluated.exists() else {"mean": None}
         cells = [folder.name, config["test_domain"], f"{100 * config['ratio']:g} %", method_name(metadata)]
-        cells += [config["seed"], metadata["step"], _score(source), _score(held_out["mean"], held_out.get("std"))]
+        cells += [config["seed"], f"{metadata['step']}{unfinished(folder)}"]
+        cells += [_score(source), _score(held_out["mean"], held_out.get("std"))]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     if len(lines) == 2:
         raise UserError(f"{root}: no run of {facts.name} there; train one first: python {facts.key}_train.py --help")
     return "\n".join(lines)
+
+
+def unfinished(folder: Path) -> str:
+    """How far a run is that has not trained to its end, as a remark in brackets; empty where it has."""
+    if not all((folder / name).exists() for name in ("log.jsonl", "config.json")):  # weights from elsewhere
+        return ""
+    planned = json.loads((folder / "config.json").read_text())
+    epochs, steps = planned["num_epoch"], planned["max_steps"]
+    last = max(read_log(folder / "log.jsonl"), key=lambda line: line["step"], default={"epoch": 0, "step": 0})
+    if last["epoch"] >= epochs or (steps and last["step"] >= steps):
+        return ""
+    return f" (training not finished: epoch {last['epoch']} of {epochs})"
 
 
 def _score(mean: float | None, std: float | None = None) -> str:

@@ -223,7 +223,8 @@ def _unequal(settings: list[dict[str, Any]]) -> str:
 
 def _source(domain: str, found: list[dict[str, Any]]) -> str:
     """What stands behind a domain's cells."""
-    seeds, differences = ", ".join(str(summary["seed"]) for summary in found), _differences(found)
+    seeds = ", ".join(f"{summary['seed']}{summary['unfinished']}" for summary in found)
+    differences = _differences(found)
     return f"{domain} {found[0]['patients']} patients, seed {seeds}" + (f" († {differences})" if differences else "")
 
 
