@@ -242,8 +242,10 @@ def test_finished_run_says_so_and_longer_one_goes_on(mms_config, build_tiny, cap
     cfg = replace(mms_config, max_steps=3)
     first = run(cfg, build_tiny)
     assert_same(first, run(cfg, build_tiny))
-    assert "this run is finished" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "this run is finished" in printed and "goes on" not in printed
     longer, lines = run(replace(cfg, max_steps=5, workers=1), build_tiny)
+    assert "goes on from step 3 of 5" in capsys.readouterr().out
     whole, _ = run(replace(cfg, max_steps=5, run_name="whole"), build_tiny)
     assert [line["step"] for line in lines] == [3, 5]  # the first run's end was logged, too
     ours, theirs = tensors(longer["networks"]), tensors(whole["networks"])

@@ -413,12 +413,12 @@ def fit(cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module], pro
         if checkpoint := load_checkpoint(folder):
             trainer.load_state(checkpoint)
             del checkpoint
-            if process.main:
-                print(f"{folder}: goes on from step {trainer.step} of {total}")
         if trainer.step >= total:
             if process.main:
                 print(f"{folder}: this run is finished ({trainer.step} steps); --num-epoch or --max-steps extend it")
             return
+        if process.main and trainer.step:
+            print(f"{folder}: goes on from step {trainer.step} of {total}")
         # Weights and two moments, as last, as previous and as the file being written; and the best weights.
         weights = sum(p.numel() * p.element_size() for net in trainer.nets for p in net.parameters())
         require_space(folder, 10 * weights)
