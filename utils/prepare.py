@@ -201,14 +201,16 @@ def _convert(
 
 
 def quantile_curves(canvas: np.ndarray) -> np.ndarray:
-    """Quantile curve of every image over the field of view: (N, C, C) -> (N, QUANTILES) float32."""
+    """Quantile curve of every image over the field of view: (N, C, C) float16 >= 0 -> (N, QUANTILES) float32."""
     margin = (CANVAS - GRID) // 2
-    field = np.sort(canvas[:, margin:-margin, margin:-margin].reshape(len(canvas), -1).astype(np.float32), axis=1)
+    bits = canvas[:, margin:-margin, margin:-margin].reshape(len(canvas), -1).view(np.int16)
+    # Non-negative float16 have the order of their bits, and 16-bit integers a radix sort: 8 times as fast.
+    field = np.sort(bits, axis=1, kind="stable").view(np.float16)
     position = np.linspace(0, field.shape[1] - 1, QUANTILES)
     low = position.astype(int)
     high = np.minimum(low + 1, field.shape[1] - 1)
-    curves = field[:, low] + (field[:, high] - field[:, low]) * (position - low).astype(np.float32)
-    return np.ascontiguousarray(curves)
+    lower, upper = field[:, low].astype(np.float32), field[:, high].astype(np.float32)
+    return np.ascontiguousarray(lower + (upper - lower) * (position - low).astype(np.float32))
 
 
 def _write_index(out: Path, raw: Path, facts: DatasetFacts, reports: list[tuple[Case | None, Report]]) -> None:
