@@ -24,7 +24,7 @@ class AtrousConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if max(x.shape[-2:]) <= self.dilation[0]:
-            return F.conv2d(x, self.weight[:, :, 1:2, 1:2])
+            return F.conv2d(x, F.pad(self.weight, (-1, -1, -1, -1)))  # its gradient costs less than a slice's
         return super().forward(x)
 
 

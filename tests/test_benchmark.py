@@ -34,11 +34,14 @@ def test_table_puts_precisions_side_by_side():
 
 def test_command_measures_input_and_inference(tmp_path):
     command = [sys.executable, "-m", "utils.benchmark", "--device", "cpu", "--image-size", "32", "--batch-size", "2",
-               "--steps", "1", "--workers", "0", "--no-training", "--out", tmp_path / "b.json"]  # fmt: skip
+               "--steps", "1", "--workers", "0", "--no-training", "--baseline",
+               "--out", tmp_path / "b.json"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    measured = json.loads((tmp_path / "b.json").read_text())["measured"]["auto"]
-    assert min(measured.values()) > 0
-    assert set(measured) == {
-        "matmul peak, TFLOP/s", "input pipeline, unlabelled images/s", "inference of both networks, slices/s",
-    }  # fmt: skip
+    measured = json.loads((tmp_path / "b.json").read_text())["measured"]
+    assert list(measured) == ["baseline", "auto"]
+    for column in measured.values():
+        assert min(column.values()) > 0
+        assert set(column) == {
+            "matmul peak, TFLOP/s", "input pipeline, unlabelled images/s", "inference of both networks, slices/s",
+        }  # fmt: skip

@@ -180,11 +180,9 @@ class Trainer:
         for i in range(2):
             torch.manual_seed(derive_seed(cfg.seed, 3, i))
             net = build_network(len(classes), pretrained=cfg.pretrained)
-            # channels_last gains on GPUs with tensor cores; on CPUs the plain layout was as fast or faster.
-            memory_format = torch.channels_last if device.type == "cuda" else torch.contiguous_format
             if process.world > 1 and device.type == "cuda":  # SyncBatchNorm refuses CPUs
                 net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-            self.nets.append(net.to(device, memory_format=memory_format).train())
+            self.nets.append(net.to(device, memory_format=torch.channels_last).train())
         # Shapes repeat from step to step.
         torch.backends.cudnn.benchmark = device.type == "cuda"
         # What training calls; evaluation calls the networks themselves.
@@ -347,6 +345,10 @@ class Trainer:
             net.load_state_dict(weights)
         for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(moments)
+            # The fused step reads memory in the order in which the parameter lies, and on CPUs does not check it.
+            for parameter, values in optimizer.state.items():
+                for name in ("exp_avg", "exp_avg_sq"):
+                    values[name] = torch.empty_like(parameter).copy_(values[name])
 
     @torch.no_grad()
     def draw_samples(self, path: Path, batch: dict[str, torch.Tensor]) -> None:

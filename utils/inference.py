@@ -136,6 +136,6 @@ def load_run(
     else:
         for net, weights in zip(nets, state["networks"], strict=True):
             net.load_state_dict(weights)
-    nets = [net.to(device).eval() for net in nets]
+    nets = [net.to(device, memory_format=torch.channels_last).eval() for net in nets]
     reference = None if metadata["reference"] is None else torch.tensor(metadata["reference"], device=device)
     return TrainedRun(folder, checkpoint, nets, metadata, reference, device)
