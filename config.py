@@ -50,7 +50,7 @@ class Config:
     lr: float = 1e-4  # of AdamW, constant
     weight_decay: float = 0.01
     num_epoch: int = 50  # an epoch shows every unlabelled image once (with CutMix, once more as a partner)
-    batch_size: int = 32  # labelled images per batch and process, with twice as many unlabelled ones
+    batch_size: int = 32  # labelled images per batch and process, with twice as many unlabelled (no CutMix: as many)
     accumulate: int = 1  # batches per step, whose gradients are averaged: a large batch on a small GPU
     max_steps: int | None = None  # end after this many steps in all
     seed: int = 0  # of weights, sampling, augmentation and dropout
@@ -75,19 +75,22 @@ class Config:
             "--batch-size must be at least 2: image pooling has a BatchNorm": self.batch_size >= 2,
             "--shift must be 288 to 300": 288 <= self.shift <= 300,
             "--rotation must be 0 to 360": 0 <= self.rotation <= 360,
-            "--fourier-window must be in [0, 0.5)": 0 <= self.fourier_window < 0.5,
+            "--fourier-window must be at least 0, and its square of 2 floor(288 L) + 1 px within the --image-size": (
+                self.fourier_window >= 0 and 2 * int(288 * self.fourier_window) + 1 <= self.image_size
+            ),
+            "--fourier-ratio must be in [0, 1]": 0 <= self.fourier_ratio <= 1,
+            "--fourier-alpha must be in [0, 1]": 0 <= self.fourier_alpha <= 1,
             "--cps-loss pixel and scalar need --fourier-aug (without it: --cps-loss plain)": (
                 self.fourier_aug or self.cps_loss == "plain" or self.cps_weight == 0
             ),
             "--num-epoch must be at least 1": self.num_epoch >= 1,
             "--accumulate must be at least 1": self.accumulate >= 1,
             "--max-steps must be at least 1": self.max_steps is None or self.max_steps >= 1,
-            "--val-patients, --save-every, --workers, --cps-warmup, --cps-ramp and --cps-weight must not be negative": (
-                min(self.val_patients, self.save_every, self.workers, self.cps_warmup, self.cps_ramp, self.cps_weight)
-                >= 0
-            ),
             "--lr must be positive": self.lr > 0,
         }
+        counts = ("seed", "val_patients", "save_every", "workers")
+        for name in (*counts, "cps_weight", "cps_warmup", "cps_ramp", "weight_decay"):
+            rules[f"--{name.replace('_', '-')} must not be negative"] = getattr(self, name) >= 0
         for rule, holds in rules.items():
             if not holds:
                 sys.exit(f"error: {rule}")

@@ -16,13 +16,14 @@ import numpy as np
 import openpyxl
 
 from utils.commands import run_data_command
-from utils.data import Case, DatasetFacts, RawScan
+from utils.data import Case, DatasetFacts, RawScan, missing_or_outside
 from utils.metrics import cardiac_figures
 from utils.phantom import write_mms
 
 PARTS = ("Training/Labeled", "Training/Unlabeled", "Validation", "Testing")
 COLUMNS = ("External code", "Vendor", "Centre", "ED", "ES")
 VENDORS = ("A", "B", "C", "D")
+UNKNOWN = {"vendor": "unknown", "centre": "", "phases": {}}  # what a wrong or missing row says of a patient
 
 
 def find_cases(raw: Path) -> RawScan:
@@ -36,17 +37,15 @@ def find_cases(raw: Path) -> RawScan:
             folders[folder.name].append(folder)
     if not folders:
         errors.append(f"{base}: no patient folders in {', '.join(PARTS)}")
-    if not table:
-        return RawScan([], errors, warnings)
     cases = []
     for code, places in sorted(folders.items()):
         if len(places) > 1:
             errors.append(f"patient {code} is there {len(places)} times: {', '.join(map(str, places))}")
-        elif code not in table:
+        elif table and code not in table:
             errors.append(f"{places[0]}: patient {code} is not in the info table")
-        elif table[code] is not None:
-            case, problems = _case(places[0], raw, **table[code])
-            cases.append(case)
+        for folder in places:  # the files are checked whatever the table says, so that one pass names every problem
+            case, problems = _case(folder, raw, **(table.get(code) or UNKNOWN))
+            cases += [case] if case else []
             errors += problems
     missing = sorted(set(table) - set(folders))
     if missing:
@@ -54,19 +53,19 @@ def find_cases(raw: Path) -> RawScan:
     return RawScan(cases, errors, warnings)
 
 
-def _case(folder: Path, raw: Path, *, vendor: str, centre: str, phases: dict[str, int]) -> tuple[Case, list[str]]:
+def _case(
+    folder: Path, raw: Path, *, vendor: str, centre: str, phases: dict[str, int]
+) -> tuple[Case | None, list[str]]:
+    """The scan of a patient's folder, of the files that are there; None without an image."""
     image, mask = (folder / f"{folder.name}_sa{suffix}.nii.gz" for suffix in ("", "_gt"))
     labeled = folder.parent.name != "Unlabeled"
     files = [image, mask] if labeled else [image]  # the masks in Unlabeled are empty
-    problems = [f"{path}: missing" for path in files if not path.is_file()]
-    problems += [
-        f"{path}: a link that leads out of {raw}"
-        for path in files
-        if path.is_file() and not path.resolve().is_relative_to(raw.resolve())
-    ]
+    problems = {path: missing_or_outside(path, raw) for path in files}
+    masks = tuple(path for path in files[1:] if not problems[path])
     # Vendor B stands in two centres, and labelled patients are counted in each.
     group = f"B{centre}" if vendor == "B" else vendor
-    return Case(folder.name, vendor, group, image, tuple(files[1:]), phases if labeled else {}), problems
+    case = None if problems[image] else Case(folder.name, vendor, group, image, masks, phases if masks else {})
+    return case, [problem for problem in problems.values() if problem]
 
 
 def _read_table(paths: list[Path], raw: Path) -> tuple[dict[str, dict | None], list[str]]:
@@ -145,6 +144,7 @@ FACTS = DatasetFacts(
     ndim=4, label_values=4, spacing=1.1,
     find_cases=find_cases, normalize=normalize, labeled_count=labeled_count, clinical=cardiac_figures,
     write_phantom=write_mms, demo_phantom={"patients": 6, "frames": 4},
+    preview={"fourier_ratio": 1.0, "histogram_matching": True},
     how_to_get=(
         "M&Ms is free for research after registration at https://www.ub.edu/mnms (OpenDataset and its info table).\n"
         "Then prepare it once: python mms_dataloader.py prepare RAW --out data/mms   (RAW holds OpenDataset)"

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.commands import run_data_command
-from utils.data import Case, DatasetFacts, RawScan
+from utils.data import Case, DatasetFacts, RawScan, missing_or_outside
 from utils.phantom import write_scgm
 
 SITES = ("1", "2", "3", "4")
@@ -32,15 +32,16 @@ def find_cases(raw: Path) -> RawScan:
         subject, site, kind, suffix = name.groups()
         if site not in SITES:
             errors.append(f"{path}: unknown site {site!r}, expected one of {', '.join(SITES)}")
-        elif not path.resolve().is_relative_to(raw.resolve()):
-            errors.append(f"{path}: a link that leads out of {raw}")
+        elif problem := missing_or_outside(path, raw):
+            errors.append(problem)
         elif kind != "image":
             image = path.with_name(f"{subject}-image{suffix}")
             errors += [] if image.is_file() else [f"{path}: a mask without its image {image.name}"]
         else:
             masks = [path.with_name(f"{subject}-mask-r{rater}{suffix}") for rater in RATERS]
             masks = masks if path.parent.name == "train" else []
-            errors += [f"{mask}: missing; an image in train needs all raters" for mask in masks if not mask.is_file()]
+            errors += [f"{mask}: missing; an image in train needs all raters" for mask in masks if not mask.exists()]
+            masks = [mask for mask in masks if not missing_or_outside(mask, raw)]
             cases.append(Case(subject, site, site, path, tuple(masks), {PHASE: 0} if masks else {}))
     names = [case.patient for case in cases]
     errors += [f"subject {name} is there more than once" for name in sorted({n for n in names if names.count(n) > 1})]
@@ -75,6 +76,7 @@ FACTS = DatasetFacts(
     ndim=3, label_values=3, spacing=0.175,
     find_cases=find_cases, consensus=majority, normalize=normalize, labeled_count=labeled_count,
     write_phantom=write_scgm, demo_phantom={"patients": 8},
+    preview={"fourier_ratio": 0.8, "histogram_matching": False},
     how_to_get=(
         "SCGM is free for research after registration at http://niftyweb.cs.ucl.ac.uk/challenge (train, test).\n"
         "Then prepare it once: python scgm_dataloader.py prepare RAW --out data/scgm   (RAW holds train and test)"

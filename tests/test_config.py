@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+import mms_dataloader
+import scgm_dataloader
 from config import MMS, MMS_DEMO, SCGM, from_cli
 
 
@@ -15,7 +17,10 @@ from config import MMS, MMS_DEMO, SCGM, from_cli
         ({"ratio": 0}, "--ratio must be in"),
         ({"image_size": 512}, "--image-size must be"),
         ({"shift": 400}, "--shift must be"),
-        ({"save_every": -1}, "must not be negative"),
+        ({"save_every": -1}, "--save-every must not be negative"),
+        ({"seed": -1}, "--seed must not be negative"),
+        ({"image_size": 96, "fourier_window": 0.2}, "--fourier-window must be"),
+        ({"fourier_ratio": 5.0}, "--fourier-ratio must be in"),
     ],
 )
 def test_impossible_settings(change, message):
@@ -39,4 +44,6 @@ def test_settings_of_the_paper():
     assert (MMS.lr, MMS.weight_decay, MMS.num_epoch, MMS.batch_size, MMS.image_size) == (1e-4, 0.01, 50, 32, 288)
     assert (MMS.cps_weight, MMS.fourier_ratio, MMS.cps_warmup, MMS.dice_background) == (3.0, 1.0, 0, True)
     assert (SCGM.cps_weight, SCGM.fourier_ratio, SCGM.cps_warmup, SCGM.dice_background) == (1.5, 0.8, 4, False)
+    for cfg, facts in ((MMS, mms_dataloader.FACTS), (SCGM, scgm_dataloader.FACTS)):
+        assert facts.preview == {name: getattr(cfg, name) for name in ("fourier_ratio", "histogram_matching")}
     assert (SCGM.flip, SCGM.blur, SCGM.histogram_matching, SCGM.ratio) == (False, False, False, 0.2)

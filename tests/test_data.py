@@ -105,6 +105,21 @@ def test_an_epoch_uses_every_image_once_in_each_half(world):
     assert (first[:steps] != first[steps:]).any()
 
 
+def test_no_image_is_twice_in_a_step():
+    """Else it could be its own Fourier partner; uneven counts, many epochs, and too few images to avoid it."""
+    count, size = 21, 5
+    for world in (1, 2):
+        samplers = [
+            unlabeled_batches(count, batch_size=size, pairs=True, seed=1, rank=rank, world=world)
+            for rank in range(world)
+        ]
+        for number in range(200):
+            step = np.concatenate([sampler.batch_of_number(number) for sampler in samplers])
+            assert len(set(step)) == len(step)
+    few = unlabeled_batches(6, batch_size=5, pairs=True, seed=1).batch_of_number(0)
+    assert (few[:5] != few[5:]).all()
+
+
 def test_batches_follow_from_the_step_alone():
     def batches(start, stop):
         sampler = labeled_batches(50, batch_size=8, seed=3)

@@ -229,19 +229,20 @@ def test_killed_run_resumes_from_its_last_checkpoint(mms_config, build_tiny):
 
 def test_moments_in_another_memory_layout_are_resumed_alike(mms_config, build_tiny):
     """The fused optimiser would take them for others, without a word; the weights lie channels_last."""
-    trainers = [Trainer(mms_config, build_loaders(mms_config, MMS), build_tiny, Process(CPU)) for _ in range(2)]
-    first, second = first_batches(trainers[0], 2)
-    trainers[0].train_step([first])
-    state = copy.deepcopy(trainers[0].state())
+    loaders = build_loaders(mms_config, MMS)
+    trainer = Trainer(mms_config, loaders, build_tiny, Process(CPU))
+    first, second = first_batches(trainer, 2)
+    trainer.train_step([first])
+    state = copy.deepcopy(trainer.state())
     moments = [value for optimizer in state["optimizers"] for value in optimizer["state"].values()]
     assert any(not values["exp_avg"].is_contiguous() for values in moments)
     for values in moments:
         for name in ("exp_avg", "exp_avg_sq"):
             values[name] = values[name].contiguous()
-    trainers[1].load_state(state)
-    for trainer in trainers:
-        trainer.train_step([second])
-    ours, theirs = (tensors(trainer.state()) for trainer in trainers)
+    resumed = Trainer(mms_config, loaders, build_tiny, Process(CPU), state)
+    for each in (trainer, resumed):
+        each.train_step([second])
+    ours, theirs = (tensors(each.state()) for each in (trainer, resumed))
     assert [path for path in ours if not torch.equal(ours[path], theirs[path])] == []
 
 

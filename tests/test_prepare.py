@@ -86,6 +86,36 @@ def test_prepare_is_deterministic_and_hashes_what_it_wrote(mms_raw, mms_root, tm
     assert first.info == again.info and (first.images == again.images).all() and (first.masks == again.masks).all()
 
 
+def test_content_hash_covers_table_truth_and_geometry(raw, tmp_path):
+    def hashed(name):
+        prepare_dataset(raw, tmp_path / name, MMS, workers=2)
+        return PreparedData.open(tmp_path / name, MMS).info["content_hash"]
+
+    table, hashes = table_of(raw), [hashed("as it is")]
+    rows = table.read_text()
+    mask = next((raw / "OpenDataset/Testing").glob("*/*_gt.nii.gz"))
+    patient = next(line for line in rows.splitlines() if mask.parent.name in line)
+    vendor = patient.split(",")[3]
+    table.write_text(rows.replace(patient, patient.replace(f",{vendor},", f",{'A' if vendor != 'A' else 'C'},")))
+    hashes.append(hashed("another vendor"))
+    cells = patient.split(",")
+    cells[5], cells[6] = cells[6], cells[5]
+    table.write_text(rows.replace(patient, ",".join(cells)))
+    hashes.append(hashed("ED and ES exchanged"))
+    table.write_text(rows)
+    image = nib.load(mask)
+    for name, labels, affine in (
+        ("fewer labels", np.where(np.asarray(image.dataobj) == 3, 0, image.dataobj), image.affine),
+        ("moved", np.asarray(image.dataobj), nib.affines.from_matvec(np.eye(3), [5, 0, 0]) @ image.affine),
+    ):
+        nib.save(nib.Nifti1Image(labels.astype(np.uint8), affine), mask)
+        scan = mask.with_name(mask.name.replace("_gt", ""))
+        voxels = nib.load(scan)
+        nib.save(nib.Nifti1Image(np.asarray(voxels.dataobj), affine), scan)
+        hashes.append(hashed(name))
+    assert len(set(hashes)) == len(hashes)
+
+
 def test_normalisation_survives_constant_and_empty_slices():
     slices = np.stack([np.full((8, 8), 7.0), np.zeros((8, 8)), np.arange(64.0).reshape(8, 8)]).astype(np.float32)
     for normalize in (mms_dataloader.normalize, scgm_dataloader.normalize):
@@ -123,6 +153,7 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
         lines = list(csv.reader(file))
     rows = {row[1]: row for row in lines}
     rows[codes[8]][3], rows[codes[9]][6] = "X", "99"  # vendor, ES
+    image(8).write_bytes(image(8).read_bytes()[:-2000])
     lines.append(["99", "../../evil", "Siemens", "A", "1", "0", "1", *[""] * 4])
     lines.append(next(line for line in lines[1:] if line[1] not in codes))  # a patient in the table twice
     lines.append(["100", "Q1Q1Q1", "Siemens", "A", "1", "0", "1", *[""] * 4])  # not on disk
@@ -141,6 +172,7 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
         f"error: patient {codes[6]} is there 2 times",
         "error: " + str(folders[7].with_name("Z9Z9Z9")) + ": patient Z9Z9Z9 is not in the info table",
         "unknown vendor 'X', expected one of A, B, C, D",
+        f"error: {image(8)}: cannot be read whole",  # of that very patient
         f"error: {image(9)}: ES is frame 99, but the file holds 0..1",
         "'../../evil': the code must consist of",
         "the patient is in the table twice",
@@ -148,6 +180,7 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
         "are not on disk: ",
     ):
         assert expected in out
+    assert out.count(f"error: {image(1, '_sa_gt')}") == 1
     assert not check_dataset(raw, MMS, workers=1)
     with pytest.raises(UserError, match="nothing was prepared"):
         prepare_dataset(raw, raw.parent / "out", MMS, workers=2)
@@ -179,8 +212,10 @@ def test_table_is_read_by_header(raw, kind):
 
 def test_table_missing(raw):
     table_of(raw).unlink()
-    (error,) = mms_dataloader.find_cases(raw).errors  # and nothing about every patient that is not in it
+    found = mms_dataloader.find_cases(raw)
+    (error,) = found.errors  # and nothing about every patient that is not in it
     assert "expected one info table" in error
+    assert len(found.cases) == 17  # whose files are checked all the same
 
 
 def test_link_out_of_the_data_set_is_refused(raw):

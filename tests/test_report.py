@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imsave
 
-from utils.report import write_report
+from utils.report import to_markdown, write_report
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'
 FIGURES = {"dice": 87.125, "hd95": 9.5, "assd": 1.25}
@@ -177,16 +177,47 @@ def test_phantom_and_options_are_announced(report, arguments):
 def test_clinical_figures(report, arguments):
     means = {"truth_mean": 150.0, "predicted_mean": 147.0, "bias": -3.0, "mae": 6.0}
     clinical = {
-        "LV EDV": {**means, "unit": "ml", "n": 50, "sd": 8.0, "limits": [-18.68, 12.68]},
-        "LV EF": {**dict.fromkeys(means), "unit": "%", "n": 0, "sd": None, "limits": None},
+        "LV EDV": {
+            **means,
+            "unit": "ml",
+            "n": 50,
+            "sd": 8.0,
+            "limits": [-18.68, 12.68],
+            "bias_ci95": [-5.0, -1.0],
+            "mae_ci95": [4.5, 7.5],
+        },
+        "LV EF": {**dict.fromkeys((*means, "bias_ci95", "mae_ci95")), "unit": "%", "n": 0, "sd": None, "limits": None},
     }
     assert len(report().tables) == 2
     lines = report(summary=arguments["summary"] | {"clinical": clinical}).tables[1]
     assert lines[0] == ["quantity", "n", "truth", "predicted", "bias", "SD", "mean error", "limits of agreement"]
-    assert [entry.strip() for entry in lines[1]] == (
-        ["LV EDV (ml)", "50", "150.00", "147.00", "-3.00", "8.00", "6.00", "[-18.68, 12.68]"]
+    assert lines[1] == (
+        [
+            "LV EDV (ml)",
+            "50",
+            "150.00",
+            "147.00",
+            "-3.00 [-5.00, -1.00]",
+            "8.00",
+            "6.00 [4.50, 7.50]",
+            "[-18.68, 12.68]",
+        ]
     )
     assert lines[2] == ["LV EF (%)", "0", *6 * ["–"]]
+
+
+def test_markdown_says_the_same(arguments):
+    summary = arguments["summary"] | {"phantom": True, "tta": True}
+    text = to_markdown(arguments["title"], summary)
+    for expected in (
+        "# M&Ms, held-out vendor D\n",
+        "seed 7, test-time augmentation, 288 px. Method: plain CPS. Checkpoint: best, step 3; selection: highest Dice.",
+        "**Phantom data: these figures say nothing about real scans.**",
+        "Dice 65.00 ± 35.36 % [40.00, 90.00]",
+        "\n| LV | 87.12 [85.00, 90.00] | 9.50 | 1.25 | 1 | 2 | 4 |\n",
+    ):
+        assert expected in text
+    assert "Phantom" not in to_markdown(arguments["title"], arguments["summary"])
 
 
 def test_hostile_values_are_only_text(report, arguments, tmp_path):
@@ -195,6 +226,7 @@ def test_hostile_values_are_only_text(report, arguments, tmp_path):
     summary["clinical"] = {
         HOSTILE: {"unit": HOSTILE, "n": HOSTILE, "limits": None}
         | dict.fromkeys(("truth_mean", "predicted_mean", "bias", "sd", "mae"), 1.0)
+        | dict.fromkeys(("bias_ci95", "mae_ci95"))
     }
     case = {"patient": HOSTILE, "phase": HOSTILE, "structure": HOSTILE, "paper_dice": 1.0}
     page = report(

@@ -29,7 +29,7 @@ def segmenter(net=None, facts=mms_dataloader.FACTS, **changes):
     defaults = {
         "nets": [net or Brightness()] * 2, "facts": facts, "size": 288, "reference": None, "device": CPU,
         "precision": "fp32", "batch_size": 32, "tta": False, "keep_largest": False, "confidence": False,
-        "fourier_window": 0.01, "center": None,
+        "fourier_window": 0.01, "fourier_ratio": 1.0, "center": None,
     }  # fmt: skip
     return Segmenter(**(defaults | changes))
 
@@ -157,6 +157,10 @@ def test_confidence_is_the_variance_between_the_views(build_tiny):
     other = same * np.linspace(1, 3, 120)[None, :, None] ** np.arange(4)[:, None, None]
     maps = segmenter(net, confidence=True).frame(other, plane)
     assert maps["confidence"][:, inside].min() < 0.9999
+    half = segmenter(net, confidence=True, fourier_ratio=0.5).frame(other, plane)
+    assert half["confidence"][:, inside].min() > maps["confidence"][:, inside].min()
+    none = segmenter(net, confidence=True, fourier_ratio=0.0).frame(other, plane)
+    assert np.allclose(none["confidence"][:, inside], 1, atol=1e-4)
 
 
 def test_largest_component_is_kept_per_structure():

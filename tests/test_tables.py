@@ -210,8 +210,9 @@ def test_runs_of_unequal_settings_are_announced():
 def test_caption_says_how_the_checkpoint_was_selected():
     for grid in combine(all_domains()):
         assert "2 % of the patients labelled. Mean ± standard deviation over patients" in grid.caption
-        assert f"Checkpoint: best, {RULE}." in grid.caption
-    assert "Checkpoint: last." in combine([summary(checkpoint="last, step 9")])[0].caption
+        assert f"Checkpoint: best, selection: {RULE}." in grid.caption
+    last = summary(checkpoint="last, step 9", selection="none, the last state of the training")
+    assert "Checkpoint: last, selection: none, the last state of the training." in combine([last])[0].caption
 
 
 def test_runs_that_do_not_belong_together_are_refused():

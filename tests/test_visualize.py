@@ -41,7 +41,8 @@ def figures(monkeypatch):
 
 
 def draw_case(path, labels, **changes):
-    arrays = {"image": np.zeros(labels.shape), "truth": None, "prediction": labels, "agreement": None}
+    nothing, half = np.zeros_like(labels), np.full(labels.shape, 0.5)
+    arrays = {"image": np.zeros(labels.shape), "truth": nothing, "prediction": labels, "agreement": half}
     visualize.plot_case(path, **(arrays | changes), slices=[0], class_names=NAMES, title="case")
     return imread(path)
 
@@ -65,7 +66,7 @@ def test_truth_is_a_contour_and_prediction_a_fill(tmp_path, labels):
     outlined = draw_case(tmp_path / "outlined.png", nothing, truth=labels)
     for contour, fill in zip(CONTOURS, FILLS, strict=True):
         assert len(places(filled, fill)) > 500 > len(places(outlined, fill))
-        assert len(places(outlined, contour)) > 50 > len(places(filled, contour))
+        assert len(places(outlined, contour)) > 50 + len(places(filled, contour))  # the legend has some in both
 
 
 def test_case_without_structures_or_contrast(tmp_path, labels):
@@ -105,25 +106,22 @@ def test_training_samples_show_each_networks_label_and_the_box(tmp_path, labels)
     assert outline.sum() > 100 and np.argwhere(outline)[:, 1].max() < lv.min()
 
 
-def test_preview_difference_is_symmetric_and_unlabelled_rows_have_no_contour(tmp_path, labels, figures):
+def test_preview_difference_is_symmetric_and_contours_are_of_what_there_is(tmp_path, labels, figures):
     images, mask = np.full((2, *labels.shape[1:]), 0.5), labels[0]
     fourier = images + np.array([0.25, -0.1])[:, None, None]
-    for masks in ([None, mask], [None, None]):
-        visualize.plot_preview(
-            tmp_path / "preview.png",
-            images=images,
-            masks=masks,
-            fourier=fourier,
-            mixed=images,
-            titles=["row one", "row two"],
-            class_names=NAMES,
-        )
-    with_truth, without_truth = figures
-    axes = np.array(with_truth.axes[:10]).reshape(2, 5)
+    visualize.plot_preview(
+        tmp_path / "preview.png",
+        images=images,
+        masks=[np.zeros_like(mask), mask],
+        fourier=fourier,
+        mixed=images,
+        titles=["row one", "row two"],
+        class_names=NAMES,
+    )
+    axes = np.array(figures[0].axes[:10]).reshape(2, 5)
     assert [ax.get_ylabel() for ax in axes[:, 0]] == ["row one", "row two"]
     assert [len(ax.collections) for ax in axes[:, 1]] == [0, 3]
     assert axes[0, 3].images[0].get_clim() == (-0.25, 0.25)
-    assert not any(ax.collections for ax in without_truth.axes[:10])
 
 
 @pytest.mark.parametrize("num_lines", [1, 3])
@@ -147,10 +145,9 @@ def test_curves(tmp_path, figures, num_lines):
     assert list(curves["kept: epoch 1"].get_xdata()) == [1, 1]
 
 
-def test_dice_names_the_worst_and_leaves_out_nan(tmp_path, figures):
+def test_dice_names_the_worst(tmp_path, figures):
     rows = [{"patient": f"P{i}", "structure": "LV", "phase": "ED", "dice": 90.0 - i} for i in range(9)]
-    missing = {"patient": "P9", "structure": "LV", "phase": "ED", "dice": float("nan")}
-    visualize.plot_dice_per_case(tmp_path / "dice.png", [missing, *rows], NAMES, title="Dice", num_named=2)
+    visualize.plot_dice_per_case(tmp_path / "dice.png", rows, NAMES, title="Dice", num_named=2)
     (ax,) = figures[0].axes
     assert {text.get_text() for text in ax.texts} == {"P8 ED", "P7 ED"}
     points = [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "o"]

@@ -83,7 +83,7 @@ def match_histogram(image: torch.Tensor, source: torch.Tensor, reference: torch.
         reference: (B, Q) quantile curves to match, or (1, Q) for one reference.
 
     Returns:
-        (B, 1, H, W): reference quantile at the rank that each pixel has in its own image.
+        (B, 1, H, W): reference quantile at the rank that each pixel has in its own image; a constant image as it is.
     """
     values = image.flatten(1)
     # side="right": a value that many pixels share (the background) takes the highest of their ranks,
@@ -93,7 +93,9 @@ def match_histogram(image: torch.Tensor, source: torch.Tensor, reference: torch.
     reference = reference.expand_as(source)
     low_reference, high_reference = reference.gather(1, upper - 1), reference.gather(1, upper)
     fraction = ((values - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    return torch.lerp(low_reference, high_reference, fraction).view_as(image)
+    matched = torch.lerp(low_reference, high_reference, fraction)
+    constant = source[:, :1] == source[:, -1:]  # every rank is the highest there: an empty slice would turn white
+    return torch.where(constant, values, matched).view_as(image)
 
 
 def gaussian_blur(image: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

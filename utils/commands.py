@@ -13,11 +13,11 @@ import tyro
 from torch import nn
 from tyro.conf import Positional
 
-from utils.augment import Augmentation, cutmix_mask
+from utils.augment import GRID, Augmentation, canvas_to_grid, cutmix_mask
 from utils.data import DatasetFacts, PreparedData, SliceDataset, build_loaders
 from utils.distributed import any_process, process_group
 from utils.engine import fit
-from utils.errors import clear_errors
+from utils.errors import UserError, clear_errors
 from utils.prepare import check_dataset, prepare_dataset
 from utils.visualize import plot_preview
 from utils.volume import radiological, read_volume
@@ -47,18 +47,34 @@ def run_data_command(facts: DatasetFacts) -> None:
         prepare_dataset(raw, out, facts, workers=workers)
 
     def preview(
-        data: Path, out: Path = Path("preview.png"), images: int = 4, fourier_ratio: float = 1.0, seed: int = 0
+        data: Path,
+        out: Path = Path("preview.png"),
+        images: int = 4,
+        fourier_ratio: float = facts.preview["fourier_ratio"],
+        histogram_matching: bool = facts.preview["histogram_matching"],
+        seed: int = 0,
     ) -> None:
-        """Draw what the network sees: plain, Fourier and CutMix views.
+        """Draw what the network sees, without rotation, shift, flips and blur: plain, Fourier and CutMix views.
 
         Args:
             data: a prepared folder.
             out: the PNG file to write.
             images: how many, from as many domains as there are.
             fourier_ratio: lambda of the amplitude swap.
+            histogram_matching: match the images' histograms to those of the first domain.
             seed: of the choice and of the augmentation.
         """
-        draw_preview(facts, data, out, count=images, fourier_ratio=fourier_ratio, seed=seed)
+        if images < 2:
+            raise UserError(f"--images {images}: a Fourier view takes another image's amplitude, so at least 2")
+        draw_preview(
+            facts,
+            data,
+            out,
+            count=images,
+            fourier_ratio=fourier_ratio,
+            histogram_matching=histogram_matching,
+            seed=seed,
+        )
 
     with clear_errors():
         tyro.extras.subcommand_cli_from_dict(
@@ -86,7 +102,16 @@ def make_demo_data(cfg: Any, facts: DatasetFacts) -> None:
     prepare_dataset(raw, root, facts, workers=os.cpu_count() or 1)
 
 
-def draw_preview(facts: DatasetFacts, root: Path, out: Path, *, count: int, fourier_ratio: float, seed: int) -> None:
+def draw_preview(
+    facts: DatasetFacts,
+    root: Path,
+    out: Path,
+    *,
+    count: int,
+    fourier_ratio: float,
+    histogram_matching: bool,
+    seed: int,
+) -> None:
     """Draw labelled slices of all domains of a prepared folder, and the views that training takes of them."""
     data = PreparedData.open(root, facts)
     rng = np.random.default_rng(seed)
@@ -97,14 +122,16 @@ def draw_preview(facts: DatasetFacts, root: Path, out: Path, *, count: int, four
         [rng.choice(filled[data.index["domain"][filled] == domains[i % len(domains)]]) for i in range(count)]
     )
     batch = SliceDataset(data, rows, with_mask=True)[list(range(count))]
+    reference = torch.from_numpy(data.quantiles[data.index["domain"] == domains[0]])
     augmentation = Augmentation(
-        size=288, rotation=0, shift=0, flip=False, blur=False,
+        size=GRID, rotation=0, shift=0, flip=False, blur=False,
         fourier_mode="AS", fourier_window=0.01, fourier_ratio=fourier_ratio, fourier_alpha=0.3,
+        reference=reference if histogram_matching else None,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    plain, mask = augmentation.labeled(batch["image"], batch["mask"], batch["quantiles"], generator)
+    mask = canvas_to_grid(batch["mask"], GRID)[:, 0]
     plain, fourier = augmentation.unlabeled(batch["image"], batch["quantiles"], generator, fourier=True)
-    boxes = cutmix_mask(count, 288, generator=generator)
+    boxes = cutmix_mask(count, GRID, generator=generator)
     mixed = torch.where(boxes > 0, plain.roll(1, 0), plain)
     places = zip(data.index["patient"][rows], data.index["phase"][rows], strict=True)
     scans = [read_volume(data.truth_path(*place), 3) for place in places]

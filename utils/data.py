@@ -55,6 +55,13 @@ class RawScan(NamedTuple):
     warnings: list[str]
 
 
+def missing_or_outside(path: Path, raw: Path) -> str:
+    """What forbids to read a file of the raw data set `raw`; empty where nothing does."""
+    if not path.is_file():
+        return f"{path}: missing"
+    return "" if path.resolve().is_relative_to(raw.resolve()) else f"{path}: a link that leads out of {raw}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class DatasetFacts:
     """All that tells one data set from another."""
@@ -72,6 +79,7 @@ class DatasetFacts:
     labeled_count: Callable[[int, float], int]  # (patients with masks in a group, ratio) -> labelled ones
     write_phantom: Callable[..., None]
     demo_phantom: dict[str, int]  # its size in the demo
+    preview: dict[str, Any]  # what it shows by default, as config.py sets it: fourier_ratio, histogram_matching
     how_to_get: str  # where the data are had and how they are prepared
     consensus: Callable[[list[np.ndarray]], np.ndarray] = itemgetter(0)  # raters' maps (Z, X, Y) uint8 -> one map
     clinical: Callable[[dict], dict] | None = None  # ml by (phase, structure) -> (value, unit) by name
@@ -241,15 +249,17 @@ def unlabeled_batches(
     """Unlabelled positions: an epoch is a permutation of all images, cut into steps of whole batches.
 
     With `pairs` a batch holds 2 x batch_size positions: u0 and its CutMix partners u1, the same permutation rotated
-    by a random distance. So every image is used once in each, and never as its own partner.
+    by a random distance. So every image is used once in each, and never as its own partner; nor is any image twice
+    in a batch, over all processes, where there are images enough for that.
     """
     batches = count // (batch_size * world * accumulate) * accumulate  # an epoch
+    apart = min(batch_size * world, count // 2)  # the least distance
 
     @lru_cache(maxsize=1)
     def epoch_order(epoch: int) -> tuple[np.ndarray, ...]:
         rng = np.random.default_rng([seed, 2, epoch])
         order = rng.permutation(count)
-        return (order, np.roll(order, rng.integers(1, count))) if pairs else (order,)
+        return (order, np.roll(order, rng.integers(apart, count - apart + 1))) if pairs else (order,)
 
     def batch_of_number(number: int) -> np.ndarray:
         epoch, position = divmod(number, batches)

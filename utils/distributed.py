@@ -4,6 +4,7 @@ torchrun --nproc-per-node 4 mms_train.py
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -49,6 +50,8 @@ def choose_device(name: str, number: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and number == 0:
             print("warning: no GPU found, running on the CPU")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: no such device; choose auto, cpu, cuda or cuda:NUMBER")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: PyTorch finds no GPU here (torch {torch.__version__}); use --device cpu")
     return torch.device(name, number) if name == "cuda" else torch.device(name)

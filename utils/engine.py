@@ -49,7 +49,8 @@ SYNC_EVERY = 10  # steps between looks at the device's counters, for the progres
 
 # Settings that the method and its result do not depend on.
 WITHOUT_EFFECT = {
-    "data_root", "out_root", "restart", "save_every", "device", "workers", "wandb", "compile", "checkpoint_activations",
+    "data_root", "out_root", "run_name", "restart", "save_every", "device", "workers", "wandb", "compile",
+    "checkpoint_activations",
 }  # fmt: skip
 # What may differ between the command that began a run and the one that resumes it.
 FREE_ON_RESUME = WITHOUT_EFFECT | {"num_epoch", "max_steps"}
@@ -172,14 +173,22 @@ def batch_norms(nets: Sequence[nn.Module]) -> list[nn.Module]:
 class Trainer:
     """The state of a run on its device: networks, optimisers, step, and what the log accumulates."""
 
-    def __init__(self, cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module], process: Process):
+    def __init__(
+        self,
+        cfg: Any,
+        loaders: Loaders,
+        build_network: Callable[..., nn.Module],
+        process: Process,
+        checkpoint: dict[str, Any] | None = None,
+    ):
+        """Begin anew, or where `checkpoint` was taken by `state`."""
         self.cfg, self.loaders, self.process, self.device = cfg, loaders, process, process.device
         device = process.device
         classes = loaders.facts.class_names
         self.nets = []
         for i in range(2):
             torch.manual_seed(derive_seed(cfg.seed, 3, i))
-            net = build_network(len(classes), pretrained=cfg.pretrained)
+            net = build_network(len(classes), pretrained="none" if checkpoint else cfg.pretrained)
             if process.world > 1 and device.type == "cuda":  # SyncBatchNorm refuses CPUs
                 net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
             self.nets.append(net.to(device, memory_format=torch.channels_last).train())
@@ -218,6 +227,8 @@ class Trainer:
         self.best = -1.0  # percent
         self.sums: dict[str, torch.Tensor] = {}  # since the last line of the log, on the device
         self.bad_steps = torch.zeros(2, device=device)  # non-finite steps: in a row, since the last line
+        if checkpoint:
+            self._load_state(checkpoint)
 
     def forward(self) -> Any:
         return autocast(self.device, self.cfg.precision)
@@ -331,8 +342,7 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` returned."""
+    def _load_state(self, state: dict[str, Any]) -> None:
         if state["metadata"]["content_hash"] != self.loaders.data.info["content_hash"]:
             raise UserError(
                 f"{self.loaders.data.root} holds other data than this run began with: "
@@ -411,14 +421,14 @@ def fit(cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module], pro
         if process.main:
             open_run(folder, cfg, loaders, process.world)
         any_process(False)  # the others wait until the folder is this run's
-        trainer = Trainer(cfg, loaders, build_network, process)
-        if checkpoint := load_checkpoint(folder):
-            trainer.load_state(checkpoint)
-            del checkpoint
-        if trainer.step >= total:
+        checkpoint = load_checkpoint(folder)
+        if checkpoint and checkpoint["step"] >= total:
             if process.main:
-                print(f"{folder}: this run is finished ({trainer.step} steps); --num-epoch or --max-steps extend it")
+                done = checkpoint["step"]
+                print(f"{folder}: this run is finished ({done} steps); --num-epoch or --max-steps extend it")
             return
+        trainer = Trainer(cfg, loaders, build_network, process, checkpoint)
+        del checkpoint
         if process.main and trainer.step:
             print(f"{folder}: goes on from step {trainer.step} of {total}")
         # Weights and two moments, as last, as previous and as the file being written; and the best weights.

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from utils.augment import GRID, canvas_to_grid, match_histogram
 from utils.data import PreparedData
 from utils.metrics import largest_components, paper_dice, structure_metrics
-from utils.volume import PlaneMap, read_volume
+from utils.volume import PlaneMap, Volume, read_volume
 
 
 class TrainedRun(NamedTuple):
@@ -127,7 +127,7 @@ class NativeScan(NamedTuple):
 
     labels: np.ndarray  # (X, Y, Z) uint8
     truth: np.ndarray  # (X, Y, Z) uint8
-    zooms: tuple[float, ...]  # mm
+    grid: Volume  # the truth's file: affine, voxel size
     outside: tuple[int, int]  # labelled voxels outside the field of view, and all
 
 
@@ -140,15 +140,15 @@ def to_native(scan: ScanPrediction, data: PreparedData, *, keep_largest: bool = 
     known = np.where(truth.array < classes, truth.array, 0)
     outside = np.count_nonzero(known[~plane.inside()]), np.count_nonzero(known)
     labels = np.ascontiguousarray(np.moveaxis(labels, 0, 2))
-    return NativeScan(largest_components(labels) if keep_largest else labels, known, truth.zooms, outside)
+    return NativeScan(largest_components(labels) if keep_largest else labels, known, truth, outside)
 
 
 def volumetric_rows(scan: ScanPrediction, native: NativeScan, class_names: Sequence[str]) -> list[dict]:
     """Dice, HD95 and ASSD of every structure of one scan; structures empty in truth and prediction carry no figures."""
     rows = []
     for label, name in enumerate(class_names[1:], start=1):
-        figures = structure_metrics(native.labels == label, native.truth == label, native.zooms)
-        voxel = float(np.prod(native.zooms)) / 1000  # ml
+        figures = structure_metrics(native.labels == label, native.truth == label, native.grid.zooms)
+        voxel = float(np.prod(native.grid.zooms)) / 1000  # ml
         volumes = {
             "predicted_ml": np.count_nonzero(native.labels == label) * voxel,
             "truth_ml": np.count_nonzero(native.truth == label) * voxel,

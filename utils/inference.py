@@ -81,6 +81,7 @@ def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) 
                 batch_size=batch_size,
                 confidence=confidence,
                 fourier_window=config["fourier_window"],
+                fourier_ratio=config["fourier_ratio"],
                 center=center,
                 **options,
             )

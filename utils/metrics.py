@@ -86,31 +86,35 @@ def cardiac_figures(volumes: Mapping[tuple[str, str], float]) -> dict[str, tuple
 def agreement_limits(truth: Sequence[float], predicted: Sequence[float]) -> dict[str, Any]:
     """Bland-Altman figures of prediction against truth: bias, SD of the differences, 95 % limits, mean error.
 
-    Pairs with a NaN are left out; without any pair all figures are None.
+    Bias and mean error with their 95 % bootstrap intervals. Pairs with a NaN are left out; a figure that needs more
+    pairs than there are is None.
     """
     truth, predicted = np.asarray(truth, float), np.asarray(predicted, float)
     known = np.isfinite(truth) & np.isfinite(predicted)
     truth, predicted = truth[known], predicted[known]
     difference = predicted - truth
     if not len(difference):
-        return dict.fromkeys(("bias", "sd", "limits", "mae", "truth_mean", "predicted_mean")) | {"n": 0}
+        names = ("bias", "bias_ci95", "sd", "limits", "mae", "mae_ci95", "truth_mean", "predicted_mean")
+        return dict.fromkeys(names) | {"n": 0}
     bias, sd = float(difference.mean()), float(difference.std(ddof=1)) if len(difference) > 1 else None
     return {
         "bias": bias,
+        "bias_ci95": bootstrap_interval(difference),
         "sd": sd,
         "limits": None if sd is None else [bias - 1.96 * sd, bias + 1.96 * sd],
         "mae": float(np.abs(difference).mean()),
+        "mae_ci95": bootstrap_interval(np.abs(difference)),
         "truth_mean": float(truth.mean()),
         "predicted_mean": float(predicted.mean()),
         "n": len(difference),
     }
 
 
-def bootstrap_interval(values: Sequence[float], *, repeats: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean over patients; (nan, nan) for fewer than 2 values."""
+def bootstrap_interval(values: Sequence[float], *, repeats: int = 2000, seed: int = 0) -> tuple[float, float] | None:
+    """95 % percentile bootstrap interval of the mean over patients; None for fewer than 2 values."""
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
-        return float("nan"), float("nan")
+        return None
     drawn = np.random.default_rng(seed).integers(len(values), size=(repeats, len(values)))
     low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
     return float(low), float(high)

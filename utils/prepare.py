@@ -34,7 +34,7 @@ class Report(NamedTuple):
     warnings: list[str]
     rows: list[dict[str, Any]]  # of index.csv
     outside: tuple[int, int] = (0, 0)  # labelled voxels outside the field of view, and all
-    digest: bytes = b""  # of the converted arrays
+    digest: bytes = b""  # of all that was converted
 
 
 Reports = list[tuple[Case | None, Report]]
@@ -72,6 +72,8 @@ def prepare_dataset(raw: Path, out: Path, facts: DatasetFacts, *, workers: int) 
 
 def _process(raw: Path, facts: DatasetFacts, *, workers: int, out: Path | None) -> Reports:
     """Check every scan and, with `out`, convert it; each worker holds one scan in memory."""
+    if workers < 1:
+        raise UserError(f"--workers {workers}: at least 1 process must do the work")
     if not raw.is_dir():
         raise UserError(f"{raw}: no such folder\n{facts.how_to_get}")
     found = facts.find_cases(raw)
@@ -189,7 +191,7 @@ def _convert(
             label = np.where(truth[phase] < len(facts.class_names), truth[phase], 0).astype(np.uint8)
             label = plane.to_canvas(label)
             masks[mask_row : mask_row + depth] = label
-            digest.update(label.tobytes())
+            digest.update(label.tobytes() + truth[phase].tobytes())
             path = out / "truth" / f"{case.patient}_{phase}.nii.gz"
             write_volume(path, np.ascontiguousarray(np.moveaxis(truth[phase], 0, 2)), like=image)
         for z in range(depth):
@@ -197,6 +199,7 @@ def _convert(
             place = (case.patient, case.domain, case.group, phase, frame, z, mask, *plane.shape, *plane.zooms)
             report.rows.append(dict(zip(INDEX_COLUMNS, place, strict=True)))
         row, mask_row = row + depth, mask_row + depth * bool(phase)
+    digest.update(repr(report.rows).encode() + image.affine.tobytes())
     return report._replace(digest=digest.digest())
 
 

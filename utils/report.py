@@ -1,4 +1,4 @@
-"""An evaluation as one HTML page that can be mailed and printed: nothing in it is loaded from elsewhere."""
+"""An evaluation as Markdown, and as one HTML page that can be mailed and printed: nothing is loaded from elsewhere."""
 
 import base64
 import json
@@ -6,9 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 FIGURES = {"dice": "Dice %", "hd95": "HD95 mm", "assd": "ASSD mm"}
+PHANTOM_WARNING = "Phantom data: these figures say nothing about real scans."
+PAPER_NOTE = (
+    "Mean ± standard deviation over patients [95 % bootstrap interval]; softmax above 0.5, structures of a slice "
+    "pooled, 288 px grid."
+)
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #5b6570; --page: #fff; --band: #eef1f4; --warn: #8a2a00 }
 @media (prefers-color-scheme: dark) {
@@ -42,8 +47,8 @@ def write_report(
 
     Args:
         title: heading, such as "M&Ms, held-out vendor D".
-        summary: content of summary.json; with a key "clinical" (quantity -> unit, n, truth_mean, predicted_mean,
-            bias, sd, limits, mae) also the table of the clinical figures.
+        summary: content of summary.json; with a key "clinical" (what `agreement_limits` gives and the unit, by
+            quantity) also the table of the clinical figures.
         config: the run's settings.
         cases: the lines of per_case.csv as numbers, one per patient, phase and structure; a figure is absent, None or
             NaN where the structure was absent from truth and prediction.
@@ -55,12 +60,14 @@ def write_report(
         "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:; "
         "style-src 'unsafe-inline'\">",
         f"<title>{escape(title)}</title><style>{STYLE}</style>",
-        _head(title, summary),
-        _volumetric(summary["volumetric"], summary["outside_field_percent"]),
-        _clinical(summary["clinical"]) if "clinical" in summary else "",
+        f'<h1>{escape(title)}</h1><p class="soft">For research use, not for clinical decisions.</p>',
+        f'<p class="warning">{PHANTOM_WARNING}</p>' if summary["phantom"] else "",
+        f"<p>{escape(_facts(summary))}</p><h2>Paper protocol</h2><p>Dice <b>{_paper_dice(summary)}</b></p>",
+        f'<p class="soft">{PAPER_NOTE}</p>',
+        *map(_html, _tables(summary)),
         "<h2>Pictures</h2>",
         *(_picture(caption, path) for caption, path in pictures),
-        _cases(cases),
+        _html(_cases(cases)),
     ]
     provenance = {key: summary[key] for key in ("content_hash", "trained_by", "evaluated_by")}
     for name, content in {"Configuration": config, "Provenance": provenance}.items():
@@ -69,50 +76,73 @@ def write_report(
     (folder / "report.html").write_text("\n".join(page), encoding="utf-8", errors="backslashreplace")
 
 
-def _head(title: str, summary: Mapping[str, Any]) -> str:
-    """What was evaluated, and the one figure to quote."""
-    paper = summary["paper_protocol"]
-    warning = '<p class="warning">Phantom data: these figures say nothing about real scans.</p>'
+def to_markdown(title: str, summary: Mapping[str, Any]) -> str:
+    """What summary.json holds, as summary.md; arguments as `write_report`."""
+    lines = [f"# {title}", "", _facts(summary), ""]
+    if summary["phantom"]:
+        lines += [f"**{PHANTOM_WARNING}**", ""]
+    lines += [f"Paper protocol: Dice {_paper_dice(summary)}. {PAPER_NOTE}", ""]
+    for table in _tables(summary):
+        rows = [" | ".join(map(str, row)) for row in (table.header, ["---"] * len(table.header), *table.rows)]
+        lines += [f"**{table.title}.** {table.note}", "", *(f"| {row} |" for row in rows), ""]
+    return "\n".join(lines)
+
+
+class Table(NamedTuple):
+    """A table of an evaluation, for Markdown and HTML alike."""
+
+    title: str
+    note: str
+    header: list[str]
+    rows: list[list[Any]]
+
+
+def _facts(summary: Mapping[str, Any]) -> str:
+    """What was evaluated, in a sentence."""
     options = {"tta": "test-time augmentation, ", "keep_largest": "largest components only, "}
-    facts = (
+    return (
         f"{summary['patients']} patients, {100 * summary['ratio']:g} % labelled, seed {summary['seed']}, "
         f"{''.join(text for key, text in options.items() if summary.get(key))}{summary['image_size']} px. "
         f"Method: {summary['method']}. Checkpoint: {summary['checkpoint']}; selection: {summary['selection']}."
     )
+
+
+def _paper_dice(summary: Mapping[str, Any]) -> str:
+    """The one figure to quote."""
+    paper = summary["paper_protocol"]
     spread = "" if paper["std"] is None else f" ± {_number(paper['std'])}"
-    return (
-        f'<h1>{escape(title)}</h1><p class="soft">For research use, not for clinical decisions.</p>'
-        f"{warning if summary['phantom'] else ''}<p>{escape(facts)}</p><h2>Paper protocol</h2>"
-        f"<p>Dice <b>{_number(paper['mean'])}{spread} %</b>{_interval(paper['ci95'])}</p>"
-        '<p class="soft">Mean ± standard deviation over patients [95 % bootstrap interval]; softmax above 0.5, '
-        "structures of a slice pooled, 288 px grid.</p>"
-    )
+    return f"{_number(paper['mean'])}{spread} %{_interval(paper['ci95'])}"
 
 
-def _volumetric(structures: Mapping[str, Mapping[str, Any]], outside: float) -> str:
-    lines = []
-    for name, of in structures.items():
+def _tables(summary: Mapping[str, Any]) -> list[Table]:
+    """The volumetric figures and, where the data set has them, the clinical ones."""
+    rows = []
+    for name, of in summary["volumetric"].items():
         means = [_number(of[key]) + _interval(of[f"{key}_ci95"]) for key in FIGURES]
-        lines.append([name, *means, of["missed"], of["both_empty"], of["scans"]])
-    header = ["structure", *FIGURES.values(), "missed", "both empty", "scans"]
+        rows.append([name, *means, of["missed"], of["both_empty"], of["scans"]])
     note = (
         "Mean over patients [95 % bootstrap interval]. A miss counts as Dice 0 and as distances of the image diagonal; "
-        f"empty in both is left out. {outside:.2f} % of the labelled voxels lie outside the field of view."
+        f"empty in both is left out. {summary['outside_field_percent']:.2f} % of the labelled voxels lie outside the "
+        "field of view."
     )
-    return _table("Volumetric, in the scans' own grid", header, lines, note)
+    header = ["structure", *FIGURES.values(), "missed", "both empty", "scans"]
+    volumetric = Table("Volumetric, in the scans' own grid", note, header, rows)
+    if "clinical" not in summary:
+        return [volumetric]
+    rows = []
+    for name, of in summary["clinical"].items():
+        bias, error = (_number(of[key]) + _interval(of[f"{key}_ci95"]) for key in ("bias", "mae"))
+        means = [_number(of["truth_mean"]), _number(of["predicted_mean"]), bias, _number(of["sd"]), error]
+        rows.append([f"{name} ({of['unit']})", of["n"], *means, _interval(of["limits"]).strip() or "–"])
+    note = (
+        "Bias and SD of predicted − truth, mean error of the absolute differences, over the n patients who have the "
+        "figure in both [95 % bootstrap interval]; limits: bias ± 1.96 SD."
+    )
+    header = ["quantity", "n", "truth", "predicted", "bias", "SD", "mean error", "limits of agreement"]
+    return [volumetric, Table("Clinical figures", note, header, rows)]
 
 
-def _clinical(quantities: Mapping[str, Mapping[str, Any]]) -> str:
-    columns = {"truth_mean": "truth", "predicted_mean": "predicted", "bias": "bias", "sd": "SD", "mae": "mean error"}
-    lines = [
-        [f"{name} ({of['unit']})", of["n"], *(_number(of[key]) for key in columns), _interval(of["limits"]) or "–"]
-        for name, of in quantities.items()
-    ]
-    note = "Bias and SD of predicted − truth; mean error: of the absolute differences; limits: bias ± 1.96 SD."
-    return _table("Clinical figures", ["quantity", "n", *columns.values(), "limits of agreement"], lines, note)
-
-
-def _cases(cases: Sequence[Mapping[str, Any]]) -> str:
+def _cases(cases: Sequence[Mapping[str, Any]]) -> Table:
     """One line per scan."""
     structures = list(dict.fromkeys(case["structure"] for case in cases))
     scans: dict[tuple, dict[str, Mapping[str, Any]]] = {}
@@ -124,7 +154,7 @@ def _cases(cases: Sequence[Mapping[str, Any]]) -> str:
         for (patient, phase, dice), of in scans.items()
     ]
     header = ["patient", "phase", "patient's paper Dice %", *(f"{name} {FIGURES[key]}" for key, name in columns)]
-    return _table("Cases, worst first", header, lines, "–: absent from truth and prediction.")
+    return Table("Cases, worst first", "–: absent from truth and prediction.", header, lines)
 
 
 def _picture(caption: str, path: Path) -> str:
@@ -134,12 +164,12 @@ def _picture(caption: str, path: Path) -> str:
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _table(title: str, header: Sequence[str], lines: Sequence[Sequence[Any]], note: str) -> str:
+def _html(table: Table) -> str:
     """A table that scrolls sideways where it must, with everything in it escaped."""
-    head = "".join(f"<th>{escape(entry)}</th>" for entry in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(str(entry))}</td>" for entry in line) + "</tr>" for line in lines)
-    table = f"<div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    return f'<h2>{escape(title)}</h2>{table}<p class="soft">{escape(note)}</p>'
+    head = "".join(f"<th>{escape(entry)}</th>" for entry in table.header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(str(entry))}</td>" for entry in row) + "</tr>" for row in table.rows)
+    rows = f"<div><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return f'<h2>{escape(table.title)}</h2>{rows}<p class="soft">{escape(table.note)}</p>'
 
 
 def _number(value: float | None) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.augment import GRID, canvas_to_grid
+from utils.augment import canvas_to_grid
 from utils.checkpoint import provenance, read_metadata, write_json
 from utils.data import DatasetFacts, PreparedData, SliceDataset, batch_loader, scan_batches
 from utils.engine import WITHOUT_EFFECT
@@ -19,12 +19,13 @@ from utils.errors import UserError
 from utils.evaluate import ScanPrediction, TrainedRun, mean_dice, predict_scans, to_native, volumetric_rows
 from utils.logger import read_log
 from utils.metrics import agreement_limits, bootstrap_interval
-from utils.report import write_report
+from utils.report import to_markdown, write_report
 from utils.tables import method_name
 from utils.visualize import plot_bland_altman, plot_case, plot_dice_per_case
 from utils.volume import radiological, read_volume, write_volume
 
 FIGURES = ("dice", "hd95", "assd")
+LAST = "none, the last state of the training"
 CASE_COLUMNS = ("patient", "phase", "structure", *FIGURES, "missed", "predicted_ml", "truth_ml", "paper_dice")
 
 
@@ -63,8 +64,7 @@ def evaluate_run(
         rows += volumetric_rows(scan, native, facts.class_names)
         outside += native.outside
         if save_predictions:
-            like = read_volume(data.truth_path(scan.patient, scan.phase), 3)
-            write_volume(out / "predictions" / f"{scan.patient}_{scan.phase}.nii.gz", native.labels, like)
+            write_volume(out / "predictions" / f"{scan.patient}_{scan.phase}.nii.gz", native.labels, native.grid)
     paper = mean_dice(slice_dice)
     rows = [{**row, "paper_dice": paper[row["patient"]]} for row in rows]
     clinical = _clinical(rows, facts)
@@ -72,7 +72,7 @@ def evaluate_run(
         "dataset": facts.key,
         "test_domain": domain,
         "checkpoint": f"{run.checkpoint}, step {run.metadata['step']}{unfinished(run.folder)}",
-        "selection": run.metadata["selection"],
+        "selection": run.metadata["selection"] if run.checkpoint == "best" else LAST,
         "patients": len(paper),
         "paper_protocol": _mean_std_interval(list(paper.values())),
         "volumetric": {name: _volumetric(rows, name) for name in facts.class_names[1:]},
@@ -97,13 +97,13 @@ def evaluate_run(
         }
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "summary.json", summary)
-    text = format_summary(summary, facts)
+    title = f"{facts.name}, held-out {facts.domain_word} {domain}"
+    text = to_markdown(title, summary)
     (out / "summary.md").write_text(text, encoding="utf-8")
     with open(out / "per_case.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, CASE_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    title = f"{facts.name}, held-out {facts.domain_word} {domain}"
     pictures = _draw(out, run, data, facts, rows, paper, clinical, settings, title)
     write_report(out, title=title, summary=summary, config=config, cases=rows, pictures=pictures)
     print(text)
@@ -115,6 +115,7 @@ def runs_table(root: Path, facts: DatasetFacts) -> str:
     """The runs below `root` with their best scores, as a Markdown table."""
     lines = [f"| run | held out | labelled | method | seed | best at step | source Dice | {facts.domain_word} Dice |"]
     lines.append("|---" * 8 + "|")
+    rules: dict[str, None] = {}
     for path in sorted(root.glob("*/best.safetensors")):
         metadata, folder = read_metadata(path), path.parent
         if metadata["dataset"] != facts.key:
@@ -127,9 +128,10 @@ def runs_table(root: Path, facts: DatasetFacts) -> str:
         cells += [config["seed"], f"{metadata['step']}{unfinished(folder)}"]
         cells += [_score(source), _score(held_out["mean"], held_out.get("std"))]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    if len(lines) == 2:
+        rules[metadata["selection"]] = None
+    if not rules:
         raise UserError(f"{root}: no run of {facts.name} there; train one first: python {facts.key}_train.py --help")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", f"best: {'; '.join(rules)}"])
 
 
 def unfinished(folder: Path) -> str:
@@ -154,10 +156,10 @@ def _scans(data: PreparedData, patients: Sequence[str]) -> Any:
 
 
 def _mean_std_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean over patients, sample standard deviation and 95 % bootstrap interval; NaN becomes None."""
+    """Mean over patients, sample standard deviation and 95 % bootstrap interval; None for what there is not."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    interval = bootstrap_interval(values) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)) if len(values) else None, "std": std, "ci95": interval}
+    mean = float(np.mean(values)) if len(values) else None
+    return {"mean": mean, "std": std, "ci95": bootstrap_interval(values)}
 
 
 def _volumetric(rows: Sequence[dict[str, Any]], structure: str) -> dict[str, Any]:
@@ -175,64 +177,6 @@ def _volumetric(rows: Sequence[dict[str, Any]], structure: str) -> dict[str, Any
     result["missed"] = sum(row.get("missed", 0) for row in scans)
     result["both_empty"] = sum("dice" not in row for row in scans)
     return result
-
-
-def format_summary(summary: dict[str, Any], facts: DatasetFacts) -> str:
-    """The summary as Markdown."""
-    paper = summary["paper_protocol"]
-    lines = [
-        f"# {facts.name}: held-out {facts.domain_word} {summary['test_domain']}",
-        "",
-        f"{summary['patients']} patients, {100 * summary['ratio']:g} % labelled, seed {summary['seed']}, "
-        f"{summary['image_size']} px. Method: {summary['method']}. Checkpoint: {summary['checkpoint']}; "
-        f"selection: {summary['selection']}.",
-    ]
-    if summary["phantom"]:
-        lines += ["", "**Phantom data: these figures say nothing about real scans.**"]
-    lines += [
-        "",
-        f"Paper protocol: Dice {_figure(paper)} % (mean ± SD over patients, 95 % interval; softmax > 0.5, slices of "
-        f"all structures pooled, {GRID} px grid).",
-        "",
-        "Volumetric, in the scans' own grid (mean [95 % interval] over patients; a miss counts as Dice 0 and the "
-        "image diagonal):",
-        "",
-        "| structure | Dice % | HD95 mm | ASSD mm | missed | both empty | scans |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, figures in summary["volumetric"].items():
-        cells = [_interval(figures[key], figures[f"{key}_ci95"]) for key in FIGURES]
-        cells += [str(figures[key]) for key in ("missed", "both_empty", "scans")]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    if "clinical" in summary:
-        lines += [
-            "",
-            "Clinical figures, prediction against truth (n: patients whose figure both have):",
-            "",
-            "| | bias | 95 % limits | mean error | truth | n |",
-        ]
-        lines.append("|---|---|---|---|---|---|")
-        for name, figures in summary["clinical"].items():
-            limits = figures["limits"]
-            cells = [f"{name} ({figures['unit']})", _interval(figures["bias"], None)]
-            cells.append(f"{limits[0]:.1f} to {limits[1]:.1f}" if limits else "-")
-            cells += [_interval(figures[key], None) for key in ("mae", "truth_mean")] + [str(figures["n"])]
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"{summary['outside_field_percent']:.2f} % of the labelled voxels lie outside the field of view."]
-    return "\n".join(lines) + "\n"
-
-
-def _figure(spread: dict[str, Any]) -> str:
-    if spread["std"] is None:
-        return f"{spread['mean']:.2f}"
-    low, high = spread["ci95"]
-    return f"{spread['mean']:.2f} ± {spread['std']:.2f} [{low:.2f}, {high:.2f}]"
-
-
-def _interval(mean: float | None, interval: Sequence[float] | None) -> str:
-    if mean is None:
-        return "-"
-    return f"{mean:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
 def _clinical(rows: Sequence[dict[str, Any]], facts: DatasetFacts) -> dict[str, tuple[str, list[float], list[float]]]:

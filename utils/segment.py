@@ -37,7 +37,8 @@ class Segmenter:
     tta: bool
     keep_largest: bool
     confidence: bool  # also map exp(-V) and the networks' agreement
-    fourier_window: float  # of the view that V compares with, as in training
+    fourier_window: float  # L and lambda of the amplitude swap that V compares with, as in training
+    fourier_ratio: float
     center: tuple[float, float] | None  # voxel of the organ's centre in the first two axes; None: the image's centre
 
     def frame(self, slices: np.ndarray, plane: PlaneMap) -> dict[str, np.ndarray]:
@@ -53,16 +54,16 @@ class Segmenter:
         """
         canvas = plane.to_canvas(self.facts.normalize(slices.astype(np.float32))).astype(np.float16)
         curves = torch.from_numpy(quantile_curves(canvas)).to(self.device)
-        view = prepare_view(
-            torch.from_numpy(canvas)[:, None].to(self.device), curves, size=self.size, reference=self.reference
-        )
+        images = torch.from_numpy(canvas)[:, None].to(self.device)
+        view = prepare_view(images, curves, size=self.size, reference=self.reference)
         probability, agreement = self._predict(view, tta=self.tta)
         grid = PlaneMap(plane.shape, plane.zooms, self.size, self.facts.spacing * GRID / self.size, plane.center)
         labels = grid.to_native(probability.cpu().numpy()).argmax(1).astype(np.uint8)
         maps = {"seg": largest_components(labels) if self.keep_largest else labels}
         if self.confidence:
             # A new scan comes without partners from other scanners: half the scan away lies another amplitude.
-            fourier = amplitude_swap(view, view.roll(len(view) // 2, 0), self.fourier_window * GRID / self.size, 1.0)
+            partner = prepare_view(images.roll(len(images) // 2, 0), curves, size=self.size, reference=None)
+            fourier = amplitude_swap(view, partner, self.fourier_window * GRID / self.size, self.fourier_ratio)
             plain, augmented = (self._predict(x)[0].clamp_min(1e-12).log() for x in (view, fourier))
             maps["confidence"] = grid.to_native(torch.exp(-kl_variance(plain, augmented)).cpu().numpy())
             maps["agreement"] = grid.to_native(agreement.cpu().numpy())
@@ -79,6 +80,8 @@ class Segmenter:
         plane = PlaneMap(volume.array.shape[:2], volume.zooms[:2], CANVAS, self.facts.spacing, self.center)
         if self.center and not all(0 <= c < n for c, n in zip(self.center, plane.shape, strict=True)):
             raise UserError(f"--center {self.center} lies outside the image of {plane.shape} voxels")
+        if self.confidence and volume.array.shape[2] < 2:
+            raise UserError("--confidence compares with another slice, and there is only one: leave it out")
         frames = [self.frame(frame_slices(volume, number), plane) for number in range(frame_count(volume))]
         # Slices back to the third axis; frames to the fourth, where the volume has one.
         stacked = {name: np.stack([np.moveaxis(maps[name], 0, 2) for maps in frames], axis=-1) for name in frames[0]}
@@ -105,7 +108,7 @@ def segment_files(segmenter: Segmenter, inputs: Sequence[Path], output: Path) ->
                 write_volume(output / f"{stem}_{name}.nii.gz", array, like=volume, description=NOTE)
             slices += volume.array[0, 0].size
         except UserError as error:
-            problems.append(str(error))
+            problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")
     print(f"{len(stems) - len(problems)} scans in {output}: {slices / (monotonic() - began):.1f} slices/s. {NOTE}.")
     if problems:
         raise UserError(f"{len(problems)} of {len(stems)} scans failed:\n  " + "\n  ".join(problems))

@@ -17,7 +17,7 @@ LATEX = str.maketrans(
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"}
     | {"±": r"$\pm$", "–": "--", "†": r"$^{\dagger}$", "‡": r"$^{\ddagger}$"}
 )
-VARYING = {"seed", "test_domain", "run_name"}  # settings in which the runs of a table differ by design
+VARYING = {"seed", "test_domain"}  # settings in which the runs of a table differ by design
 Runs = dict[str, list[dict[str, Any]]]  # held-out domain -> one method's summaries by seed; empty where there is none
 
 
@@ -129,9 +129,7 @@ def combine(summaries: list[dict[str, Any]], *, name: str, domain_word: str, dom
         methods[summary["method"]][summary["test_domain"]].append(summary)
     published = {share: rows for (key, share), rows in PUBLISHED.items() if key == dataset}
     nearest = min(published, key=lambda share: abs(share - ratio), default=None)
-    # Beside the last state of a training, summary.json names the rule that did not choose it.
-    kinds = [(summary["checkpoint"].split(",")[0], summary["selection"]) for summary in summaries]
-    checkpoints = dict.fromkeys(f"{kind}, {rule}" if kind == "best" else kind for kind, rule in kinds)
+    checkpoints = dict.fromkeys(f"{s['checkpoint'].split(',')[0]}, selection: {s['selection']}" for s in summaries)
     setting = (
         f"{name}, each {domain_word} held out in turn, {_percent(ratio)} of the patients labelled. Mean ± standard "
         "deviation over patients, of several seeds over their means; average ± population standard deviation of the "

@@ -80,7 +80,7 @@ def plot_training_samples(path, *, plain, fourier, mixed, mask_box, pseudo_label
 def plot_preview(path, *, images, masks, fourier, mixed, titles, class_names) -> None:
     """What the networks see, a row per image.
 
-    images, fourier, mixed: (N, H, W) in about [0, 1]; masks: N label maps (H, W), None where unlabelled;
+    images, fourier, mixed: (N, H, W) in about [0, 1]; masks: N label maps (H, W);
     titles: N row names, such as "vendor A, P012 ED slice 4".
     """
     difference = np.asarray(fourier, dtype=float) - images
@@ -89,10 +89,7 @@ def plot_preview(path, *, images, masks, fourier, mixed, titles, class_names) ->
     for n, row in enumerate(axes):
         for column, image in ((0, images[n]), (1, images[n]), (2, fourier[n]), (4, mixed[n])):
             _show(row[column], image)
-        if masks[n] is None:
-            row[1].text(0.5, 0.04, "unlabelled", color="white", ha="center", transform=row[1].transAxes)
-        else:
-            _contour_structures(row[1], masks[n], class_names)
+        _contour_structures(row[1], masks[n], class_names)
         difference_map = _show(row[3], difference[n], cmap="RdBu_r", limits=(-limit, limit))
     figure.colorbar(difference_map, ax=axes, shrink=0.6, label="Fourier − plain")
     _finish(figure, path, class_names, contour="truth")
@@ -101,35 +98,30 @@ def plot_preview(path, *, images, masks, fourier, mixed, titles, class_names) ->
 def plot_case(path, *, image, truth, prediction, agreement, slices, class_names, title) -> None:
     """One held-out scan, a column per chosen slice, cropped to its structures.
 
-    image: (S, H, W), any intensity scale; truth: (S, H, W) int or None; prediction: (S, H, W) int;
-    agreement: (S, H, W) in [0, 1] or None; slices: the indices to draw, not empty.
+    image: (S, H, W), any intensity scale; truth, prediction: (S, H, W) int; agreement: (S, H, W) in [0, 1];
+    slices: the indices to draw, not empty.
     """
-    window = _structure_window((prediction if truth is None else np.maximum(prediction, truth))[slices])
+    window = _structure_window(np.maximum(prediction, truth)[slices])
     limits = np.percentile(image[slices], (1, 99))  # one grey scale, so that slices can be compared
-    rows = ["image", "prediction" if truth is None else "prediction, truth"]
-    rows += [] if agreement is None else ["agreement"]
-    figure, axes = _grid(len(rows), [f"slice {s}" for s in slices], rows)
+    figure, axes = _grid(3, [f"slice {s}" for s in slices], ["image", "prediction, truth", "agreement"])
     for s, column in zip(slices, axes.T, strict=True):
         for ax in column[:2]:
             _show(ax, image[s][window], limits=limits)
         _fill_structures(column[1], prediction[s][window], class_names)
-        if truth is not None:
-            _contour_structures(column[1], truth[s][window], class_names)
-        if agreement is not None:
-            agreement_map = _show(column[2], agreement[s][window], cmap="viridis")
-    if agreement is not None:
-        figure.colorbar(agreement_map, ax=axes, shrink=0.6, label="agreement exp(−KL) of the two networks")
+        _contour_structures(column[1], truth[s][window], class_names)
+        agreement_map = _show(column[2], agreement[s][window], cmap="viridis")
+    figure.colorbar(agreement_map, ax=axes, shrink=0.6, label="agreement exp(−KL) of the two networks")
     figure.suptitle(title, fontsize=10)
-    _finish(figure, path, class_names, contour=None if truth is None else "truth", fill="prediction")
+    _finish(figure, path, class_names, contour="truth", fill="prediction")
 
 
 def plot_dice_per_case(path, rows: list[dict], class_names, *, title, num_named: int = 3) -> None:
     """Dice of every case by structure, over a box of the quartiles; the worst `num_named` cases are named.
 
     rows: dicts with patient, structure (one of class_names), phase (such as "ED"; "" where there is none) and
-    dice (percent); a NaN Dice (structure absent from truth and prediction) is left out.
+    dice (percent).
     """
-    rows = sorted((row for row in rows if np.isfinite(row["dice"])), key=lambda row: row["dice"])
+    rows = sorted(rows, key=lambda row: row["dice"])
     markers = dict(zip(sorted({row["phase"] for row in rows}), "o^sD", strict=False))
     lowest = rows[0]["dice"] if rows else 0
     span = max(100 - lowest, 1)
