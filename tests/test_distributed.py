@@ -14,8 +14,9 @@ import torch
 import mms_dataloader
 from utils.checkpoint import load_checkpoint, load_networks
 from utils.data import build_loaders
-from utils.distributed import Process
+from utils.distributed import Process, choose_device
 from utils.engine import Trainer
+from utils.errors import UserError
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 
@@ -33,6 +34,12 @@ def short(mms_root, tmp_path):
         "data_root": str(mms_root), "out_root": str(tmp_path), "run_name": "run", "ratio": 0.02, "image_size": 32,
         "batch_size": 16, "num_epoch": 1, "cps_warmup": 0.25, "cps_ramp": 0.5,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "meta"])
+def test_unknown_device_is_named(name):
+    with pytest.raises(UserError, match=f"--device {name}: no such device; choose auto, cpu, cuda"):
+        choose_device(name)
 
 
 def test_two_processes_train_as_one(short, tmp_path, mms_config, build_tiny):

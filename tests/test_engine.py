@@ -25,6 +25,7 @@ from utils.engine import (
     Interrupt,
     Trainer,
     UnlabeledViews,
+    batch_norms,
     derive_seed,
     fit,
     training_step,
@@ -269,6 +270,39 @@ def test_finished_run_says_so_and_longer_one_goes_on(mms_config, build_tiny, cap
     assert [line["step"] for line in lines] == [3, 5]  # the first run's end was logged, too
     ours, theirs = tensors(longer["networks"]), tensors(whole["networks"])
     assert all(torch.equal(ours[path], theirs[path]) for path in ours)
+
+
+def test_pretrained_weights_are_fetched_for_a_new_run_only(mms_config, build_tiny):
+    """A run goes on, or says that it is finished, where they cannot be had any more; its folder may be renamed."""
+    asked = []
+
+    def build(num_classes, pretrained):
+        asked.append(pretrained)
+        return build_tiny(num_classes)
+
+    cfg = replace(mms_config, max_steps=1, pretrained="timm")
+    run(cfg, build)
+    Path(cfg.out_root, "run").rename(Path(cfg.out_root, "renamed"))
+    run(replace(cfg, run_name="renamed"), build)  # finished
+    run(replace(cfg, run_name="renamed", max_steps=2), build)
+    assert asked == ["timm", "timm", "none", "none"]
+
+
+def test_other_data_under_the_same_name_are_refused(mms_config, build_tiny):
+    cfg = replace(mms_config, max_steps=1)
+    run(cfg, build_tiny)
+    loaders = build_loaders(replace(cfg, max_steps=2), MMS)
+    loaders.data.info["content_hash"] = "another"
+    with pytest.raises(UserError, match="holds other data than this run began with"):
+        fit(replace(cfg, max_steps=2), loaders, build_tiny, Process(CPU))
+
+
+def test_teachers_move_the_statistics_of_batchnorm(mms_config, build_tiny):
+    """As in the released code: 4 teacher forwards a network beside 2 student and 1 supervised ones."""
+    cfg = replace(mms_config, cps_warmup=0, cps_ramp=0)
+    trainer = Trainer(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
+    trainer.train_step(first_batches(trainer, 1))
+    assert [norm.num_batches_tracked.item() for norm in batch_norms(trainer.nets)] == [4 + 2 + 1] * 4
 
 
 def test_other_settings_are_refused_and_restart_begins_anew(mms_config, build_tiny):

@@ -188,6 +188,14 @@ def test_scgm_uses_the_same_way(tmp_path):
     assert 2 * (ours & disc).sum() / (ours.sum() + disc.sum()) > 0.97
 
 
+def test_confidence_of_a_single_slice_is_refused(tmp_path):
+    """Its only partner were the slice itself, of which it would be sure everywhere."""
+    write(tmp_path / "one.nii.gz", phantom((100, 100, 1), (2, 2, 8)), np.diag([2, 2, 8, 1]))
+    with pytest.raises(UserError, match=r"one\.nii\.gz: --confidence compares with another slice"):
+        segment_files(segmenter(confidence=True), [tmp_path], tmp_path / "out")
+    segment_files(segmenter(), [tmp_path], tmp_path / "out")
+
+
 def test_a_bad_scan_does_not_stop_the_others(tmp_path, capsys):
     folder = tmp_path / "scans"
     folder.mkdir()
