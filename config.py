@@ -4,6 +4,7 @@ python mms_train.py --test-vendor D --ratio 0.05 --num-epoch 50
 python mms_train.py --help
 """
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -86,7 +87,8 @@ class Config:
             "--num-epoch must be at least 1": self.num_epoch >= 1,
             "--accumulate must be at least 1": self.accumulate >= 1,
             "--max-steps must be at least 1": self.max_steps is None or self.max_steps >= 1,
-            "--lr must be positive": self.lr > 0,
+            "--lr must be positive": 0 < self.lr < math.inf,
+            "--run-name must name a folder of its own": self.run_name.strip("./ ") != "",
         }
         counts = ("seed", "val_patients", "save_every", "workers")
         for name in (*counts, "cps_weight", "cps_warmup", "cps_ramp", "weight_decay"):
@@ -152,5 +154,5 @@ def from_cli(base: Config, demo: Config) -> Config:
     cfg = tyro.cli(Config, default=demo if "--demo" in sys.argv[1:] else base)
     try:
         return replace(cfg, run_name=cfg.run_name.format(**vars(cfg)))
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         sys.exit(f"error: --run-name {cfg.run_name}: only settings may stand in braces ({error})")

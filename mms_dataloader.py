@@ -7,6 +7,7 @@ python mms_dataloader.py preview --data data/mms --out preview.png
 """
 
 import csv
+import io
 import math
 import re
 from collections import defaultdict
@@ -29,7 +30,9 @@ UNKNOWN = {"vendor": "unknown", "centre": "", "phases": {}}  # what a wrong or m
 def find_cases(raw: Path) -> RawScan:
     """Match the folders of OpenDataset with the info table; nothing is read but the table."""
     base = raw / "OpenDataset" if (raw / "OpenDataset").is_dir() else raw
-    table, errors = _read_table(sorted({*raw.glob("*nformation*"), *base.glob("*nformation*")}), raw)
+    beside = raw.parent if raw.name == "OpenDataset" else raw
+    tables = {path for place in (beside, base) for path in place.glob("*") if path.suffix.lower() in (".csv", ".xlsx")}
+    table, errors = _read_table(sorted(tables), raw)
     warnings: list[str] = []
     folders: dict[str, list[Path]] = defaultdict(list)
     for part in PARTS:
@@ -70,13 +73,19 @@ def _case(
 
 def _read_table(paths: list[Path], raw: Path) -> tuple[dict[str, dict | None], list[str]]:
     """Read the info table by its header; a patient whose row is wrong maps to None."""
-    found = {path: _table_rows(path) for path in paths if path.suffix.lower() in (".csv", ".xlsx")}
-    found = {path: rows for path, rows in found.items() if rows and set(COLUMNS) <= set(rows[0])}
+    found, others = {}, []
+    for path in paths:
+        rows = _table_rows(path)
+        lacking = [name for name in COLUMNS if not rows or name not in rows[0]]
+        if lacking:
+            others.append(f"{path} (cannot be read or lacks {', '.join(lacking)})")
+        else:
+            found[path] = rows
     if len(found) != 1:
-        columns, names = ", ".join(COLUMNS), ", ".join(str(path) for path in found) or "none"
+        names = ", ".join([*map(str, found), *others]) or "none"
         return {}, [
-            f"{raw}: expected one info table (CSV or XLSX with the columns {columns}) beside or inside OpenDataset, "
-            f"found {names}"
+            f"{raw}: expected one info table (CSV or XLSX with the columns {', '.join(COLUMNS)}) beside or inside "
+            f"OpenDataset, found {names}"
         ]
     ((path, rows),) = found.items()
     table: dict[str, dict | None] = {}
@@ -109,8 +118,9 @@ def _table_rows(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV or XLSX file as text by column name; empty when it cannot be read."""
     try:
         if path.suffix.lower() == ".csv":
-            with open(path, newline="", encoding="utf-8-sig") as file:
-                lines = list(csv.reader(file))
+            text = path.read_text(encoding="utf-8-sig")
+            delimiter = max(",;\t", key=text.split("\n")[0].count)  # spreadsheets of some countries write semicolons
+            lines = list(csv.reader(io.StringIO(text), delimiter=delimiter))
         else:
             with open(path, "rb") as file:  # opened here, or a read-only workbook keeps it open
                 lines = list(openpyxl.load_workbook(file, read_only=True, data_only=True).active.values)

@@ -18,6 +18,7 @@ from utils.phantom import write_scgm
 
 SITES = ("1", "2", "3", "4")
 RATERS = (1, 2, 3, 4)
+KINDS = ("image", *(f"mask-r{rater}" for rater in RATERS))
 PHASE = "scan"  # the data have no phases: the one volume of a subject carries this name
 
 
@@ -34,6 +35,8 @@ def find_cases(raw: Path) -> RawScan:
             errors.append(f"{path}: unknown site {site!r}, expected one of {', '.join(SITES)}")
         elif problem := missing_or_outside(path, raw):
             errors.append(problem)
+        elif kind not in KINDS:
+            errors.append(f"{path}: a rater beside {', '.join(map(str, RATERS))}")
         elif kind != "image":
             image = path.with_name(f"{subject}-image{suffix}")
             errors += [] if image.is_file() else [f"{path}: a mask without its image {image.name}"]
@@ -45,8 +48,10 @@ def find_cases(raw: Path) -> RawScan:
             cases.append(Case(subject, site, site, path, tuple(masks), {PHASE: 0} if masks else {}))
     names = [case.patient for case in cases]
     errors += [f"subject {name} is there more than once" for name in sorted({n for n in names if names.count(n) > 1})]
-    if not cases:
-        errors.append(f"{raw}: no images like train/site1-sc01-image.nii.gz")
+    if not any(case.masks for case in cases):
+        errors.append(
+            f"{raw}: no images with masks like train/site1-sc01-image.nii.gz, train/site1-sc01-mask-r1.nii.gz"
+        )
     return RawScan(sorted(cases, key=lambda case: case.patient), errors, [])
 
 

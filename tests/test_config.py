@@ -19,6 +19,8 @@ from config import MMS, MMS_DEMO, SCGM, from_cli
         ({"shift": 400}, "--shift must be"),
         ({"save_every": -1}, "--save-every must not be negative"),
         ({"seed": -1}, "--seed must not be negative"),
+        ({"lr": float("inf")}, "--lr must be positive"),
+        ({"run_name": ""}, "--run-name must name a folder of its own"),
         ({"image_size": 96, "fourier_window": 0.2}, "--fourier-window must be"),
         ({"fourier_ratio": 5.0}, "--fourier-ratio must be in"),
     ],
@@ -33,9 +35,10 @@ def test_flags_change_the_defaults_of_the_data_set(monkeypatch):
     cfg = from_cli(MMS, MMS_DEMO)
     assert (cfg.test_domain, cfg.ratio, cfg.cutmix, cfg.cps_weight) == ("A", 0.05, False, 3.0)
     assert cfg.run_name == "mms_A_0.05_seed3"
-    monkeypatch.setattr("sys.argv", ["x", "--run-name", "{nonsense}"])
-    with pytest.raises(SystemExit, match="only settings may stand in braces"):
-        from_cli(MMS, MMS_DEMO)
+    for name in ("{nonsense}", "{test_domain.x}", "{seed[0]}"):
+        monkeypatch.setattr("sys.argv", ["x", "--run-name", name])
+        with pytest.raises(SystemExit, match="only settings may stand in braces"):
+            from_cli(MMS, MMS_DEMO)
     monkeypatch.setattr("sys.argv", ["x", "--demo", "--image-size", "64"])
     assert from_cli(MMS, MMS_DEMO) == replace(MMS_DEMO, image_size=64)
 

@@ -65,6 +65,10 @@ def test_two_processes_train_as_one(short, tmp_path, mms_config, build_tiny):
         [sys.executable, WORKER, json.dumps(short | {"num_epoch": 2})], capture_output=True, text=True
     )
     assert done.returncode == 1 and "processes: 2 there, 1 now" in done.stderr
+    # What is the user's to mend is said once, by the main process; the others end without a word.
+    done = torchrun(short | {"seed": 1})
+    assert done.returncode == 1 and done.stderr.count("seed: 0 there, 1 now") == 1
+    assert "Connection" not in done.stderr and "UserError" not in done.stderr
 
 
 def test_signal_to_torchrun_saves_and_the_same_command_goes_on(short, tmp_path):

@@ -421,6 +421,38 @@ def test_lost_config_of_a_run_is_named(mms_config, build_tiny):
         run(cfg, build_tiny)
 
 
+def test_restart_that_cannot_begin_loses_nothing(mms_config, build_tiny):
+    def build(num_classes, pretrained):
+        raise UserError("no weights to be had")
+
+    cfg = replace(mms_config, max_steps=1)
+    before = run(cfg, build_tiny)
+    config = Path(cfg.out_root, "run/config.json").read_bytes()
+    with pytest.raises(UserError, match="no weights to be had"):
+        run(replace(cfg, restart=True, lr=0.5, pretrained="timm"), build)
+    assert Path(cfg.out_root, "run/config.json").read_bytes() == config
+    assert_same(before, run(cfg, build_tiny))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9] + b"\xff" * 9)])
+def test_lost_best_weights_are_written_anew(mms_config, build_tiny, capsys, damage):
+    cfg = replace(mms_config, max_steps=1)
+    run(cfg, build_tiny)
+    best = Path(cfg.out_root, "run/best.safetensors")
+    damage(best)
+    run(replace(cfg, max_steps=2), build_tiny)
+    assert "best.safetensors is missing or damaged; the next evaluation writes it anew" in capsys.readouterr().out
+    assert read_metadata(best)["step"] == 2
+
+
+def test_epoch_without_a_finite_step_is_never_the_best(mms_config, build_tiny, monkeypatch, capfd):
+    monkeypatch.setattr("utils.engine.dice_loss", lambda probability, target: torch.nan * probability.sum((0, 2, 3)))
+    state, lines = run(replace(mms_config, max_steps=2), build_tiny)
+    assert lines[0]["skipped_steps"] == 2 and state["best"] == -1
+    assert "2 steps were not finite and skipped" in capfd.readouterr().out
+    assert not Path(mms_config.out_root, "run/best.safetensors").exists()
+
+
 def test_run_folder_admits_one_process(mms_config, build_tiny):
     loaders = build_loaders(mms_config, MMS)
     reader, writer = os.pipe()

@@ -181,6 +181,21 @@ def test_runs_are_listed_with_their_best_scores(trained, build_tiny, mms_config)
         runs_table(trained, MMS)
 
 
+def test_patients_that_the_training_has_seen_are_not_evaluated(trained, build_tiny, capsys):
+    split = json.loads((trained / "split.json").read_text())
+    patient = split["held_out"][0]
+    (trained / "split.json").write_text(json.dumps(split | {"unlabeled": [*split["unlabeled"], patient]}))
+    with pytest.raises(UserError, match=f"was trained with 1 of the patients that .* holds out: {patient}"):
+        evaluate(trained, build_tiny)
+
+
+def test_predictions_of_an_earlier_evaluation_go(trained, build_tiny):
+    evaluate(trained, build_tiny, save_predictions=True)
+    assert len(list((trained / "results/D/predictions").glob("*.nii.gz"))) == 8
+    evaluate(trained, build_tiny)
+    assert not list((trained / "results/D/predictions").glob("*.nii.gz"))
+
+
 def test_unfinished_training_is_named(trained, build_tiny):
     assert "not finished" not in evaluate(trained, build_tiny)["checkpoint"]
     known = json.loads((trained / "config.json").read_text())
@@ -189,6 +204,10 @@ def test_unfinished_training_is_named(trained, build_tiny):
     assert evaluate(trained, build_tiny)["checkpoint"] == f"best, step 2 {remark}"
     assert remark in (trained / "results/D/summary.md").read_text()
     assert f"| 2 {remark} |" in runs_table(trained.parent, MMS)
+    (trained / "config.json").write_text("{")
+    assert "config.json is missing or damaged" in runs_table(trained.parent, MMS)  # in its own row
+    with pytest.raises(UserError, match=r"config\.json is missing or damaged"):
+        evaluate(trained, build_tiny)
     (trained / "log.jsonl").unlink()  # weights without a log: nothing is known
     assert "not finished" not in evaluate(trained, build_tiny)["checkpoint"]
 

@@ -19,6 +19,22 @@ def test_lines_after_the_checkpoint_are_cut_off(tmp_path):
     assert len(read_log(tmp_path / "log.jsonl")) == 2
 
 
+def test_damaged_line_costs_no_other(tmp_path, capsys):
+    lines = ['{"step": 1}', '{"step": 2, \xff', '{"step": 3}', "null", '{"epoch": 4}', '{"step": 5}', '{"st']
+    (tmp_path / "log.jsonl").write_text("\n".join(lines), encoding="latin-1")
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 3, 5]
+    printed = capsys.readouterr().out
+    assert [f"line {number} is damaged" in printed for number in range(1, 8)] == [
+        False,
+        True,
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
 @pytest.fixture
 def no_account(tmp_path, monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):

@@ -22,6 +22,7 @@ from scipy.ndimage import map_coordinates
 
 import mms_dataloader
 import scgm_dataloader
+from utils.checkpoint import run_lock
 from utils.data import PreparedData, build_loaders
 from utils.distributed import Process
 from utils.engine import fit
@@ -233,6 +234,65 @@ def test_prepare_refuses_an_existing_folder(raw, tmp_path):
         prepare_dataset(raw, tmp_path / "out", MMS, workers=1)
 
 
+def test_two_preparations_of_one_folder_do_not_meet(raw, tmp_path):
+    """The second refuses, and leaves alone what the first has written so far."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with run_lock(tmp_path / "out.partial"):
+            (tmp_path / "out.partial/images.npy").write_text("of the first")
+            os.write(writer, b"x")
+            signal.pause()
+    os.read(reader, 1)
+    with pytest.raises(UserError, match=r"out\.partial is in use by another process"):
+        prepare_dataset(raw, tmp_path / "out", MMS, workers=1)
+    assert (tmp_path / "out.partial/images.npy").read_text() == "of the first"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    prepare_dataset(raw, tmp_path / "out", MMS, workers=2)
+    assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out/lock").exists()
+
+
+def test_phases_that_are_not_those_of_the_masks_are_an_error(raw, capsys):
+    """A table that counts frames from 1, say: the truth would be empty."""
+    mask = next((raw / "OpenDataset/Testing").glob("*/*_gt.nii.gz"))
+    labels = np.asarray(nib.load(mask).dataobj)
+    nib.save(nib.Nifti1Image(np.concatenate([np.zeros_like(labels), labels], 3), nib.load(mask).affine), mask)
+    scan = mask.with_name(mask.name.replace("_gt", ""))
+    voxels = np.asarray(nib.load(scan).dataobj)
+    nib.save(nib.Nifti1Image(np.concatenate([voxels, voxels], 3), nib.load(scan).affine), scan)
+    assert not check_dataset(raw, MMS, workers=1)
+    assert f"error: {mask}: labels in frames [2, 3], but by the table they are E" in capsys.readouterr().out
+
+
+def test_table_with_semicolons_and_open_dataset_itself(raw):
+    expected = mms_dataloader.find_cases(raw)
+    table = table_of(raw)
+    table.write_text(table.read_text().replace(",", ";"))
+    assert mms_dataloader.find_cases(raw) == expected
+    inside = mms_dataloader.find_cases(raw / "OpenDataset")
+    assert inside.cases == expected.cases and inside.errors == []
+    table.write_text(table.read_text().replace("Centre", "Center"))
+    (error,) = mms_dataloader.find_cases(raw).errors
+    assert f"found {table} (cannot be read or lacks Centre)" in error
+
+
+def test_index_in_another_order_is_refused(mms_root, tmp_path):
+    root = tmp_path / "prepared"
+    shutil.copytree(mms_root, root)
+    header, *rows = (root / "index.csv").read_text().splitlines()
+    (root / "index.csv").write_text("\n".join([header, *rows[::-1]]) + "\n")
+    with pytest.raises(UserError, match=r"prepared is damaged .*index\.csv was changed"):
+        PreparedData.open(root, MMS)
+
+
+def test_scgm_without_masks_is_an_error(scgm_raw, tmp_path):
+    shutil.copytree(scgm_raw / "test", tmp_path / "raw/test")
+    assert any(
+        "no images with masks like train/" in error for error in scgm_dataloader.find_cases(tmp_path / "raw").errors
+    )
+
+
 def test_disk_too_small_is_said_before_the_work(mms_raw, small_disk):
     with pytest.raises(UserError, match=r"the prepared data take 0\.\d GB, 0\.0 GB are free"):
         prepare_dataset(mms_raw, small_disk / "out", MMS, workers=2)
@@ -241,7 +301,7 @@ def test_disk_too_small_is_said_before_the_work(mms_raw, small_disk):
 
 def test_read_only_disk_is_named(mms_raw, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(UserError, match=r"out: cannot be written \(.*Read-only"):
+    with pytest.raises(UserError, match=r"out\.partial: cannot be written \(Read-only"):
         prepare_dataset(mms_raw, small_disk / "out", MMS, workers=2)
 
 
@@ -367,8 +427,10 @@ def test_scgm_faults_are_named_all_at_once(scgm_raw, tmp_path, capsys):
         (train / f"site3-sc02-mask-r{rater}.nii.gz").unlink()
     shutil.copy(train / "site4-sc01-image.nii.gz", train / "site9-sc01-image.nii.gz")
     (train / "site4-sc01-image.nii.gz").unlink()
+    shutil.copy(train / "site4-sc02-mask-r1.nii.gz", train / "site4-sc02-mask-r5.nii.gz")
     assert not check_dataset(raw, SCGM, workers=2)
     out = capsys.readouterr().out
+    assert "site4-sc02-mask-r5.nii.gz: a rater beside 1, 2, 3, 4" in out
     for expected in (
         f"{train}/site1-sc01-mask-r3.nii.gz: missing",
         f"{train}/site2-sc01-mask-r1.nii.gz: shape",

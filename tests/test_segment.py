@@ -196,6 +196,17 @@ def test_confidence_of_a_single_slice_is_refused(tmp_path):
     segment_files(segmenter(), [tmp_path], tmp_path / "out")
 
 
+def test_inputs_are_never_overwritten(tmp_path):
+    """Neither a scan named like an output, nor a label map beside it, corrected by hand maybe."""
+    for name in ("scan.nii.gz", "scan_seg.nii.gz"):
+        write(tmp_path / name, phantom((60, 60, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
+    before = (tmp_path / "scan_seg.nii.gz").read_bytes()
+    for inputs in ([tmp_path], [tmp_path / "scan.nii.gz", tmp_path / "scan_seg.nii.gz"]):
+        with pytest.raises(UserError, match=r"scan_seg\.nii\.gz lies among the inputs and would be overwritten"):
+            segment_files(segmenter(), inputs, tmp_path)
+    assert (tmp_path / "scan_seg.nii.gz").read_bytes() == before
+
+
 def test_a_bad_scan_does_not_stop_the_others(tmp_path, capsys):
     folder = tmp_path / "scans"
     folder.mkdir()

@@ -68,7 +68,7 @@ REFUSED = {  # name: (bytes, file name, what the message says)
     "empty": (b"", "scan.nii", "not a NIfTI"),
     "empty gzip": (b"", "scan.nii.gz", "not a NIfTI"),
     "text": (b"patient;vendor\n" * 100, "scan.nii", "not a NIfTI"),
-    "text named gz": (b"patient;vendor\n" * 100, "scan.nii.gz", "cannot be read whole"),
+    "text named gz": (b"patient;vendor\n" * 100, "scan.nii.gz", "not a NIfTI"),
     "text in a gzip": (gzip.compress(b"patient;vendor\n" * 100), "scan.nii.gz", "not a NIfTI"),
     "header of a pair": (nifti(magic=b"ni1"), "scan.nii", "single-file"),
     "zero dimension": (nifti(dim=dims(7, 0, 5)), "scan.nii", "impossible dimensions"),
@@ -83,14 +83,22 @@ REFUSED = {  # name: (bytes, file name, what the message says)
     "NaN affine": (nifti(srow_y=[0, np.nan, 0, 0]), "scan.nii", "affine"),
     "NaN qform": (nifti(sform=0, qoffset_x=np.nan), "scan.nii", "affine|not a valid"),
     "singular affine": (nifti(srow_z=[0, 0, 0, 5]), "scan.nii", "affine"),
-    "NaN voxel": (nifti(with_nan(np.nan)), "scan.nii", "1 voxels are NaN or infinite"),
-    "infinite voxel": (nifti(with_nan(-np.inf)), "scan.nii", "1 voxels are NaN or infinite"),
+    "NaN voxel": (nifti(with_nan(np.nan)), "scan.nii", "1 voxels are NaN, infinite or above"),
+    "infinite voxel": (nifti(with_nan(-np.inf)), "scan.nii", "1 voxels are NaN, infinite or above"),
+    "beyond float32": (nifti(scl_slope=1e38), "scan.nii", r"voxels are .* above 1e\+30 \(the header scales by"),
+    "metres": (nifti(xyzt_units=1), "scan.nii", "lengths in metres"),
     "RGB": (nifti(RGB), "scan.nii", "one number per voxel|type"),
     "complex": (nifti(DATA.astype(np.complex64)), "scan.nii", "one number per voxel|type"),
     "unknown datatype": (nifti(datatype=77), "scan.nii", "not a valid"),
     "NaN offset": (nifti(vox_offset=np.nan), "scan.nii", "header"),
     "offset beyond the file": (nifti(vox_offset=5000), "scan.nii", "header|promises"),
 }
+
+
+def test_packing_is_known_by_the_content_whatever_the_name(tmp_path):
+    for content, name in ((GZ, "packed.nii"), (nifti(), "plain.nii.gz"), (GZ, "UPPER.NII.GZ")):
+        (tmp_path / name).write_bytes(content)
+        assert np.array_equal(read_volume(tmp_path / name).array, DATA)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -28,7 +28,7 @@ from network import build_network
 from utils.data import build_loaders
 from utils.distributed import Process, choose_device
 from utils.engine import Trainer
-from utils.errors import clear_errors
+from utils.errors import UserError, clear_errors
 from utils.evaluate import autocast, predict
 from utils.prepare import prepare_dataset
 
@@ -68,6 +68,10 @@ def benchmark(
         out: JSON file to write.
     """
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
+        if steps < 1:
+            raise UserError(f"--steps {steps}: at least 1 must be timed")
+        if out:
+            out.parent.mkdir(parents=True, exist_ok=True)
         cfg = replace(
             MMS,
             data_root=f"{folder}/data",

@@ -20,6 +20,7 @@ from torch import nn
 
 from utils.errors import UserError, first_line
 
+LOCK = "lock"  # file in a folder that a process works in
 DIGEST_SIZE = 32  # bytes of a SHA-256
 
 
@@ -45,6 +46,17 @@ def write_json(path: Path, content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read what `write_json` wrote; UserError when it is missing, damaged or no dictionary."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged ({first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged (no dictionary)")
+    return content
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -124,7 +136,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """What was saved beside the weights; raises UserError when the file is missing or not ours."""
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file; the run has not ended its first epoch (train on), or --run names no run's folder"
+            f"{path}: no such file; the run has not ended its first epoch (train on; --checkpoint last), or --run "
+            "names no run's folder"
         )
     try:
         with safe_open(path, "pt") as file:
@@ -133,13 +146,27 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged or was not written by this project ({error})") from error
 
 
+def is_intact(path: Path) -> bool:
+    """Whether `load_networks` would find the file whole."""
+    try:
+        _load_tensors(path)
+    except (SafetensorError, OSError):
+        return False
+    return True
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        if (file.metadata() or {}).get("sha256") != _digest(tensors):
+            raise OSError("its checksum is wrong")
+    return tensors
+
+
 def load_networks(path: Path, nets: list[nn.Module]) -> None:
     """Load the weights that `save_networks` wrote."""
     try:
-        tensors = load_file(path)
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("sha256") != _digest(tensors):
-                raise OSError("its checksum is wrong")
+        tensors = _load_tensors(path)
         for i, net in enumerate(nets):
             net.load_state_dict({key[2:]: value for key, value in tensors.items() if key.startswith(f"{i}.")})
     except (SafetensorError, OSError, RuntimeError) as error:
@@ -175,14 +202,14 @@ def run_lock(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "a")  # noqa: SIM115 (closed below, with the lock)
+        file = open(folder / LOCK, "a")  # noqa: SIM115 (closed below, with the lock)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{folder} is in use by another process: choose another --run-name, or wait") from error
+            raise UserError(f"{folder} is in use by another process: wait for it, or choose another name") from error
         yield
 
 

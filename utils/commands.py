@@ -15,7 +15,7 @@ from tyro.conf import Positional
 
 from utils.augment import GRID, Augmentation, canvas_to_grid, cutmix_mask
 from utils.data import DatasetFacts, PreparedData, SliceDataset, build_loaders
-from utils.distributed import any_process, process_group
+from utils.distributed import main_first, process_group
 from utils.engine import fit
 from utils.errors import UserError, clear_errors
 from utils.prepare import check_dataset, prepare_dataset
@@ -66,6 +66,10 @@ def run_data_command(facts: DatasetFacts) -> None:
         """
         if images < 2:
             raise UserError(f"--images {images}: a Fourier view takes another image's amplitude, so at least 2")
+        if seed < 0 or not 0 <= fourier_ratio <= 1:
+            raise UserError("--seed must not be negative, and --fourier-ratio must be in [0, 1]")
+        if out.suffix != ".png":
+            raise UserError(f"--out {out}: a picture's name ends in .png")
         draw_preview(
             facts,
             data,
@@ -85,9 +89,9 @@ def run_data_command(facts: DatasetFacts) -> None:
 def train(cfg: Any, facts: DatasetFacts, build_network: Callable[..., nn.Module]) -> None:
     """Config -> data -> networks -> training."""
     with clear_errors(), process_group(cfg.device) as process:
-        if process.main:
-            make_demo_data(cfg, facts)
-        any_process(False)  # the others wait for the data
+        with main_first(process):
+            if process.main:
+                make_demo_data(cfg, facts)
         fit(cfg, build_loaders(cfg, facts, rank=process.rank, world=process.world), build_network, process)
 
 

@@ -5,6 +5,8 @@ that a run resumes at any step with the very images the uninterrupted run would 
 """
 
 import csv
+import hashlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from utils.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_COLUMNS = {  # of index.csv: one row per slice, in the order of images.npy
     "patient": str,
     "domain": str,
@@ -34,6 +36,9 @@ INDEX_COLUMNS = {  # of index.csv: one row per slice, in the order of images.npy
     "row_mm": float,
     "column_mm": float,
 }
+
+
+INFO = ("dataset", "spacing_mm", "content_hash", "phantom")  # what dataset.json must say
 
 
 class Case(NamedTuple):
@@ -114,8 +119,11 @@ class PreparedData:
                     f"{root} is of format {info['format']}, expected {FORMAT_VERSION}: prepare it again with "
                     f"{facts.key}_dataloader.py"
                 )
-            with open(root / "index.csv", newline="") as file:
-                rows = list(csv.DictReader(file))
+            text = (root / "index.csv").read_bytes()
+            if hashlib.sha256(text).hexdigest() != info["index_sha256"]:  # rows in another order are other images
+                raise ValueError("index.csv was changed")
+            rows = list(csv.DictReader(io.StringIO(text.decode(), newline="")))
+            info = {name: info[name] for name in INFO}
             index = {name: np.array([kind(row[name]) for row in rows]) for name, kind in INDEX_COLUMNS.items()}
             arrays = [np.load(root / f"{name}.npy", mmap_mode="r") for name in ("images", "masks", "quantiles")]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -186,8 +194,8 @@ def split_patients(
             chosen += members[:count] if members else []
         if not chosen or len(chosen) <= val_patients:
             raise UserError(
-                f"{facts.domain_word} {domain}: {len(chosen)} labelled patients in {data.root}, "
-                f"{val_patients} of them for validation: none is left to train on"
+                f"{facts.domain_word} {domain}: {len(chosen)} patients are labelled in {data.root}, of {len(has_mask)} "
+                f"with masks in all; {val_patients} of them for validation: none is left to train on"
             )
         labeled += chosen[: len(chosen) - val_patients]
         validation += chosen[len(chosen) - val_patients :]

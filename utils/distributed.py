@@ -5,6 +5,7 @@ torchrun --nproc-per-node 4 mms_train.py
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -79,6 +80,20 @@ def gather(items: list[Any]) -> list[Any]:
     parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+@contextmanager
+def main_first(process: Process) -> Iterator[None]:
+    """What the main process does in the block, the others wait for; its UserError ends them, too, without a word."""
+    failed = False
+    try:
+        yield
+    except UserError:
+        failed = True
+        raise
+    finally:
+        if any_process(failed) and not process.main:
+            sys.exit(1)
 
 
 def any_process(flag: bool) -> bool:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -27,8 +27,10 @@ from tqdm import tqdm
 
 from utils.augment import Augmentation, cutmix_mask
 from utils.checkpoint import (
+    is_intact,
     load_checkpoint,
     provenance,
+    read_json,
     require_space,
     run_lock,
     save_checkpoint,
@@ -36,7 +38,7 @@ from utils.checkpoint import (
     write_json,
 )
 from utils.data import Loaders
-from utils.distributed import Process, any_process, average, gather, unflatten
+from utils.distributed import Process, any_process, average, gather, main_first, unflatten
 from utils.errors import UserError
 from utils.evaluate import autocast, mean_dice, predict_scans
 from utils.logger import Logger
@@ -417,11 +419,14 @@ def fit(cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module], pro
     folder = Path(cfg.out_root) / cfg.run_name
     total = cfg.num_epoch * loaders.steps_per_epoch
     total = min(total, cfg.max_steps or total)
-    with run_lock(folder) if process.main else nullcontext():
-        if process.main:
-            open_run(folder, cfg, loaders, process.world)
-        any_process(False)  # the others wait until the folder is this run's
-        checkpoint = load_checkpoint(folder)
+    settings = {**json.loads(json.dumps(asdict(cfg))), "processes": process.world}
+    with ExitStack() as stack:
+        with main_first(process):
+            if process.main:
+                stack.enter_context(run_lock(folder))
+                if not cfg.restart:
+                    check_settings(folder, settings)
+        checkpoint = None if cfg.restart else load_checkpoint(folder)
         if checkpoint and checkpoint["step"] >= total:
             if process.main:
                 done = checkpoint["step"]
@@ -429,20 +434,25 @@ def fit(cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module], pro
             return
         trainer = Trainer(cfg, loaders, build_network, process, checkpoint)
         del checkpoint
+        if trainer.best >= 0 and not is_intact(folder / "best.safetensors"):
+            trainer.best = -1.0
+            if process.main:
+                print(f"warning: {folder}/best.safetensors is missing or damaged; the next evaluation writes it anew")
         if process.main and trainer.step:
             print(f"{folder}: goes on from step {trainer.step} of {total}")
         # Weights and two moments, as last, as previous and as the file being written; and the best weights.
         weights = sum(p.numel() * p.element_size() for net in trainer.nets for p in net.parameters())
-        require_space(folder, 10 * weights)
+        with main_first(process):
+            if process.main:
+                require_space(folder, 10 * weights)
+                begin_run(folder, cfg, settings, loaders.split._asdict())
         if process.main:
             images = cfg.batch_size * cfg.accumulate * process.world
             print(f"{folder}: steps of {images} labelled and {images * (1 + cfg.cutmix)} unlabelled images")
-        with (
-            Logger(folder, since=trainer.step, use_wandb=cfg.wandb, config=asdict(cfg))
-            if process.main
-            else nullcontext() as logger,
-            Interrupt() as interrupt,
-        ):
+        logger = None
+        if process.main:
+            logger = stack.enter_context(Logger(folder, since=trainer.step, use_wandb=cfg.wandb, config=asdict(cfg)))
+        with Interrupt() as interrupt:
             _train(trainer, folder, total, logger, interrupt)
     if process.main:
         print(f"{folder}: {trainer.step} steps, best source Dice {trainer.best:.2f} %")
@@ -474,7 +484,9 @@ def _train(trainer: Trainer, folder: Path, total: int, logger: Logger | None, in
             dice = trainer.validate()
             line = {"epoch": epoch, "step": trainer.step, **means, "lr": cfg.lr, "val_dice": dice}
             line |= {"skipped_steps": int(trainer.bad_steps[1]), "seconds": round(time.monotonic() - began, 1)}
-            better, trainer.best = dice > trainer.best, max(dice, trainer.best)
+            # Weights that no step of the epoch has changed are not worth keeping.
+            better = dice > trainer.best and float(trainer.sums["steps"]) > 0
+            trainer.best = dice if better else trainer.best
             trainer.sums, trainer.bad_steps[1] = {}, 0
             if process.main:
                 if better:
@@ -483,8 +495,11 @@ def _train(trainer: Trainer, folder: Path, total: int, logger: Logger | None, in
                 trainer.draw_samples(samples, batches[0][1])
                 logger.log(line, {"samples": samples})
                 plot_curves(logger.lines, folder / "curves.png", selected_epoch=_best_epoch(logger.lines))
-                best = f"best {trainer.best:.2f}"
-                progress.write(f"epoch {epoch}: loss {means['loss']:.4f}, source Dice {dice:.2f} % ({best})")
+                text = f"epoch {epoch}: loss {means['loss']:.4f}, source Dice {dice:.2f} % (best {trainer.best:.2f})"
+                skipped = (
+                    f"; {line['skipped_steps']} steps were not finite and skipped" if line["skipped_steps"] else ""
+                )
+                progress.write(text + skipped)
             began = time.monotonic()
         # Several processes agree on a stop where they wait for each other anyway.
         stop = any_process(bool(interrupt.received)) if at_sync or process.world == 1 else False
@@ -500,38 +515,40 @@ def _train(trainer: Trainer, folder: Path, total: int, logger: Logger | None, in
     progress.close()
 
 
-def open_run(folder: Path, cfg: Any, loaders: Loaders, processes: int) -> None:
-    """Make `folder` the run of `cfg`: new, resumed (its settings must agree), or with `restart` emptied first."""
-    settings = {**json.loads(json.dumps(asdict(cfg))), "processes": processes}
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise UserError where `folder` holds a run with other settings, or weights that were not trained there."""
     known = folder / "config.json"
-    if cfg.restart:
+    if (folder / "best.safetensors").exists() and not known.exists():
+        raise UserError(f"{folder} holds weights that were not trained here: choose another --run-name, or --restart")
+    if not any((folder / name).exists() for name in ("last.pt", "previous.pt", "best.safetensors")):
+        return
+    try:
+        began = read_json(known)
+    except UserError as error:
+        raise UserError(f"{error}: restore it, or begin anew with --restart") from error
+    differing = {
+        key: (began.get(key), settings.get(key))
+        for key in {*began, *settings} - FREE_ON_RESUME
+        if began.get(key) != settings.get(key)
+    }
+    if differing:
+        lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in sorted(differing.items())]
+        raise UserError(
+            f"{folder} holds a run with other settings:\n" + "\n".join(lines) + "\n"
+            "Choose another --run-name, or begin anew with --restart"
+        )
+
+
+def begin_run(folder: Path, cfg: Any, settings: dict[str, Any], split: dict[str, list[str]]) -> None:
+    """Make `folder` the run of these settings; with `restart`, what an earlier run of that name left is deleted."""
+    if cfg.restart and (folder / "config.json").exists():
         saved = ["last.pt", "previous.pt", "best.safetensors", "config.json"]
         for name in [*saved, "log.jsonl", "curves.png", "not_finite.txt", "wandb_id"]:
             (folder / name).unlink(missing_ok=True)
         for name in ("samples", "results"):
             shutil.rmtree(folder / name, ignore_errors=True)
-    if (folder / "best.safetensors").exists() and not known.exists():
-        raise UserError(f"{folder} holds weights that were not trained here: choose another --run-name, or --restart")
-    if any((folder / name).exists() for name in ("last.pt", "previous.pt", "best.safetensors")):
-        try:
-            began = json.loads(known.read_text())
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{known} is missing or damaged ({error}): restore it, or begin anew with --restart"
-            ) from error
-        differing = {
-            key: (began.get(key), settings.get(key))
-            for key in {*began, *settings} - FREE_ON_RESUME
-            if began.get(key) != settings.get(key)
-        }
-        if differing:
-            lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in sorted(differing.items())]
-            raise UserError(
-                f"{folder} holds a run with other settings:\n" + "\n".join(lines) + "\n"
-                "Choose another --run-name, or begin anew with --restart"
-            )
-    write_json(known, settings)
-    write_json(folder / "split.json", loaders.split._asdict())
+    write_json(folder / "config.json", settings)
+    write_json(folder / "split.json", split)
 
 
 def stop_if_diverged(trainer: Trainer, recent: Sequence[list[int]], path: Path) -> None:

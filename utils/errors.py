@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
-# What the surroundings refuse: full disk, quota, read-only file system, missing rights.
-REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+# What the surroundings refuse: full disk, quota, read-only file system, missing rights, a file where a folder is due.
+REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
+REFUSED |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 
 
 class UserError(Exception):

@@ -68,6 +68,8 @@ def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) 
             raise UserError("--center and --confidence are for new scans: --input names them")
         if input and len(run) > 1:
             raise UserError("new scans are segmented by one --run")
+        if batch_size < 1:
+            raise UserError(f"--batch-size {batch_size}: at least 1 slice at a time")
         options = {"precision": precision, "tta": tta, "keep_largest": keep_largest}
         if input:
             trained = load_run(run[0], checkpoint, facts, build_network, where)
@@ -86,6 +88,10 @@ def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) 
                 **options,
             )
             return segment_files(segmenter, input, output)
+        if len({folder.resolve() for folder in run}) < len(run):
+            raise UserError("--run names a run twice")
+        for folder in run:  # before the first of them is evaluated
+            require_run(folder, facts)
         summaries = []
         for folder in run:
             trained = load_run(folder, checkpoint, facts, build_network, where)
@@ -117,12 +123,17 @@ def write_table(summaries: list[dict[str, Any]], facts: DatasetFacts, folder: Pa
     print(f"table in {folder / 'leave_one_domain_out.md'}, .csv and .tex")
 
 
+def require_run(folder: Path, facts: DatasetFacts) -> None:
+    """Raise UserError when there is no such folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run; train one first: python {facts.key}_train.py --help")
+
+
 def load_run(
     folder: Path, checkpoint: str, facts: DatasetFacts, build_network: Callable[..., nn.Module], device: torch.device
 ) -> TrainedRun:
     """Load the networks of a run's "best" or "last" checkpoint; UserError when they are not there or do not fit."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such run; train one first: python {facts.key}_train.py --help")
+    require_run(folder, facts)
     path, state = folder / "best.safetensors", None
     if checkpoint == "last":
         path, state = folder / "last.pt", load_checkpoint(folder)

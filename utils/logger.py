@@ -41,13 +41,16 @@ class Logger:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log; a last line that a killed process left unfinished is dropped."""
+    """Lines of a log; a last line that a killed process left unfinished is dropped, any other bad one named."""
     lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
+    texts = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(text)
+            lines.append({**line, "step": int(line["step"])})
+        except (ValueError, TypeError, KeyError):
+            if number < len(texts):
+                print(f"warning: {path}: line {number} is damaged and left out")
     return lines
 
 

@@ -222,10 +222,10 @@ def heart(position, spacing, contraction, tissue, field, rng) -> tuple[np.ndarra
     return image, labels
 
 
-def begin(out: Path, enough: bool) -> None:
+def begin(out: Path, enough: bool, seed: int) -> None:
     """Begin a phantom in the folder `out`, which must be empty or absent, and mark it as one."""
-    if not enough:
-        raise UserError("a phantom needs at least 1 patient and 2 frames")
+    if not enough or seed < 0:
+        raise UserError("a phantom needs at least 1 patient and 2 frames, and a seed from 0")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: remove it, or choose another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -244,7 +244,7 @@ def write_mms(out: Positional[Path], *, patients: int = 4, frames: int = 6, seed
         frames: per patient.
         seed: of everything random.
     """
-    begin(out, patients >= 1 and frames >= 2)
+    begin(out, patients >= 1 and frames >= 2, seed)
     people = [(vendor, number) for vendor in VENDORS for number in range(patients)] + [("C", patients)]
     sizes = (26, 10) * 3  # a code is letter, digit, three times
     draws = np.random.default_rng(seed).choice(np.prod(sizes), len(people), replace=False)
@@ -315,7 +315,7 @@ def write_scgm(out: Positional[Path], *, patients: int = 4, seed: int = 0) -> No
         patients: per site, with masks; one more without.
         seed: of everything random.
     """
-    begin(out, patients >= 1)
+    begin(out, patients >= 1, seed)
     people = [(site, number) for site in SITES for number in [*range(1, patients + 1), max(11, patients + 1)]]
     for site, number in tqdm(people, desc="phantom subjects"):
         scanner, rng = SITES[site], np.random.default_rng([seed, site, number])

@@ -19,6 +19,7 @@ from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
 from utils.augment import CANVAS, GRID
+from utils.checkpoint import LOCK, run_lock
 from utils.data import FORMAT_VERSION, INDEX_COLUMNS, Case, DatasetFacts
 from utils.errors import UserError
 from utils.phantom import PHANTOM_NOTE
@@ -54,18 +55,21 @@ def prepare_dataset(raw: Path, out: Path, facts: DatasetFacts, *, workers: int) 
     if out.exists():
         raise UserError(f"{out} exists already: remove it, or choose another --out")
     unfinished = out.with_name(out.name + ".partial")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        reports = _process(raw, facts, workers=workers, out=unfinished)
-        if not _summarise(raw, facts, reports):
-            raise UserError(f"{raw} has the errors listed above: nothing was prepared")
-        _write_index(unfinished, raw, facts, reports)
-        unfinished.rename(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error})") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with run_lock(unfinished):
+        try:
+            for left in unfinished.glob("*"):  # by a process that was killed
+                if left.name != LOCK:
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+            reports = _process(raw, facts, workers=workers, out=unfinished)
+            if not _summarise(raw, facts, reports):
+                raise UserError(f"{raw} has the errors listed above: nothing was prepared")
+            _write_index(unfinished, raw, facts, reports)
+            (unfinished / LOCK).unlink()
+            unfinished.rename(out)
+        except OSError as error:
+            raise UserError(f"{out}: cannot be written ({error})") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {sum(len(report.rows) for _, report in reports)} slices, {size / 1e9:.2f} GB")
 
@@ -157,7 +161,13 @@ def process_case(case: Case, facts: DatasetFacts, target: tuple[Path, tuple[int,
         phase: facts.consensus([frame_slices(mask, frame).astype(np.uint8) for mask in masks])
         for phase, frame in case.phases.items()
     }
-    warnings += [f"{case.masks[0]}: no label in {phase}" for phase, label in truth.items() if not label.any()]
+    empty = [phase for phase, label in truth.items() if not label.any()]
+    drawn = [frame for frame in range(frame_count(masks[0])) if frame_slices(masks[0], frame).any()] if empty else []
+    if set(drawn) - set(case.phases.values()):
+        said = ", ".join(f"{phase} {frame}" for phase, frame in case.phases.items())
+        errors = [f"{case.masks[0]}: labels in frames {drawn}, but by the table they are {said} (counted from 0)"]
+        return Report(errors, warnings, [])
+    warnings += [f"{case.masks[0]}: no label in {phase}" for phase in empty]
     field = replace(plane, size=GRID).inside()
     structures = np.array([(label > 0) & (label < len(facts.class_names)) for label in truth.values()], bool)
     outside = (np.count_nonzero(structures & ~field), np.count_nonzero(structures)) if truth else (0, 0)
@@ -222,6 +232,7 @@ def _write_index(out: Path, raw: Path, facts: DatasetFacts, reports: list[tuple[
         writer = csv.DictWriter(file, INDEX_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
+    index = (out / "index.csv").read_bytes()
     info = {
         "format": FORMAT_VERSION,
         "dataset": facts.key,
@@ -231,6 +242,7 @@ def _write_index(out: Path, raw: Path, facts: DatasetFacts, reports: list[tuple[
         "canvas_px": CANVAS,
         "field_px": GRID,
         "class_names": facts.class_names,
+        "index_sha256": hashlib.sha256(index).hexdigest(),
         "content_hash": hashlib.sha256(b"".join(report.digest for _, report in reports)).hexdigest(),
     }
     (out / "dataset.json").write_text(json.dumps(info, indent=2) + "\n")

@@ -1,7 +1,6 @@
 """Results of a run on its held-out domain: figures, tables, pictures and predictions."""
 
 import csv
-import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from utils.augment import canvas_to_grid
-from utils.checkpoint import provenance, read_metadata, write_json
+from utils.checkpoint import provenance, read_json, read_metadata, write_json
 from utils.data import DatasetFacts, PreparedData, SliceDataset, batch_loader, scan_batches
 from utils.engine import WITHOUT_EFFECT
 from utils.errors import UserError
@@ -46,11 +45,16 @@ def evaluate_run(
         The summary: paper protocol and volumetric figures with bootstrap intervals (README, Evaluation).
     """
     config = run.metadata["config"]
+    remark = unfinished(run.folder)
     data = PreparedData.open(data_root or config["data_root"], facts)
     domain, size = config["test_domain"], config["image_size"]
     patients = data.patients_with_masks(domain)
     if not patients:
         raise UserError(f"{data.root} has no {facts.domain_word} {domain} with masks to evaluate on: check --data-root")
+    require_unseen(run, patients, data)
+    out.mkdir(parents=True, exist_ok=True)
+    for old in [*(out / "predictions").glob("*.nii.gz"), *(out / "overlays").glob("*.png")]:
+        old.unlink()  # of an earlier evaluation, maybe of another checkpoint
     settings = {"size": size, "reference": run.reference, "device": run.device, "precision": precision, "tta": tta}
 
     slice_dice: list[tuple[str, str, list[float]]] = []
@@ -71,7 +75,7 @@ def evaluate_run(
     summary = {
         "dataset": facts.key,
         "test_domain": domain,
-        "checkpoint": f"{run.checkpoint}, step {run.metadata['step']}{unfinished(run.folder)}",
+        "checkpoint": f"{run.checkpoint}, step {run.metadata['step']}{remark}",
         "selection": run.metadata["selection"] if run.checkpoint == "best" else LAST,
         "patients": len(paper),
         "paper_protocol": _mean_std_interval(list(paper.values())),
@@ -79,7 +83,7 @@ def evaluate_run(
         "outside_field_percent": 100 * float(outside[0]) / max(int(outside[1]), 1),
         "phantom": data.info["phantom"],
         "method": method_name(run.metadata),
-        "unfinished": unfinished(run.folder),
+        "unfinished": remark,
         "settings": {key: value for key, value in config.items() if key not in WITHOUT_EFFECT},
         "ratio": config["ratio"],
         "seed": config["seed"],
@@ -95,7 +99,6 @@ def evaluate_run(
         summary["clinical"] = {
             name: agreement_limits(*pair) | {"unit": unit} for name, (unit, *pair) in clinical.items()
         }
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "summary.json", summary)
     title = f"{facts.name}, held-out {facts.domain_word} {domain}"
     text = to_markdown(title, summary)
@@ -111,34 +114,56 @@ def evaluate_run(
     return summary
 
 
+def require_unseen(run: TrainedRun, patients: Sequence[str], data: PreparedData) -> None:
+    """Raise UserError when the run's training has seen a patient to evaluate on; warn of other data than its own."""
+    if (run.folder / "split.json").exists():  # not beside converted weights
+        split = read_json(run.folder / "split.json")
+        seen = sorted({p for part in ("labeled", "unlabeled", "validation") for p in split[part]} & set(patients))
+        if seen:
+            raise UserError(
+                f"{run.folder} was trained with {len(seen)} of the patients that {data.root} holds out: "
+                f"{', '.join(seen[:5])}. Evaluate on the data of its training, or train on these"
+            )
+    trained_on = run.metadata["content_hash"]
+    if trained_on not in (None, data.info["content_hash"]):
+        print(f"warning: {data.root} holds other data than {run.folder} was trained with")
+
+
 def runs_table(root: Path, facts: DatasetFacts) -> str:
     """The runs below `root` with their best scores, as a Markdown table."""
     lines = [f"| run | held out | labelled | method | seed | best at step | source Dice | {facts.domain_word} Dice |"]
     lines.append("|---" * 8 + "|")
     rules: dict[str, None] = {}
     for path in sorted(root.glob("*/best.safetensors")):
-        metadata, folder = read_metadata(path), path.parent
+        folder = path.parent
+        try:
+            metadata, remark = read_metadata(path), unfinished(folder)
+        except UserError as error:  # one damaged run must not cost the list
+            lines.append(f"| {folder.name} | {error} |")
+            continue
         if metadata["dataset"] != facts.key:
             continue
         config = metadata["config"]
         source = max((line["val_dice"] for line in read_log(folder / "log.jsonl")), default=None)
         evaluated = folder / "results" / config["test_domain"] / "summary.json"
-        held_out = json.loads(evaluated.read_text())["paper_protocol"] if evaluated.exists() else {"mean": None}
+        held_out = read_json(evaluated)["paper_protocol"] if evaluated.exists() else {"mean": None}
         cells = [folder.name, config["test_domain"], f"{100 * config['ratio']:g} %", method_name(metadata)]
-        cells += [config["seed"], f"{metadata['step']}{unfinished(folder)}"]
+        cells += [config["seed"], f"{metadata['step']}{remark}"]
         cells += [_score(source), _score(held_out["mean"], held_out.get("std"))]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
         rules[metadata["selection"]] = None
-    if not rules:
+    if len(lines) == 2:
         raise UserError(f"{root}: no run of {facts.name} there; train one first: python {facts.key}_train.py --help")
-    return "\n".join([*lines, "", f"best: {'; '.join(rules)}"])
+    return "\n".join([*lines, "", f"best: {'; '.join(rules) or 'unknown'}"])
 
 
 def unfinished(folder: Path) -> str:
     """How far a run is that has not trained to its end, as a remark in brackets; empty where it has."""
     if not all((folder / name).exists() for name in ("log.jsonl", "config.json")):  # weights from elsewhere
         return ""
-    planned = json.loads((folder / "config.json").read_text())
+    planned = read_json(folder / "config.json")
+    if not {"num_epoch", "max_steps"} <= set(planned):
+        raise UserError(f"{folder / 'config.json'} is damaged: num_epoch and max_steps are not in it")
     epochs, steps = planned["num_epoch"], planned["max_steps"]
     last = max(read_log(folder / "log.jsonl"), key=lambda line: line["step"], default={"epoch": 0, "step": 0})
     if last["epoch"] >= epochs or (steps and last["step"] >= steps):
@@ -217,8 +242,6 @@ def _draw(
         pictures.append(("Clinical figures: prediction against truth (Bland-Altman)", out / "bland_altman.png"))
     ranked = sorted(paper, key=paper.__getitem__)
     chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
-    for old in (out / "overlays").glob("*.png"):
-        old.unlink()
     overlays = []
     for scan in predict_scans(run.nets, _scans(data, sorted(set(chosen.values()))), data, **settings):
         for rank in (rank for rank, patient in chosen.items() if patient == scan.patient):

@@ -1,5 +1,6 @@
 """Segmenting new scans: NIfTI in, label maps in the scans' own grid out."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from utils.prepare import quantile_curves
 from utils.volume import PlaneMap, Volume, frame_count, frame_slices, read_volume, write_volume
 
 NOTE = "SemiDG-Seg: for research use, not for clinical decisions"
+SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 MAPS = ("_gt", "_seg", "_confidence", "_agreement")  # endings of what lies beside scans and is none
 
 
@@ -97,7 +99,7 @@ def segment_files(segmenter: Segmenter, inputs: Sequence[Path], output: Path) ->
     Raises:
         UserError: no input, two inputs of one name, or, after all the others, the files that failed.
     """
-    stems = _output_stems(inputs)
+    stems = _output_stems(inputs, output)
     problems, slices, began = [], 0, monotonic()
     for path, stem in tqdm(stems.items(), unit="scan", desc="segment"):
         try:
@@ -114,13 +116,13 @@ def segment_files(segmenter: Segmenter, inputs: Sequence[Path], output: Path) ->
         raise UserError(f"{len(problems)} of {len(stems)} scans failed:\n  " + "\n  ".join(problems))
 
 
-def _output_stems(inputs: Sequence[Path]) -> dict[Path, str]:
+def _output_stems(inputs: Sequence[Path], output: Path) -> dict[Path, str]:
     files = []
     for path in inputs:
         if not path.exists():
             raise UserError(f"--input {path}: no such file or folder")
-        files += sorted(p for p in path.iterdir() if p.name.endswith((".nii", ".nii.gz"))) if path.is_dir() else [path]
-    stems = {path: path.name.removesuffix(".gz").removesuffix(".nii") for path in files}
+        files += sorted(p for p in path.iterdir() if SUFFIX.search(p.name)) if path.is_dir() else [path]
+    stems = {path: SUFFIX.sub("", path.name) for path in files}
     for path in [path for path, stem in stems.items() if stem.endswith(MAPS) and path not in inputs]:
         print(f"left out as no scan: {path}")
         del stems[path]
@@ -129,4 +131,9 @@ def _output_stems(inputs: Sequence[Path]) -> dict[Path, str]:
     doubles = sorted({stem for stem in stems.values() if list(stems.values()).count(stem) > 1})
     if doubles:
         raise UserError(f"several inputs would be written as {doubles[0]}_seg.nii.gz: segment them into other folders")
+    given = {path.resolve() for path in files}
+    for stem in stems.values():
+        for target in (output / f"{stem}_{name}.nii.gz" for name in ("seg", "confidence", "agreement")):
+            if target.resolve() in given:
+                raise UserError(f"{target} lies among the inputs and would be overwritten: choose another --output")
     return stems

@@ -7,13 +7,14 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import nibabel as nib
 import numpy as np
 
 from utils.errors import UserError
 
+LARGEST = 1e30  # of a voxel: differences and products of such stay within float32
 MAX_DEFLATE_RATIO = 1032  # zlib's densest possible compression: more data than this a file cannot hold
 
 
@@ -44,9 +45,8 @@ def read_volume(path: Path, ndim: int | Sequence[int] = (3, 4)) -> Volume:
             dimensions, voxel size or affine, NaN or infinite voxels, another number of dimensions than `ndim`.
     """
     allowed = [ndim] if isinstance(ndim, int) else list(ndim)
-    opener = gzip.open if path.name.endswith(".gz") else open
     try:
-        with opener(path, "rb") as file:
+        with _open(path) as file:
             head = file.read(540)
             header, size = _parse_header(path, head, allowed)
             content = bytearray(head)
@@ -66,18 +66,29 @@ def read_volume(path: Path, ndim: int | Sequence[int] = (3, 4)) -> Volume:
         raise UserError(f"{path}: not a valid NIfTI file ({error})") from error
     if array.dtype.kind not in "biuf":
         raise UserError(f"{path}: voxels are of type {array.dtype}, expected one number per voxel")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise UserError(f"{path}: {np.count_nonzero(~np.isfinite(array))} voxels are NaN or infinite")
+    if bad := 0 if array.dtype.kind != "f" else np.count_nonzero(~(np.abs(array) <= LARGEST)):
+        slope = header["scl_slope"]
+        raise UserError(f"{path}: {bad} voxels are NaN, infinite or above {LARGEST:g} (the header scales by {slope})")
     affine = image.affine
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise UserError(f"{path}: the affine (sform or qform) is NaN or singular")
     return Volume(array, image.header, affine, tuple(float(z) for z in image.header.get_zooms()[:3]))
 
 
+def _open(path: Path) -> BinaryIO:
+    return gzip.open(path) if _is_packed(path) else open(path, "rb")
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether the file begins as gzip does, whatever its name."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
 def read_shape(path: Path) -> tuple[int, ...]:
     """The shape by the header alone, without reading the voxels; raises UserError as `read_volume` does."""
     try:
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
+        with _open(path) as file:
             header, _ = _parse_header(path, file.read(540), [3, 4])
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); copy or download it again") from error
@@ -105,9 +116,12 @@ def _parse_header(path: Path, head: bytes, allowed: list[int]) -> tuple[nib.Nift
         raise UserError(f"{path}: {dim[0]}D image of shape {dim[1 : dim[0] + 1].tolist()}, expected {names}")
     if not np.isfinite(pixdim[1:4]).all() or (pixdim[1:4] <= 0).any():
         raise UserError(f"{path}: voxel size {pixdim[1:4].tolist()} mm in the header; must be positive")
+    if (unit := int(header["xyzt_units"]) & 7) in (1, 3):
+        name = "metres" if unit == 1 else "micrometres"
+        raise UserError(f"{path}: the header gives lengths in {name}; rewrite it in mm")
     offset = float(header["vox_offset"])
     voxels = math.prod(int(n) for n in dim[1 : dim[0] + 1])
-    limit = path.stat().st_size * (MAX_DEFLATE_RATIO if path.name.endswith(".gz") else 1) + 1024
+    limit = path.stat().st_size * (MAX_DEFLATE_RATIO if _is_packed(path) else 1) + 1024
     if not (found.sizeof_hdr <= offset <= limit) or voxels * itemsize > limit:
         raise UserError(f"{path}: the header claims {voxels * itemsize:.3g} bytes of data, more than the file can hold")
     return header, int(offset) + voxels * itemsize
