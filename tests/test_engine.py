@@ -419,6 +419,8 @@ def test_lost_config_of_a_run_is_named(mms_config, build_tiny):
         Path(cfg.out_root, "run", name).unlink()
     with pytest.raises(UserError, match=r"config\.json.* missing or damaged"):
         run(cfg, build_tiny)
+    run(replace(cfg, restart=True), build_tiny)
+    assert not Path(cfg.out_root, "run/previous.pt").exists()  # nothing of the lost run is left
 
 
 def test_restart_that_cannot_begin_loses_nothing(mms_config, build_tiny):

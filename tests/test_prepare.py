@@ -309,7 +309,13 @@ def test_read_only_disk_is_named(mms_raw, small_disk):
 def test_interrupted_prepare_leaves_nothing_that_looks_ready(mms_raw, tmp_path, number):
     """Ctrl-C reaches the whole process group, as from a terminal."""
     command = [sys.executable, ROOT / "mms_dataloader.py", "prepare", mms_raw, "--out", tmp_path / "out"]
-    started = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    started = subprocess.Popen(
+        list(map(str, command)),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in a background
+    )
     while not (tmp_path / "out.partial/truth").exists():  # at work
         assert started.poll() is None and not (tmp_path / "out").exists()
         time.sleep(0.01)

@@ -541,7 +541,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 def begin_run(folder: Path, cfg: Any, settings: dict[str, Any], split: dict[str, list[str]]) -> None:
     """Make `folder` the run of these settings; with `restart`, what an earlier run of that name left is deleted."""
-    if cfg.restart and (folder / "config.json").exists():
+    if cfg.restart:
         saved = ["last.pt", "previous.pt", "best.safetensors", "config.json"]
         for name in [*saved, "log.jsonl", "curves.png", "not_finite.txt", "wandb_id"]:
             (folder / name).unlink(missing_ok=True)
