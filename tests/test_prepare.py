@@ -277,6 +277,15 @@ def test_table_with_semicolons_and_open_dataset_itself(raw):
     assert f"found {table} (cannot be read or lacks Centre)" in error
 
 
+def test_data_of_an_earlier_format_are_refused_with_the_remedy(mms_root, tmp_path):
+    root = tmp_path / "prepared"
+    shutil.copytree(mms_root, root)
+    info = json.loads((root / "dataset.json").read_text())
+    (root / "dataset.json").write_text(json.dumps(info | {"format": 1}))
+    with pytest.raises(UserError, match=r"prepared is of format 1, expected 2: remove it, and prepare the data again"):
+        PreparedData.open(root, MMS)
+
+
 def test_index_in_another_order_is_refused(mms_root, tmp_path):
     root = tmp_path / "prepared"
     shutil.copytree(mms_root, root)

@@ -116,8 +116,8 @@ class PreparedData:
                 )
             if info["format"] != FORMAT_VERSION:
                 raise UserError(
-                    f"{root} is of format {info['format']}, expected {FORMAT_VERSION}: prepare it again with "
-                    f"{facts.key}_dataloader.py"
+                    f"{root} is of format {info['format']}, expected {FORMAT_VERSION}: remove it, and prepare the "
+                    f"data again with {facts.key}_dataloader.py (a demo makes its own anew)"
                 )
             text = (root / "index.csv").read_bytes()
             if hashlib.sha256(text).hexdigest() != info["index_sha256"]:  # rows in another order are other images

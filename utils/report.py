@@ -54,6 +54,7 @@ def write_report(
             NaN where the structure was absent from truth and prediction.
         pictures: (caption, PNG file), in this order. A missing file is named in its place: it must not cost the rest.
     """
+    dice, interval = _paper_dice(summary)
     page = [
         '<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
         # Should a value slip through unescaped, it still loads and runs nothing.
@@ -62,7 +63,7 @@ def write_report(
         f"<title>{escape(title)}</title><style>{STYLE}</style>",
         f'<h1>{escape(title)}</h1><p class="soft">For research use, not for clinical decisions.</p>',
         f'<p class="warning">{PHANTOM_WARNING}</p>' if summary["phantom"] else "",
-        f"<p>{escape(_facts(summary))}</p><h2>Paper protocol</h2><p>Dice <b>{_paper_dice(summary)}</b></p>",
+        f"<p>{escape(_facts(summary))}</p><h2>Paper protocol</h2><p>Dice <b>{dice}</b>{interval}</p>",
         f'<p class="soft">{PAPER_NOTE}</p>',
         *map(_html, _tables(summary)),
         "<h2>Pictures</h2>",
@@ -81,7 +82,7 @@ def to_markdown(title: str, summary: Mapping[str, Any]) -> str:
     lines = [f"# {title}", "", _facts(summary), ""]
     if summary["phantom"]:
         lines += [f"**{PHANTOM_WARNING}**", ""]
-    lines += [f"Paper protocol: Dice {_paper_dice(summary)}. {PAPER_NOTE}", ""]
+    lines += [f"Paper protocol: Dice {''.join(_paper_dice(summary))}. {PAPER_NOTE}", ""]
     for table in _tables(summary):
         rows = [" | ".join(map(str, row)) for row in (table.header, ["---"] * len(table.header), *table.rows)]
         lines += [f"**{table.title}.** {table.note}", "", *(f"| {row} |" for row in rows), ""]
@@ -107,11 +108,11 @@ def _facts(summary: Mapping[str, Any]) -> str:
     )
 
 
-def _paper_dice(summary: Mapping[str, Any]) -> str:
-    """The one figure to quote."""
+def _paper_dice(summary: Mapping[str, Any]) -> tuple[str, str]:
+    """The one figure to quote, and its interval."""
     paper = summary["paper_protocol"]
     spread = "" if paper["std"] is None else f" ± {_number(paper['std'])}"
-    return f"{_number(paper['mean'])}{spread} %{_interval(paper['ci95'])}"
+    return f"{_number(paper['mean'])}{spread} %", _interval(paper["ci95"])
 
 
 def _tables(summary: Mapping[str, Any]) -> list[Table]:
