@@ -6,12 +6,14 @@ python mms_dataloader.py prepare RAW --out data/mms            # check, then con
 python mms_dataloader.py preview --data data/mms --out preview.png
 """
 
+import codecs
 import csv
 import io
 import math
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import openpyxl
@@ -24,19 +26,30 @@ from utils.phantom import write_mms
 PARTS = ("Training/Labeled", "Training/Unlabeled", "Validation", "Testing")
 COLUMNS = ("External code", "Vendor", "Centre", "ED", "ES")
 VENDORS = ("A", "B", "C", "D")
-UNKNOWN = {"vendor": "unknown", "centre": "", "phases": {}}  # what a wrong or missing row says of a patient
+CODE = re.compile(r"[A-Za-z0-9_-]+")  # of a patient: it becomes part of file names
+
+
+class TableRow(NamedTuple):
+    """One patient of the info table; a problem matters only where the patient is used."""
+
+    vendor: str
+    centre: str
+    phases: dict[str, int]  # empty where ED and ES are not two frame numbers, as of unlabelled patients
+    problems: list[str]
+
+
+UNKNOWN = TableRow("unknown", "", {}, [])
 
 
 def find_cases(raw: Path) -> RawScan:
     """Match the folders of OpenDataset with the info table; nothing is read but the table."""
     base = raw / "OpenDataset" if (raw / "OpenDataset").is_dir() else raw
     beside = raw.parent if raw.name == "OpenDataset" else raw
-    tables = {path for place in (beside, base) for path in place.glob("*") if path.suffix.lower() in (".csv", ".xlsx")}
-    table, errors = _read_table(sorted(tables), raw)
-    warnings: list[str] = []
+    tables = {path for place in (beside, base) for path in place.glob("[!.]*")}
+    table, errors, warnings = _read_table(sorted(p for p in tables if p.suffix.lower() in (".csv", ".xlsx")), raw)
     folders: dict[str, list[Path]] = defaultdict(list)
     for part in PARTS:
-        for folder in sorted((base / part).glob("*/")):
+        for folder in sorted((base / part).glob("[!.]*/")):
             folders[folder.name].append(folder)
     if not folders:
         errors.append(f"{base}: no patient folders in {', '.join(PARTS)}")
@@ -46,8 +59,10 @@ def find_cases(raw: Path) -> RawScan:
             errors.append(f"patient {code} is there {len(places)} times: {', '.join(map(str, places))}")
         elif table and code not in table:
             errors.append(f"{places[0]}: patient {code} is not in the info table")
+        if not CODE.fullmatch(code):
+            errors.append(f"{places[0]}: a patient's folder is named by letters, digits, _ and -")
         for folder in places:  # the files are checked whatever the table says, so that one pass names every problem
-            case, problems = _case(folder, raw, **(table.get(code) or UNKNOWN))
+            case, problems = _case(folder, raw, table.get(code, UNKNOWN), known=code in table)
             cases += [case] if case else []
             errors += problems
     missing = sorted(set(table) - set(folders))
@@ -56,84 +71,90 @@ def find_cases(raw: Path) -> RawScan:
     return RawScan(cases, errors, warnings)
 
 
-def _case(
-    folder: Path, raw: Path, *, vendor: str, centre: str, phases: dict[str, int]
-) -> tuple[Case | None, list[str]]:
-    """The scan of a patient's folder, of the files that are there; None without an image."""
+def _case(folder: Path, raw: Path, row: TableRow, *, known: bool) -> tuple[Case | None, list[str]]:
+    """Return the scan of a patient's folder, of the files that are there (None without an image), and its problems."""
     image, mask = (folder / f"{folder.name}_sa{suffix}.nii.gz" for suffix in ("", "_gt"))
     labeled = folder.parent.name != "Unlabeled"
     files = [image, mask] if labeled else [image]  # the masks in Unlabeled are empty
     problems = {path: missing_or_outside(path, raw) for path in files}
     masks = tuple(path for path in files[1:] if not problems[path])
     # Vendor B stands in two centres, and labelled patients are counted in each.
-    group = f"B{centre}" if vendor == "B" else vendor
-    case = None if problems[image] else Case(folder.name, vendor, group, image, masks, phases if masks else {})
-    return case, [problem for problem in problems.values() if problem]
+    group = f"B{row.centre}" if row.vendor == "B" else row.vendor
+    case = None if problems[image] else Case(folder.name, row.vendor, group, image, masks, row.phases if masks else {})
+    of_table = [*row.problems]
+    if known and labeled and not row.phases:
+        of_table.append("a patient with masks needs ED and ES in the info table, two different frame numbers from 0")
+    return case, [*filter(None, problems.values()), *(f"patient {folder.name!r}: {text}" for text in of_table)]
 
 
-def _read_table(paths: list[Path], raw: Path) -> tuple[dict[str, dict | None], list[str]]:
-    """Read the info table by its header; a patient whose row is wrong maps to None."""
+def _read_table(paths: list[Path], raw: Path) -> tuple[dict[str, TableRow], list[str], list[str]]:
+    """Read the info table by its header; returns rows by patient code, errors and warnings."""
     found, others = {}, []
     for path in paths:
         rows = _table_rows(path)
-        lacking = [name for name in COLUMNS if not rows or name not in rows[0]]
+        lacking = [name for name in COLUMNS if not rows or name.casefold() not in rows[0]]
         if lacking:
             others.append(f"{path} (cannot be read or lacks {', '.join(lacking)})")
         else:
             found[path] = rows
     if len(found) != 1:
         names = ", ".join([*map(str, found), *others]) or "none"
-        return {}, [
+        error = (
             f"{raw}: expected one info table (CSV or XLSX with the columns {', '.join(COLUMNS)}) beside or inside "
             f"OpenDataset, found {names}"
-        ]
+        )
+        return {}, [error], []
     ((path, rows),) = found.items()
-    table: dict[str, dict | None] = {}
-    errors = []
+    table: dict[str, TableRow] = {}
+    warnings = []
     for row in rows:
-        code, vendor, centre = (row[name] for name in ("External code", "Vendor", "Centre"))
-        problems = []
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", code):
-            problems.append("the code must consist of letters, digits, _ and -")
+        code, vendor, centre, *frames = (row[name.casefold()] for name in COLUMNS)
+        vendor, problems = vendor.upper(), []
+        if not CODE.fullmatch(code):
+            warnings.append(f"{path}: patient {code!r}: the code must consist of letters, digits, _ and -: left out")
+            continue
         if code in table:
-            problems.append("the patient is in the table twice")
+            problems.append(f"{path}: the patient is in the table twice")
         if vendor not in VENDORS:
-            problems.append(f"unknown vendor {vendor!r}, expected one of {', '.join(VENDORS)}")
-        if vendor == "B" and not re.fullmatch(r"\d+", centre):
-            problems.append(f"vendor B needs a centre number, not {centre!r}")
-        if not all(re.fullmatch(r"\d{1,4}", row[phase]) for phase in ("ED", "ES")):
-            problems.append(f"ED {row['ED']!r} and ES {row['ES']!r} must be frame numbers from 0")
-        elif int(row["ED"]) == int(row["ES"]):
-            problems.append(f"ED and ES are both frame {row['ED']}")
-        errors += [f"{path}: patient {code!r}: {problem}" for problem in problems]
-        if problems:
-            table[code] = None
-        else:
-            phases = {phase: int(row[phase]) for phase in ("ED", "ES")}
-            table[code] = {"vendor": vendor, "centre": centre, "phases": phases}
-    return table, errors
+            problems.append(f"{path}: unknown vendor {vendor!r}, expected one of {', '.join(VENDORS)}")
+        if vendor == "B" and not centre.isdecimal():
+            problems.append(f"{path}: vendor B needs a centre number, not {centre!r}")
+        phases = {phase: int(frame) for phase, frame in zip(("ED", "ES"), frames, strict=True) if frame.isdecimal()}
+        table[code] = TableRow(vendor, centre, phases if len(set(phases.values())) == 2 else {}, problems)
+    return table, [], warnings
 
 
 def _table_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV or XLSX file as text by column name; empty when it cannot be read."""
+    """Read the rows of a CSV or XLSX file as text by lower-case column name; none when it cannot be read."""
     try:
         if path.suffix.lower() == ".csv":
-            text = path.read_text(encoding="utf-8-sig")
+            text = _decoded(path.read_bytes())
             delimiter = max(",;\t", key=text.split("\n")[0].count)  # spreadsheets of some countries write semicolons
-            lines = list(csv.reader(io.StringIO(text), delimiter=delimiter))
+            lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
         else:
             with open(path, "rb") as file:  # opened here, or a read-only workbook keeps it open
                 lines = list(openpyxl.load_workbook(file, read_only=True, data_only=True).active.values)
     except Exception:  # openpyxl raises what zip and XML raise; a table that cannot be read is none
         return []
     header, *rows = [[_text(cell) for cell in line] for line in lines if any(map(_text, line))] or [[]]
-    return [defaultdict(str, zip(header, row, strict=False)) for row in rows]
+    names = [" ".join(name.split()).casefold() for name in header]
+    return [defaultdict(str, zip(names, row, strict=False)) for row in rows]
+
+
+def _decoded(content: bytes) -> str:
+    """Decode what spreadsheets save: UTF-8 or UTF-16 with a byte-order mark, UTF-8 without, or else cp1252."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", errors="replace")
 
 
 def _text(cell: object) -> str:
-    if isinstance(cell, float) and cell.is_integer():  # spreadsheets keep whole numbers as floats
-        cell = int(cell)
-    return "" if cell is None else str(cell).strip()
+    """Return a cell as text without blanks around it; whole numbers without the ".0" that spreadsheets add."""
+    text = "" if cell is None else str(cell).strip()
+    return re.sub(r"^(\d+)\.0+$", r"\1", text)
 
 
 def normalize(slices: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from scipy.ndimage import map_coordinates
 import mms_dataloader
 import scgm_dataloader
 from utils.checkpoint import run_lock
-from utils.data import PreparedData, build_loaders
+from utils.data import PreparedData, build_loaders, split_patients
 from utils.distributed import Process
 from utils.engine import fit
 from utils.errors import UserError
@@ -468,3 +468,85 @@ def test_gzip_of_the_phantom_is_what_it_says(scgm_raw):
     for path in scgm_raw.rglob("*.nii.gz"):
         assert len(gzip.decompress(path.read_bytes())) > 352
     assert check_dataset(scgm_raw, SCGM, workers=2)
+
+
+def published_table(rng):
+    """The rows of the published info table, as far as its documentation says them: 345 patients."""
+    groups = [("A", 1, 95), ("B", 2, 74), ("B", 3, 51), ("C", 4, 75), ("D", 5, 50)]
+    letters, rows = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", []
+    for vendor, centre, count in groups:
+        for number in range(count):
+            code = f"{letters[len(rows) % 26]}{len(rows) // 26 % 10}{vendor}{number // 10}{vendor}{number % 10}"
+            unlabeled = vendor == "C" and number % 3 == 1  # 25 of the 75
+            ed, es = (0, 0) if unlabeled else rng.permutation(2)
+            rows.append([code, vendor, centre, int(ed), int(es), unlabeled])
+    return rows
+
+
+def test_the_published_table_is_prepared_and_labels_the_published_numbers(tmp_path):
+    """345 patients, 25 of vendor C without masks and with ED = ES = 0, over tiny volumes."""
+    rng = np.random.default_rng(0)
+    rows = published_table(rng)
+    book = openpyxl.Workbook()
+    book.active.append(["External code", "Vendor", "Centre", "ED", "ES"])
+    for number, (code, vendor, centre, ed, es, unlabeled) in enumerate(rows):
+        book.active.append([code, vendor, centre, ed, es])
+        part = "Training/Unlabeled" if unlabeled else ("Training/Labeled", "Validation", "Testing")[number % 3]
+        folder = tmp_path / "raw/OpenDataset" / part / code
+        folder.mkdir(parents=True)
+        voxels = rng.integers(0, 900, (24, 20, 1, 2)).astype(np.int16)
+        labels = np.zeros(voxels.shape, np.uint8)
+        if not unlabeled:
+            labels[8:14, 8:14] = rng.integers(1, 4, (6, 6, 1, 2))
+        affine = np.diag([8.0, 8, 9, 1])
+        nib.save(nib.Nifti1Image(voxels, affine), folder / f"{code}_sa.nii.gz")
+        nib.save(nib.Nifti1Image(labels, affine), folder / f"{code}_sa_gt.nii.gz")
+    book.save(tmp_path / "raw/M&Ms Dataset Information.xlsx")
+    assert check_dataset(tmp_path / "raw", MMS, workers=2)
+    prepare_dataset(tmp_path / "raw", tmp_path / "data", MMS, workers=2)
+    data = PreparedData.open(tmp_path / "data", MMS)
+    group_of = dict(zip(data.index["patient"], data.index["group"], strict=True))
+    for ratio, expected in ((0.02, {"A": 3, "B2": 3, "B3": 3, "C": 2, "D": 2}),
+                            (0.05, {"A": 6, "B2": 5, "B3": 4, "C": 4, "D": 4})):  # fmt: skip
+        counts = {}
+        for held_out in "AD":
+            split = split_patients(data, MMS, test_domain=held_out, ratio=ratio)
+            for patient in split.labeled:
+                counts.setdefault(str(group_of[patient]), set()).add(patient)
+        assert {group: len(patients) for group, patients in counts.items()} == expected
+
+
+@pytest.mark.parametrize("phases", [("0", "0"), ("", ""), ("nan", "nan"), ("7", "7"), ("-1", "x")])
+def test_phases_matter_only_where_there_are_masks(raw, phases):
+    labeled, unlabeled = folder_of(raw, 0).name, folder_of(raw, 0, "Training/Unlabeled/*").name
+    with open(table_of(raw), newline="") as file:
+        lines = list(csv.reader(file))
+
+    def errors(code):
+        changed = [[*row[:5], *phases, *row[7:]] if row[1] == code else row for row in lines]
+        with open(table_of(raw), "w", newline="") as file:
+            csv.writer(file).writerows(changed)
+        return mms_dataloader.find_cases(raw).errors
+
+    assert errors(unlabeled) == []
+    (error,) = errors(labeled)
+    assert f"'{labeled}'" in error and "needs ED and ES in the info table" in error
+
+
+def test_problem_of_a_patient_who_is_not_on_disk_is_none(raw):
+    with open(table_of(raw), "a") as file:
+        file.write("99,Q1Q1Q1,Unknown,X,,,,,,,,\n")
+    assert mms_dataloader.find_cases(raw).errors == []
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "cp1252", "utf-8"])
+def test_tables_as_spreadsheets_write_them(raw, encoding):
+    expected = mms_dataloader.find_cases(raw)
+    table = table_of(raw)
+    with open(table, newline="") as file:
+        header, *rows = csv.reader(file)
+    rows = [[*row[:3], f" {row[3].lower()} ", f"{row[4]}.0", f"{row[5]}.0", f"{row[6]}.0", "", "Ödem", *row[9:]]
+            for row in rows]  # fmt: skip
+    with open(table, "w", newline="", encoding=encoding) as file:
+        csv.writer(file).writerows([[f" {name.upper()}  " for name in header], *rows])
+    assert mms_dataloader.find_cases(raw) == expected

@@ -271,7 +271,8 @@ def write_mms(out: Positional[Path], *, patients: int = 4, frames: int = 6, seed
         age, height, weight = rng.integers((20, 155, 50), (80, 195, 100))
         disease, sex = rng.choice(["NOR", "HCM", "DCM"]), rng.choice(["F", "M"])
         centre = centres[number % len(centres)]
-        rows.append((code, name, vendor, centre, ed, es, age, disease, sex, height, weight))
+        phases = (ed, es) if labeled else (0, 0)  # as in the published table
+        rows.append((code, name, vendor, centre, *phases, age, disease, sex, height, weight))
     with open(Path(out) / TABLE, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([COLUMNS.split(","), *((i, *row) for i, row in enumerate(sorted(rows)))])
 
