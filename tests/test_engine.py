@@ -170,6 +170,7 @@ def test_same_seed_same_weights_other_seed_others(mms_config, build_tiny):
     assert any(not torch.equal(ours[path], theirs[path]) for path in ours)
     folder = f"{cfg.out_root}/a"
     expected = {
+        ".semidg-files",
         "best.safetensors",
         "config.json",
         "curves.png",
@@ -477,7 +478,7 @@ def test_weights_that_were_not_trained_here_are_kept(mms_config, build_tiny):
     folder = Path(mms_config.out_root) / "run"
     folder.mkdir(parents=True)
     (folder / "best.safetensors").write_bytes(b"converted")
-    with pytest.raises(UserError, match="weights that were not trained here"):
+    with pytest.raises(UserError, match="does not say that this program made it"):
         run(mms_config, build_tiny)
     assert (folder / "best.safetensors").read_bytes() == b"converted"
 

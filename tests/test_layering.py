@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"mms_train", "scgm_train", "inference_mms", "inference_scgm", "convert_released", "benchmark"}
 DATALOADERS = {"mms_dataloader", "scgm_dataloader"}
 # Of utils: import nothing of ours but the errors.
-LEAVES = {"errors", "losses", "augment", "metrics", "logger", "visualize", "tables", "report", "distributed"}
+LEAVES = {"errors", "losses", "augment", "metrics", "logger", "visualize", "tables", "report", "distributed", "outputs"}
 # Of utils: what is left may import what is right of it, never the other way round.
 LAYERS = ["commands", "inference", "results", "segment", "engine", "evaluate", "prepare", "data", "phantom", "volume"]
 LAYERS += ["checkpoint"]

@@ -96,12 +96,12 @@ def test_center_moves_the_field_of_view(tmp_path):
     write(tmp_path / "scan.nii.gz", truth, np.diag([1.1, 1.1, 8, 1]))
     middle = (199.5 + 158 / 1.1, 199.5)
     for center, least in ((None, None), (middle, 0.97)):
-        segment_files(segmenter(center=center), [tmp_path / "scan.nii.gz"], tmp_path / "out")
+        segment_files(segmenter(center=center), [tmp_path / "scan.nii.gz"], tmp_path / "out", overwrite=True)
         ours = np.asarray(nib.load(tmp_path / "out/scan_seg.nii.gz").dataobj) == 3
         dice = 2 * (ours & (truth == 3)).sum() / (ours.sum() + (truth == 3).sum())
         assert dice > least if least else dice < 0.8
     with pytest.raises(UserError, match=r"outside the image of \(400, 400\)"):
-        segment_files(segmenter(center=(500, 0)), [tmp_path / "scan.nii.gz"], tmp_path / "out")
+        segment_files(segmenter(center=(500, 0)), [tmp_path / "scan.nii.gz"], tmp_path / "other")
 
 
 def test_prediction_does_not_depend_on_order_or_batch_size(tmp_path, build_tiny):
@@ -205,6 +205,17 @@ def test_inputs_are_never_overwritten(tmp_path):
         with pytest.raises(UserError, match=r"scan_seg\.nii\.gz lies among the inputs and would be overwritten"):
             segment_files(segmenter(), inputs, tmp_path)
     assert (tmp_path / "scan_seg.nii.gz").read_bytes() == before
+
+
+def test_corrected_label_maps_are_kept(tmp_path):
+    write(tmp_path / "scan.nii.gz", phantom((60, 60, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/scan_seg.nii.gz").write_bytes(b"by hand")
+    with pytest.raises(UserError, match=r"scan_seg\.nii\.gz .*--overwrite replaces them"):
+        segment_files(segmenter(), [tmp_path / "scan.nii.gz"], tmp_path / "out")
+    assert (tmp_path / "out/scan_seg.nii.gz").read_bytes() == b"by hand"
+    segment_files(segmenter(), [tmp_path / "scan.nii.gz"], tmp_path / "out", overwrite=True)
+    assert nib.load(tmp_path / "out/scan_seg.nii.gz").shape == (60, 60, 2)
 
 
 def test_a_bad_scan_does_not_stop_the_others(tmp_path, capsys):

@@ -1,8 +1,8 @@
 """The commands: phantom, check, prepare and preview of a data set, and training on it."""
 
 import os
-import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from utils.data import DatasetFacts, PreparedData, SliceDataset, build_loaders
 from utils.distributed import main_first, process_group
 from utils.engine import fit
 from utils.errors import UserError, clear_errors
+from utils.outputs import OutputFolder
 from utils.prepare import check_dataset, prepare_dataset
 from utils.visualize import plot_preview
 from utils.volume import radiological, read_volume
@@ -73,7 +74,7 @@ def run_data_command(facts: DatasetFacts) -> None:
         draw_preview(
             facts,
             data,
-            out,
+            OutputFolder(out.parent).claim(out.name),
             count=images,
             fourier_ratio=fourier_ratio,
             histogram_matching=histogram_matching,
@@ -100,10 +101,10 @@ def make_demo_data(cfg: Any, facts: DatasetFacts) -> None:
     root = Path(cfg.data_root)
     if not cfg.demo or root.exists():
         return
-    raw = root.with_name(root.name + "_raw")
-    shutil.rmtree(raw, ignore_errors=True)  # left by a demo that was stopped while writing
-    facts.write_phantom(raw, **facts.demo_phantom)
-    prepare_dataset(raw, root, facts, workers=os.cpu_count() or 1)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{root.name}_raw_", dir=root.parent) as raw:
+        facts.write_phantom(Path(raw), **facts.demo_phantom)
+        prepare_dataset(Path(raw), root, facts, workers=os.cpu_count() or 1)
 
 
 def draw_preview(

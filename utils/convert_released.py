@@ -27,6 +27,7 @@ from network import build_network
 from utils.checkpoint import provenance, require_space, run_lock, save_networks, write_json
 from utils.data import build_loaders
 from utils.errors import UserError, clear_errors
+from utils.outputs import OutputFolder
 
 DATASETS = {"mms": (MMS, mms_dataloader.FACTS), "scgm": (SCGM, scgm_dataloader.FACTS)}
 SELECTION = "the method's released weights, converted: neither trained nor selected here"
@@ -262,8 +263,9 @@ def convert_released(
     }
     with run_lock(out):
         require_space(out, sum(p.numel() * p.element_size() for net in nets for p in net.parameters()))
-        save_networks(out / "best.safetensors", nets, metadata)
-        write_json(out / "config.json", config)
+        outputs = OutputFolder(out)
+        save_networks(outputs.claim("best.safetensors"), nets, metadata)
+        write_json(outputs.claim("config.json"), config)
     if base.histogram_matching and not cfg.histogram_matching:
         print("histogram matching is off: it needs the quantile curve of the source data, give their folder by --data")
     print(f"{out}: python inference_{dataset}.py --run {out} --data-root {cfg.data_root}")

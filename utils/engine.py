@@ -43,6 +43,7 @@ from utils.errors import UserError
 from utils.evaluate import autocast, mean_dice, predict_scans
 from utils.logger import Logger
 from utils.losses import cross_pseudo_loss, dice_loss, kl_variance
+from utils.outputs import RECORD, OutputFolder
 from utils.visualize import plot_curves, plot_training_samples
 
 EXIT_INTERRUPTED = 75  # after SIGTERM, SIGUSR1 or Ctrl-C: the state is saved, run the same command to go on
@@ -57,6 +58,10 @@ WITHOUT_EFFECT = {
 # What may differ between the command that began a run and the one that resumes it.
 FREE_ON_RESUME = WITHOUT_EFFECT | {"num_epoch", "max_steps"}
 
+RUN_FILES = (
+    "config.json", "split.json", "log.jsonl", "curves.png", "last.pt", "previous.pt", "best.safetensors",
+    "not_finite.txt", "wandb_id",
+)  # fmt: skip
 SELECTION = "highest ensemble Dice (paper protocol) on labelled source images; the target domain is never looked at"
 
 
@@ -424,6 +429,7 @@ def fit(cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module], pro
         with main_first(process):
             if process.main:
                 stack.enter_context(run_lock(folder))
+                OutputFolder(folder).require_free(*RUN_FILES)
                 if not cfg.restart:
                     check_settings(folder, settings)
         checkpoint = None if cfg.restart else load_checkpoint(folder)
@@ -491,7 +497,7 @@ def _train(trainer: Trainer, folder: Path, total: int, logger: Logger | None, in
             if process.main:
                 if better:
                     save_networks(folder / "best.safetensors", trainer.nets, trainer.metadata())
-                samples = folder / "samples" / f"epoch_{epoch:03d}.png"
+                samples = OutputFolder(folder).claim(f"samples/epoch_{epoch:03d}.png")
                 trainer.draw_samples(samples, batches[0][1])
                 logger.log(line, {"samples": samples})
                 plot_curves(logger.lines, folder / "curves.png", selected_epoch=_best_epoch(logger.lines))
@@ -516,10 +522,8 @@ def _train(trainer: Trainer, folder: Path, total: int, logger: Logger | None, in
 
 
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raise UserError where `folder` holds a run with other settings, or weights that were not trained there."""
+    """Raise UserError where `folder` holds a run with other settings."""
     known = folder / "config.json"
-    if (folder / "best.safetensors").exists() and not known.exists():
-        raise UserError(f"{folder} holds weights that were not trained here: choose another --run-name, or --restart")
     if not any((folder / name).exists() for name in ("last.pt", "previous.pt", "best.safetensors")):
         return
     try:
@@ -542,11 +546,11 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
 def begin_run(folder: Path, cfg: Any, settings: dict[str, Any], split: dict[str, list[str]]) -> None:
     """Make `folder` the run of these settings; with `restart`, what an earlier run of that name left is deleted."""
     if cfg.restart:
-        saved = ["last.pt", "previous.pt", "best.safetensors", "config.json"]
-        for name in [*saved, "log.jsonl", "curves.png", "not_finite.txt", "wandb_id"]:
-            (folder / name).unlink(missing_ok=True)
-        for name in ("samples", "results"):
-            shutil.rmtree(folder / name, ignore_errors=True)
+        for made in [folder, *(record.parent for record in folder.glob("results/*/" + RECORD))]:
+            OutputFolder(made).remove_stale()
+    outputs = OutputFolder(folder)
+    for name in RUN_FILES:
+        outputs.claim(name)
     write_json(folder / "config.json", settings)
     write_json(folder / "split.json", split)
 

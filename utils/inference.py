@@ -13,6 +13,7 @@ from utils.data import DatasetFacts
 from utils.distributed import choose_device
 from utils.errors import UserError, clear_errors
 from utils.evaluate import TrainedRun
+from utils.outputs import OutputFolder
 from utils.results import evaluate_run, runs_table
 from utils.segment import Segmenter, segment_files
 from utils.tables import combine, to_csv, to_latex, to_markdown
@@ -30,6 +31,7 @@ def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) 
         out: Path | None = None,
         input: tuple[Path, ...] = (),
         output: Path | None = None,
+        overwrite: bool = False,
         confidence: bool = False,
         center: tuple[float, float] | None = None,
         tta: bool = False,
@@ -49,6 +51,7 @@ def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) 
             out: folder for the results; by default RUN/results/DOMAIN, for several runs the folder they lie in.
             input: new scans, 3D or 4D NIfTI files or folders of them, to segment instead of evaluating.
             output: folder for the label maps of new scans.
+            overwrite: replace maps of new scans that are in the output folder already.
             confidence: with new scans, also write maps of exp(-V) and of the networks' agreement.
             center: with new scans, the organ's centre in voxels of the first two axes; by default the image's centre.
             tta: average over flips and rotations.
@@ -87,7 +90,7 @@ def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) 
                 center=center,
                 **options,
             )
-            return segment_files(segmenter, input, output)
+            return segment_files(segmenter, input, output, overwrite=overwrite)
         if len({folder.resolve() for folder in run}) < len(run):
             raise UserError("--run names a run twice")
         for folder in run:  # before the first of them is evaluated
@@ -116,9 +119,9 @@ def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) 
 def write_table(summaries: list[dict[str, Any]], facts: DatasetFacts, folder: Path) -> None:
     """Write and print the leave-one-domain-out table of several evaluations, as Markdown, CSV and LaTeX."""
     table = combine(summaries, name=facts.name, domain_word=facts.domain_word, domains=facts.domains)
-    folder.mkdir(parents=True, exist_ok=True)
+    outputs = OutputFolder(folder)
     for suffix, form in (("md", to_markdown), ("csv", to_csv), ("tex", to_latex)):
-        (folder / f"leave_one_domain_out.{suffix}").write_text(form(table), encoding="utf-8")
+        outputs.claim(f"leave_one_domain_out.{suffix}").write_text(form(table), encoding="utf-8")
     print(to_markdown(table))
     print(f"table in {folder / 'leave_one_domain_out.md'}, .csv and .tex")
 

@@ -18,12 +18,14 @@ from utils.errors import UserError
 from utils.evaluate import ScanPrediction, TrainedRun, mean_dice, predict_scans, to_native, volumetric_rows
 from utils.logger import read_log
 from utils.metrics import agreement_limits, bootstrap_interval
+from utils.outputs import OutputFolder
 from utils.report import to_markdown, write_report
 from utils.tables import method_name
 from utils.visualize import plot_bland_altman, plot_case, plot_dice_per_case
 from utils.volume import radiological, read_volume, write_volume
 
 FIGURES = ("dice", "hd95", "assd")
+RESULT_FILES = ("summary.json", "summary.md", "per_case.csv", "report.html", "dice_per_case.png", "bland_altman.png")
 LAST = "none, the last state of the training"
 CASE_COLUMNS = ("patient", "phase", "structure", *FIGURES, "missed", "predicted_ml", "truth_ml", "paper_dice")
 
@@ -52,9 +54,8 @@ def evaluate_run(
     if not patients:
         raise UserError(f"{data.root} has no {facts.domain_word} {domain} with masks to evaluate on: check --data-root")
     require_unseen(run, patients, data)
-    out.mkdir(parents=True, exist_ok=True)
-    for old in [*(out / "predictions").glob("*.nii.gz"), *(out / "overlays").glob("*.png")]:
-        old.unlink()  # of an earlier evaluation, maybe of another checkpoint
+    outputs = OutputFolder(out)
+    outputs.require_free(*RESULT_FILES)  # before the work
     settings = {"size": size, "reference": run.reference, "device": run.device, "precision": precision, "tta": tta}
 
     slice_dice: list[tuple[str, str, list[float]]] = []
@@ -68,7 +69,8 @@ def evaluate_run(
         rows += volumetric_rows(scan, native, facts.class_names)
         outside += native.outside
         if save_predictions:
-            write_volume(out / "predictions" / f"{scan.patient}_{scan.phase}.nii.gz", native.labels, native.grid)
+            path = outputs.claim(f"predictions/{scan.patient}_{scan.phase}.nii.gz")
+            write_volume(path, native.labels, native.grid)
     paper = mean_dice(slice_dice)
     rows = [{**row, "paper_dice": paper[row["patient"]]} for row in rows]
     clinical = _clinical(rows, facts)
@@ -99,16 +101,18 @@ def evaluate_run(
         summary["clinical"] = {
             name: agreement_limits(*pair) | {"unit": unit} for name, (unit, *pair) in clinical.items()
         }
-    write_json(out / "summary.json", summary)
+    write_json(outputs.claim("summary.json"), summary)
     title = f"{facts.name}, held-out {facts.domain_word} {domain}"
     text = to_markdown(title, summary)
-    (out / "summary.md").write_text(text, encoding="utf-8")
-    with open(out / "per_case.csv", "w", newline="") as file:
+    outputs.claim("summary.md").write_text(text, encoding="utf-8")
+    with open(outputs.claim("per_case.csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, CASE_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    pictures = _draw(out, run, data, facts, rows, paper, clinical, settings, title)
+    pictures = _draw(outputs, run, data, facts, rows, paper, clinical, settings, title)
+    outputs.claim("report.html")
     write_report(out, title=title, summary=summary, config=config, cases=rows, pictures=pictures)
+    outputs.remove_stale()  # of an earlier evaluation, maybe of another checkpoint
     print(text)
     print(f"results in {out}")
     return summary
@@ -222,7 +226,7 @@ def _clinical(rows: Sequence[dict[str, Any]], facts: DatasetFacts) -> dict[str, 
 
 
 def _draw(
-    out: Path,
+    outputs: OutputFolder,
     run: TrainedRun,
     data: PreparedData,
     facts: DatasetFacts,
@@ -234,18 +238,20 @@ def _draw(
 ) -> list[tuple[str, Path]]:
     """Draw all pictures of an evaluation; returns them with captions, for the report."""
     structures = facts.class_names[1:]
-    plot_dice_per_case(out / "dice_per_case.png", [row for row in rows if "dice" in row], structures, title=title)
-    pictures = [("Dice per structure and case", out / "dice_per_case.png")]
+    path = outputs.claim("dice_per_case.png")
+    plot_dice_per_case(path, [row for row in rows if "dice" in row], structures, title=title)
+    pictures = [("Dice per structure and case", path)]
     if clinical:
         pairs = {name: (np.array(truth), np.array(predicted)) for name, (_, truth, predicted) in clinical.items()}
-        plot_bland_altman(out / "bland_altman.png", pairs, {name: unit for name, (unit, *_) in clinical.items()})
-        pictures.append(("Clinical figures: prediction against truth (Bland-Altman)", out / "bland_altman.png"))
+        path = outputs.claim("bland_altman.png")
+        plot_bland_altman(path, pairs, {name: unit for name, (unit, *_) in clinical.items()})
+        pictures.append(("Clinical figures: prediction against truth (Bland-Altman)", path))
     ranked = sorted(paper, key=paper.__getitem__)
     chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
     overlays = []
     for scan in predict_scans(run.nets, _scans(data, sorted(set(chosen.values()))), data, **settings):
         for rank in (rank for rank, patient in chosen.items() if patient == scan.patient):
-            path = out / "overlays" / f"{rank}_{scan.patient}_{scan.phase}.png"
+            path = outputs.claim(f"overlays/{rank}_{scan.patient}_{scan.phase}.png")
             _draw_case(path, scan, data, facts, rank, paper[scan.patient])
             overlays.append((f"{rank} patient by the paper's Dice: {scan.patient} {scan.phase}", path))
     pictures += sorted(overlays, key=lambda overlay: list(chosen).index(overlay[0].split()[0]))

@@ -90,16 +90,24 @@ class Segmenter:
         return {name: array.reshape(volume.array.shape) for name, array in stacked.items()}
 
 
-def segment_files(segmenter: Segmenter, inputs: Sequence[Path], output: Path) -> None:
+def segment_files(segmenter: Segmenter, inputs: Sequence[Path], output: Path, *, overwrite: bool = False) -> None:
     """Segment files, and all NIfTI files of folders, into OUTPUT/STEM_seg.nii.gz.
 
     With confidence also STEM_confidence.nii.gz (exp(-V), V the KL variance between plain and Fourier view) and
     STEM_agreement.nii.gz (exp(-KL) between the two networks). A file that cannot be read does not stop the others.
 
     Raises:
-        UserError: no input, two inputs of one name, or, after all the others, the files that failed.
+        UserError: no input, two inputs of one name, a label map that is there already (unless `overwrite`), or, after
+            all the others, the files that failed.
     """
     stems = _output_stems(inputs, output)
+    kinds = ("seg", "confidence", "agreement") if segmenter.confidence else ("seg",)
+    there = [path for stem in stems.values() for kind in kinds if (path := output / f"{stem}_{kind}.nii.gz").exists()]
+    if there and not overwrite:
+        raise UserError(
+            f"{len(there)} of the maps to write are there already, perhaps corrected by hand: {there[0]} and so on; "
+            "--overwrite replaces them, or choose another --output"
+        )
     problems, slices, began = [], 0, monotonic()
     for path, stem in tqdm(stems.items(), unit="scan", desc="segment"):
         try:

@@ -1,0 +1,98 @@
+"""Nothing of the user's is deleted or overwritten: only what this program noted as its own."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mms_dataloader
+from config import MMS_DEMO
+from utils import commands
+from utils.data import build_loaders
+from utils.distributed import Process
+from utils.engine import fit
+from utils.errors import UserError
+from utils.inference import load_run
+from utils.outputs import OutputFolder
+from utils.results import evaluate_run
+
+MMS = mms_dataloader.FACTS
+CPU = torch.device("cpu")
+
+
+def test_only_what_was_claimed_is_overwritten_and_removed(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    first = OutputFolder(tmp_path)
+    for name in ("a.txt", "maps/b.txt"):
+        first.claim(name).write_text("ours")
+    with pytest.raises(UserError, match=r"mine\.txt is there, and .* is not overwritten"):
+        first.claim("mine.txt")
+    again = OutputFolder(tmp_path)
+    again.claim("a.txt").write_text("new")
+    again.remove_stale()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".semidg-files", "a.txt", "mine.txt"]
+    assert OutputFolder(tmp_path).made == {"a.txt"}
+
+
+def test_demo_leaves_raw_data_of_the_user_alone(tmp_path):
+    (tmp_path / "heart_raw").mkdir()
+    (tmp_path / "heart_raw/scan.nii.gz").write_bytes(b"years of work")
+    small = replace(MMS, demo_phantom={"patients": 1, "frames": 2})
+    commands.make_demo_data(replace(MMS_DEMO, data_root=str(tmp_path / "heart")), small)
+    assert (tmp_path / "heart_raw/scan.nii.gz").read_bytes() == b"years of work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["heart", "heart_raw"]
+
+
+def test_results_of_the_user_stay(mms_config, build_tiny, tmp_path):
+    fit(replace(mms_config, max_steps=1), build_loaders(mms_config, MMS), build_tiny, Process(CPU))
+    run, out = Path(mms_config.out_root) / "run", tmp_path / "out"
+    for name in ("predictions/corrected.nii.gz", "overlays/figure1.png"):
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_bytes(b"by hand")
+
+    def evaluate(**options):
+        trained = load_run(run, "best", MMS, build_tiny, CPU)
+        evaluate_run(trained, MMS, data_root=None, out=out, precision="fp32", tta=False, keep_largest=False, **options)
+
+    evaluate(save_predictions=True)
+    maps = sorted((out / "predictions").glob("*_E?.nii.gz"))
+    assert len(maps) == 8
+    evaluate(save_predictions=False)
+    assert [path.name for path in (out / "predictions").iterdir()] == ["corrected.nii.gz"]
+    assert (out / "overlays/figure1.png").read_bytes() == b"by hand"
+    (out / ".semidg-files").unlink()
+    with pytest.raises(UserError, match=r"summary\.json is there"):
+        evaluate(save_predictions=False)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_folder_that_was_never_a_run_keeps_its_content(mms_config, build_tiny, restart):
+    folder = Path(mms_config.out_root) / "run"
+    for name in ("results/D/table.csv", "samples/epoch_001.png", "config.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("of the user")
+    cfg = replace(mms_config, max_steps=1, restart=restart)
+    with pytest.raises(UserError, match=r"config\.json is there"):
+        fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
+    (folder / "config.json").unlink()
+    (folder / "samples/epoch_001.png").rename(folder / "samples/mine.png")
+    fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
+    fit(replace(cfg, restart=True), build_loaders(cfg, MMS), build_tiny, Process(CPU))
+    assert (folder / "results/D/table.csv").read_text() == "of the user"
+    assert (folder / "samples/mine.png").read_text() == "of the user"
+    assert (folder / "samples/epoch_001.png").stat().st_size > 1000
+
+
+def test_preview_overwrites_no_other_picture(mms_root, tmp_path, monkeypatch, capsys):
+    (tmp_path / "photo.png").write_bytes(b"holiday")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["x", "preview", "--data", str(mms_root), "--out", "photo.png"])
+    with pytest.raises(SystemExit, match=r"photo\.png is there"):
+        commands.run_data_command(MMS)
+    assert (tmp_path / "photo.png").read_bytes() == b"holiday"
+    for seed in ("0", "1"):  # its own picture it does
+        monkeypatch.setattr("sys.argv", ["x", "preview", "--data", str(mms_root), "--out", "p.png", "--seed", seed])
+        commands.run_data_command(MMS)
+    assert np.frombuffer((tmp_path / "p.png").read_bytes()[:4], "S4")[0][1:] == b"PNG"
