@@ -6,7 +6,7 @@ python inference_mms.py --run runs/NAME --save-predictions --out results
 
 from mms_dataloader import FACTS
 from network import build_network
-from utils.inference import run_inference
+from utils.evaluation.commands import run_inference
 
 if __name__ == "__main__":
     run_inference(FACTS, build_network)

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import openpyxl
 
-from utils.commands import run_data_command
-from utils.data import Case, DatasetFacts, RawScan, missing_or_outside
-from utils.metrics import cardiac_figures
-from utils.phantom import write_mms
+from utils.data.commands import run_data_command
+from utils.data.phantom import write_mms
+from utils.data.prepared import Case, DatasetFacts, RawScan, missing_or_outside
+from utils.evaluation.metrics import cardiac_figures
 
 PARTS = ("Training/Labeled", "Training/Unlabeled", "Validation", "Testing")
 COLUMNS = ("External code", "Vendor", "Centre", "ED", "ES")

@@ -8,7 +8,7 @@ python mms_train.py --help                              # every setting is a fla
 from config import MMS, MMS_DEMO, from_cli
 from mms_dataloader import FACTS
 from network import build_network
-from utils.commands import train
+from utils.data.commands import train
 
 if __name__ == "__main__":
     train(from_cli(MMS, MMS_DEMO), FACTS, build_network)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.commands import run_data_command
-from utils.data import Case, DatasetFacts, RawScan, missing_or_outside
-from utils.phantom import write_scgm
+from utils.data.commands import run_data_command
+from utils.data.phantom import write_scgm
+from utils.data.prepared import Case, DatasetFacts, RawScan, missing_or_outside
 
 SITES = ("1", "2", "3", "4")
 RATERS = (1, 2, 3, 4)

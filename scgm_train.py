@@ -8,7 +8,7 @@ python scgm_train.py --help                              # every setting is a fl
 from config import SCGM, SCGM_DEMO, from_cli
 from network import build_network
 from scgm_dataloader import FACTS
-from utils.commands import train
+from utils.data.commands import train
 
 if __name__ == "__main__":
     train(from_cli(SCGM, SCGM_DEMO), FACTS, build_network)

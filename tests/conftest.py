@@ -1,23 +1,18 @@
-"""Phantoms, prepared once for all tests, and a small stand-in for the network."""
+"""Fixtures: phantoms that are prepared once for all tests, short configurations, a small disk."""
 
 import os
 import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, one per core; read when torch is imported
 
 import pytest
-from torch import nn
+from helpers import TinyNetwork
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import mms_dataloader  # noqa: E402
-import scgm_dataloader  # noqa: E402
-from config import MMS_DEMO, SCGM_DEMO  # noqa: E402
-from utils.prepare import prepare_dataset  # noqa: E402
+import mms_dataloader
+import scgm_dataloader
+from config import MMS_DEMO, SCGM_DEMO
+from utils.data.prepare import prepare_dataset
 
 
 @pytest.fixture(scope="session")
@@ -82,21 +77,6 @@ def small_disk(tmp_path):
         pytest.skip("no right to mount a file system")
     yield place
     subprocess.run(["umount", place], check=True)
-
-
-class TinyNetwork(nn.Module):
-    """Has what the training must handle: BatchNorm, dropout, two scales."""
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout2d(0.1),
-            nn.Conv2d(8, 8, 3, padding=2, dilation=2), nn.BatchNorm2d(8), nn.ReLU(),
-        )  # fmt: skip
-        self.classifier = nn.Conv2d(8, num_classes, 1)
-
-    def forward(self, image):
-        return self.classifier(self.features(image))
 
 
 @pytest.fixture

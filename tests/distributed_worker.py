@@ -12,15 +12,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from conftest import TinyNetwork
+from helpers import TinyNetwork
 
 import mms_dataloader
 from config import MMS_DEMO
-from utils.data import build_loaders
+from utils.data.prepared import build_loaders
 from utils.distributed import average, process_group
 from utils.engine import Trainer, fit
 from utils.errors import clear_errors
-from utils.losses import cross_pseudo_loss, kl_variance
+from utils.method.losses import cross_pseudo_loss, kl_variance
 
 
 def build_tiny(num_classes, pretrained="none"):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import MMS

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 from torch import nn
 
 import mms_dataloader
@@ -24,14 +25,13 @@ import scgm_dataloader
 from config import MMS
 from network import build_network
 from utils import convert_released as converter
-from utils.checkpoint import read_metadata
-from utils.data import build_loaders
+from utils.data.prepared import build_loaders
 from utils.distributed import Process
 from utils.engine import Trainer
 from utils.errors import UserError
-from utils.inference import load_run
+from utils.evaluation.commands import load_run
+from utils.run.checkpoint import read_metadata
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 RELEASED = {
     name: type(name, (nn.Module,), {"__module__": module})

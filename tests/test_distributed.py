@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import mms_dataloader
-from utils.checkpoint import load_checkpoint, load_networks
-from utils.data import build_loaders
+from utils.data.prepared import build_loaders
 from utils.distributed import Process, choose_device
 from utils.engine import Trainer
 from utils.errors import UserError
+from utils.run.checkpoint import load_checkpoint, load_networks
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 

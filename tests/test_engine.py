@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 import mms_dataloader
 import scgm_dataloader
-from utils.checkpoint import load_checkpoint, read_metadata
-from utils.data import build_loaders
+from utils.data.prepared import build_loaders
 from utils.distributed import Process
 from utils.engine import (
     EXIT_INTERRUPTED,
@@ -31,8 +30,9 @@ from utils.engine import (
     training_step,
 )
 from utils.errors import UserError
-from utils.evaluate import autocast
-from utils.tables import method_name
+from utils.evaluation.predict import autocast
+from utils.evaluation.tables import method_name
+from utils.run.checkpoint import load_checkpoint, read_metadata
 
 CPU = torch.device("cpu")
 MMS = mms_dataloader.FACTS
@@ -461,7 +461,7 @@ def test_run_folder_admits_one_process(mms_config, build_tiny):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        from utils.checkpoint import run_lock
+        from utils.run.checkpoint import run_lock
 
         with run_lock(Path(mms_config.out_root) / "run"):
             os.write(writer, b"x")
@@ -511,7 +511,7 @@ def test_seeds_are_distinct():
 
 
 def test_kl_of_the_views_is_that_of_torch():
-    from utils.losses import kl_variance
+    from utils.method.losses import kl_variance
 
     a, b = torch.randn(2, 2, 4, 5, 5)
     expected = F.kl_div(a.log_softmax(1), b.log_softmax(1), reduction="none", log_target=True).sum(1)

@@ -10,7 +10,7 @@ from test_engine import first_batches
 
 import mms_dataloader
 from network import build_network
-from utils.data import build_loaders
+from utils.data.prepared import build_loaders
 from utils.distributed import Process
 from utils.engine import Trainer, fit
 from utils.errors import clear_errors

@@ -3,59 +3,78 @@
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"mms_train", "scgm_train", "inference_mms", "inference_scgm", "convert_released", "benchmark"}
+SCRIPTS = {"mms_train", "scgm_train", "inference_mms", "inference_scgm", "utils.convert_released", "utils.benchmark"}
 DATALOADERS = {"mms_dataloader", "scgm_dataloader"}
-# Of utils: import nothing of ours but the errors.
-LEAVES = {"errors", "losses", "augment", "metrics", "logger", "visualize", "tables", "report", "distributed", "outputs"}
-# Of utils: what is left may import what is right of it, never the other way round.
-LAYERS = ["commands", "inference", "results", "segment", "engine", "evaluate", "prepare", "data", "phantom", "volume"]
-LAYERS += ["checkpoint"]
-MODULES = [path for path in ROOT.rglob("*.py") if not {".venv", "tests"} & set(path.relative_to(ROOT).parts)]
+LEAVES = {"utils.errors"}  # these may be imported from everywhere
+# What each part of the project may import, beside itself and the leaves.
+BELOW = {
+    "config": set(),
+    "network": set(),
+    "utils.errors": set(),
+    "utils.files": set(),
+    "utils.plots": set(),
+    "utils.distributed": set(),
+    "utils.method": set(),
+    "utils.data": {"utils.method.augment", "utils.files", "utils.plots", "config"},
+    "utils.run": {"utils.files"},
+    "utils.evaluation": {"utils.data", "utils.method", "utils.run", "utils.files", "utils.plots", "utils.distributed"},
+    "utils.engine": {"utils.evaluation.predict", "utils.method", "utils.run", "utils.files", "utils.data",
+                     "utils.distributed", "utils.plots", "config"},
+    **{name: {"utils.data", "utils.evaluation.metrics"} for name in DATALOADERS},
+}  # fmt: skip
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+    if not {".venv", "tests"} & set(path.relative_to(ROOT).parts)
+}
 
 
-def ours(path):
+def imported_by(path):
     """Modules of this project that a file imports, as dotted names."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module)
-    top = {p.stem for p in ROOT.glob("*.py")} | {"utils", "network"}
-    return {name for name in names if name.split(".")[0] in top}
+            modules = {f"{node.module}.{alias.name}" for alias in node.names} & set(MODULES)
+            names |= modules or {node.module}
+    return {name for name in names if name in MODULES}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path):
-    name, package, imported = path.stem, path.parent.name, ours(path)
+def within(name, part):
+    return name == part or name.startswith(part + ".")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_down(name):
+    imported = imported_by(MODULES[name])
     if name in SCRIPTS:
-        assert not {module.split(".")[-1] for module in imported} & SCRIPTS
-    elif name in DATALOADERS:
-        assert all(module.startswith("utils.") for module in imported)
-    elif name == "config":
+        assert not imported & {script for script in SCRIPTS if script != name}
+        return
+    part = max((part for part in BELOW if within(name, part)), key=len, default=None)
+    if part is None:  # utils itself
         assert not imported
-    elif package == "network":
-        assert all(module.startswith("network") or module == "utils.errors" for module in imported)
-    else:
-        assert package == "utils"
-        assert all(module.startswith("utils.") for module in imported)
-        below = {module.removeprefix("utils.") for module in imported} - {"errors"}
-        if name in LEAVES:
-            assert not below
-        elif name != "__init__":
-            assert below <= LEAVES | set(LAYERS[LAYERS.index(name) + 1 :])
+        return
+    allowed = BELOW[part] | LEAVES | {part}
+    assert {other for other in imported if not any(within(other, below) for below in allowed)} == set()
+
+
+def test_no_import_goes_in_a_circle():
+    graph = {name: imported_by(path) for name, path in MODULES.items()}
+    finished = set()
+    while ready := {name for name in graph.keys() - finished if graph[name] <= finished}:
+        finished |= ready
+    assert graph.keys() == finished
 
 
 def test_importing_does_nothing(tmp_path):
-    modules = [str(p.relative_to(ROOT).with_suffix("")).replace("/", ".") for p in MODULES]
     code = (
         "import sys, threading; sys.path.insert(0, sys.argv[1])\n"
-        f"for name in {modules!r}: __import__(name)\n"
+        f"for name in {list(MODULES)!r}: __import__(name)\n"
         "import torch; assert not torch.cuda.is_initialized()"
     )
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True)

@@ -3,12 +3,11 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import nibabel as nib
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--image-size", "32", "--batch-size", "2", "--pretrained", "none", "--no-wandb", "--workers", "1",
          "--cps-warmup", "0", "--device", "cpu", "--run-name", "smoke"]  # fmt: skip
 

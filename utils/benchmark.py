@@ -25,12 +25,12 @@ from tqdm import tqdm
 from config import MMS, Config
 from mms_dataloader import FACTS
 from network import build_network
-from utils.data import build_loaders
+from utils.data.prepare import prepare_dataset
+from utils.data.prepared import build_loaders
 from utils.distributed import Process, choose_device
 from utils.engine import Trainer
 from utils.errors import UserError, clear_errors
-from utils.evaluate import autocast, predict
-from utils.prepare import prepare_dataset
+from utils.evaluation.predict import autocast, predict
 
 WARM_UP = 2  # calls before the timed ones
 

@@ -24,10 +24,10 @@ import mms_dataloader
 import scgm_dataloader
 from config import MMS, SCGM
 from network import build_network
-from utils.checkpoint import provenance, require_space, run_lock, save_networks, write_json
-from utils.data import build_loaders
+from utils.data.prepared import build_loaders
 from utils.errors import UserError, clear_errors
-from utils.outputs import OutputFolder
+from utils.files import OutputFolder
+from utils.run.checkpoint import provenance, require_space, run_lock, save_networks, write_json
 
 DATASETS = {"mms": (MMS, mms_dataloader.FACTS), "scgm": (SCGM, scgm_dataloader.FACTS)}
 SELECTION = "the method's released weights, converted: neither trained nor selected here"

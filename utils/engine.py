@@ -25,8 +25,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from utils.augment import Augmentation, cutmix_mask
-from utils.checkpoint import (
+from utils.data.prepared import Loaders
+from utils.distributed import Process, any_process, average, gather, main_first, unflatten
+from utils.errors import UserError
+from utils.evaluation.predict import autocast, mean_dice, predict_scans
+from utils.files import RECORD, OutputFolder
+from utils.method.augment import Augmentation, cutmix_mask
+from utils.method.losses import cross_pseudo_loss, dice_loss, kl_variance
+from utils.plots import plot_curves, plot_training_samples
+from utils.run.checkpoint import (
     is_intact,
     load_checkpoint,
     provenance,
@@ -37,14 +44,7 @@ from utils.checkpoint import (
     save_networks,
     write_json,
 )
-from utils.data import Loaders
-from utils.distributed import Process, any_process, average, gather, main_first, unflatten
-from utils.errors import UserError
-from utils.evaluate import autocast, mean_dice, predict_scans
-from utils.logger import Logger
-from utils.losses import cross_pseudo_loss, dice_loss, kl_variance
-from utils.outputs import RECORD, OutputFolder
-from utils.visualize import plot_curves, plot_training_samples
+from utils.run.logger import Logger
 
 EXIT_INTERRUPTED = 75  # after SIGTERM, SIGUSR1 or Ctrl-C: the state is saved, run the same command to go on
 MAX_BAD_STEPS = 10  # non-finite steps in a row before training gives up

@@ -3,19 +3,18 @@
 import json
 import os
 import pickle
-from pathlib import Path
 
 import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import FIXTURES
 
 from network import build_network
 from network.resnet import AtrousConv2d
 from utils.errors import UserError
 
-FIXTURES = Path(__file__).parent / "fixtures"
 STEM = "conv1.0.weight"
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from utils.logger import Logger, read_log
+from utils.run.logger import Logger, read_log
 
 
 def test_lines_after_the_checkpoint_are_cut_off(tmp_path):

@@ -9,7 +9,14 @@ import pytest
 
 import mms_dataloader
 import scgm_dataloader
-from utils.data import PreparedData, SliceDataset, build_loaders, labeled_batches, scan_batches, unlabeled_batches
+from utils.data.prepared import (
+    PreparedData,
+    SliceDataset,
+    build_loaders,
+    labeled_batches,
+    scan_batches,
+    unlabeled_batches,
+)
 from utils.errors import UserError
 
 GROUPS = {"A": 95, "B centre 2": 74, "B centre 3": 51, "C": 50, "D": 50}  # of the release

@@ -7,9 +7,9 @@ from statistics import fmean
 
 import pytest
 
-from utils import tables
 from utils.errors import UserError
-from utils.tables import PUBLISHED, method_name, to_csv, to_latex, to_markdown
+from utils.evaluation import tables
+from utils.evaluation.tables import PUBLISHED, method_name, to_csv, to_latex, to_markdown
 
 RULE = "highest ensemble Dice on 100 % of source_images"
 

@@ -10,19 +10,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.augment import canvas_to_grid
-from utils.checkpoint import provenance, read_json, read_metadata, write_json
-from utils.data import DatasetFacts, PreparedData, SliceDataset, batch_loader, scan_batches
+from utils.data.prepared import DatasetFacts, PreparedData, SliceDataset, batch_loader, scan_batches
+from utils.data.volume import radiological, read_volume, write_volume
 from utils.engine import WITHOUT_EFFECT
 from utils.errors import UserError
-from utils.evaluate import ScanPrediction, TrainedRun, mean_dice, predict_scans, to_native, volumetric_rows
-from utils.logger import read_log
-from utils.metrics import agreement_limits, bootstrap_interval
-from utils.outputs import OutputFolder
-from utils.report import to_markdown, write_report
-from utils.tables import method_name
-from utils.visualize import plot_bland_altman, plot_case, plot_dice_per_case
-from utils.volume import radiological, read_volume, write_volume
+from utils.evaluation.metrics import agreement_limits, bootstrap_interval
+from utils.evaluation.predict import ScanPrediction, TrainedRun, mean_dice, predict_scans, to_native, volumetric_rows
+from utils.evaluation.report import to_markdown, write_report
+from utils.evaluation.tables import method_name
+from utils.files import OutputFolder
+from utils.method.augment import canvas_to_grid
+from utils.plots import plot_bland_altman, plot_case, plot_dice_per_case
+from utils.run.checkpoint import provenance, read_json, read_metadata, write_json
+from utils.run.logger import read_log
 
 FIGURES = ("dice", "hd95", "assd")
 RESULT_FILES = ("summary.json", "summary.md", "per_case.csv", "report.html", "dice_per_case.png", "bland_altman.png")

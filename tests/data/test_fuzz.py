@@ -19,11 +19,11 @@ from torch import nn
 
 import mms_dataloader
 import scgm_dataloader
-from utils.checkpoint import load_checkpoint, load_networks, read_metadata, save_checkpoint, save_networks
-from utils.data import RawScan
+from utils.data.prepare import process_case
+from utils.data.prepared import RawScan
+from utils.data.volume import Volume, read_shape, read_volume
 from utils.errors import UserError
-from utils.prepare import process_case
-from utils.volume import Volume, read_shape, read_volume
+from utils.run.checkpoint import load_checkpoint, load_networks, read_metadata, save_checkpoint, save_networks
 
 fuzz = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")),

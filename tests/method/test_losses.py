@@ -1,18 +1,18 @@
 """The equations against the released numbers (fixtures/losses.npz), loops and values computed by hand."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import FIXTURES
 
-from utils.losses import cross_pseudo_loss, dice_loss, kl_variance
+from utils.method.losses import cross_pseudo_loss, dice_loss, kl_variance
 
 
 @pytest.fixture(scope="module")
 def released():
-    with np.load(Path(__file__).parent / "fixtures" / "losses.npz") as file:
+    with np.load(FIXTURES / "losses.npz") as file:
         return {key: torch.from_numpy(np.asarray(file[key])) for key in file}
 
 

@@ -9,14 +9,14 @@ import torch
 
 import mms_dataloader
 from config import MMS_DEMO
-from utils import commands
-from utils.data import build_loaders
+from utils.data import commands
+from utils.data.prepared import build_loaders
 from utils.distributed import Process
 from utils.engine import fit
 from utils.errors import UserError
-from utils.inference import load_run
-from utils.outputs import OutputFolder
-from utils.results import evaluate_run
+from utils.evaluation.commands import load_run
+from utils.evaluation.results import evaluate_run
+from utils.files import OutputFolder
 
 MMS = mms_dataloader.FACTS
 CPU = torch.device("cpu")

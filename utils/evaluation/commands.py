@@ -8,15 +8,15 @@ import torch
 import tyro
 from torch import nn
 
-from utils.checkpoint import load_checkpoint, load_networks, read_metadata
-from utils.data import DatasetFacts
+from utils.data.prepared import DatasetFacts
 from utils.distributed import choose_device
 from utils.errors import UserError, clear_errors
-from utils.evaluate import TrainedRun
-from utils.outputs import OutputFolder
-from utils.results import evaluate_run, runs_table
-from utils.segment import Segmenter, segment_files
-from utils.tables import combine, to_csv, to_latex, to_markdown
+from utils.evaluation.predict import TrainedRun
+from utils.evaluation.results import evaluate_run, runs_table
+from utils.evaluation.segment import Segmenter, segment_files
+from utils.evaluation.tables import combine, to_csv, to_latex, to_markdown
+from utils.files import OutputFolder
+from utils.run.checkpoint import load_checkpoint, load_networks, read_metadata
 
 
 def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) -> None:

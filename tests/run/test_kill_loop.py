@@ -14,10 +14,10 @@ import torch
 from test_engine import assert_same, run
 
 import mms_dataloader
-from utils.checkpoint import load_checkpoint
-from utils.data import build_loaders
+from utils.data.prepared import build_loaders
 from utils.distributed import Process
 from utils.engine import fit
+from utils.run.checkpoint import load_checkpoint
 
 
 def child_process(cfg, build_tiny):

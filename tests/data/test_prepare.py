@@ -17,17 +17,17 @@ import numpy as np
 import openpyxl
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from scipy.ndimage import map_coordinates
 
 import mms_dataloader
 import scgm_dataloader
-from utils.checkpoint import run_lock
-from utils.data import PreparedData, build_loaders, split_patients
+from utils.data.prepare import check_dataset, prepare_dataset, quantile_curves
+from utils.data.prepared import PreparedData, build_loaders, split_patients
 from utils.distributed import Process
 from utils.engine import fit
 from utils.errors import UserError
-from utils.prepare import check_dataset, prepare_dataset, quantile_curves
+from utils.run.checkpoint import run_lock
 
 MMS, SCGM = mms_dataloader.FACTS, scgm_dataloader.FACTS
 

@@ -8,11 +8,11 @@ from torch import nn
 
 import mms_dataloader
 import scgm_dataloader
+from utils.data.volume import PlaneMap
 from utils.errors import UserError
-from utils.evaluate import predict
-from utils.metrics import largest_components
-from utils.segment import NOTE, Segmenter, segment_files
-from utils.volume import PlaneMap
+from utils.evaluation.metrics import largest_components
+from utils.evaluation.predict import predict
+from utils.evaluation.segment import NOTE, Segmenter, segment_files
 
 CPU = torch.device("cpu")
 

@@ -13,15 +13,15 @@ import tyro
 from torch import nn
 from tyro.conf import Positional
 
-from utils.augment import GRID, Augmentation, canvas_to_grid, cutmix_mask
-from utils.data import DatasetFacts, PreparedData, SliceDataset, build_loaders
+from utils.data.prepare import check_dataset, prepare_dataset
+from utils.data.prepared import DatasetFacts, PreparedData, SliceDataset, build_loaders
+from utils.data.volume import radiological, read_volume
 from utils.distributed import main_first, process_group
 from utils.engine import fit
 from utils.errors import UserError, clear_errors
-from utils.outputs import OutputFolder
-from utils.prepare import check_dataset, prepare_dataset
-from utils.visualize import plot_preview
-from utils.volume import radiological, read_volume
+from utils.files import OutputFolder
+from utils.method.augment import GRID, Augmentation, canvas_to_grid, cutmix_mask
+from utils.plots import plot_preview
 
 
 def run_data_command(facts: DatasetFacts) -> None:

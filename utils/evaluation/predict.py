@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from utils.augment import GRID, canvas_to_grid, match_histogram
-from utils.data import PreparedData
-from utils.metrics import largest_components, paper_dice, structure_metrics
-from utils.volume import PlaneMap, Volume, read_volume
+from utils.data.prepared import PreparedData
+from utils.data.volume import PlaneMap, Volume, read_volume
+from utils.evaluation.metrics import largest_components, paper_dice, structure_metrics
+from utils.method.augment import GRID, canvas_to_grid, match_histogram
 
 
 class TrainedRun(NamedTuple):

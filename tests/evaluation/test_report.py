@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imsave
 
-from utils.report import to_markdown, write_report
+from utils.evaluation.report import to_markdown, write_report
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'
 FIGURES = {"dice": 87.125, "hd95": 9.5, "assd": 1.25}

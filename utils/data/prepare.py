@@ -18,12 +18,12 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
-from utils.augment import CANVAS, GRID
-from utils.checkpoint import LOCK, run_lock
-from utils.data import FORMAT_VERSION, INDEX_COLUMNS, Case, DatasetFacts
+from utils.data.phantom import PHANTOM_NOTE
+from utils.data.prepared import FORMAT_VERSION, INDEX_COLUMNS, Case, DatasetFacts
+from utils.data.volume import PlaneMap, Volume, frame_count, frame_slices, read_shape, read_volume, write_volume
 from utils.errors import UserError
-from utils.phantom import PHANTOM_NOTE
-from utils.volume import PlaneMap, Volume, frame_count, frame_slices, read_shape, read_volume, write_volume
+from utils.method.augment import CANVAS, GRID
+from utils.run.checkpoint import LOCK, run_lock
 
 QUANTILES = 256  # points of a slice's quantile curve
 

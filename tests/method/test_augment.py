@@ -1,15 +1,15 @@
 """Augmentation against NumPy, SciPy, scikit-image, torchvision and the released fixture."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from helpers import FIXTURES
 from scipy import ndimage
 from skimage.exposure import match_histograms
 from torchvision.transforms.functional import gaussian_blur as torchvision_blur
 
-from utils.augment import (
+from utils.data.prepare import quantile_curves
+from utils.method.augment import (
     CANVAS,
     GRID,
     Augmentation,
@@ -22,7 +22,6 @@ from utils.augment import (
     random_affine,
     random_partner,
 )
-from utils.prepare import quantile_curves
 
 PLAIN = {"size": 64, "rotation": 0, "shift": GRID, "flip": False, "blur": False, "fourier_mode": "AS",
          "fourier_window": 0.01, "fourier_ratio": 1.0, "fourier_alpha": 0.3}  # fmt: skip
@@ -61,7 +60,7 @@ def centroid(image):
 
 
 def test_released_fourier_views():
-    with np.load(Path(__file__).parent / "fixtures" / "fourier.npz") as file:
+    with np.load(FIXTURES / "fourier.npz") as file:
         released = {key: torch.from_numpy(file[key])[None, None] for key in file}
     pair = released["source"], released["other"]
     views = {

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils.checkpoint import (
+from utils.errors import UserError, clear_errors
+from utils.run.checkpoint import (
     load_checkpoint,
     load_networks,
     provenance,
@@ -20,7 +21,6 @@ from utils.checkpoint import (
     save_networks,
     write_json,
 )
-from utils.errors import UserError, clear_errors
 
 
 def state(step):

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 import mms_dataloader
-from utils.checkpoint import load_networks, read_metadata, save_networks
-from utils.data import PreparedData, build_loaders
+from utils.data.prepared import PreparedData, build_loaders
 from utils.distributed import Process
 from utils.engine import fit
 from utils.errors import UserError
-from utils.evaluate import mean_dice, predict_scans, to_native, volumetric_rows
-from utils.inference import load_run, write_table
-from utils.logger import read_log
-from utils.results import evaluate_run, runs_table
+from utils.evaluation.commands import load_run, write_table
+from utils.evaluation.predict import mean_dice, predict_scans, to_native, volumetric_rows
+from utils.evaluation.results import evaluate_run, runs_table
+from utils.run.checkpoint import load_networks, read_metadata, save_networks
+from utils.run.logger import read_log
 
 MMS = mms_dataloader.FACTS
 CPU = torch.device("cpu")

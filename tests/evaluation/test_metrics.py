@@ -8,7 +8,7 @@ import torch
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
-from utils.metrics import bootstrap_interval, paper_dice, structure_metrics
+from utils.evaluation.metrics import bootstrap_interval, paper_dice, structure_metrics
 
 SPACING = (1.5, 1.25, 8.0)  # mm
 

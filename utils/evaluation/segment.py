@@ -11,14 +11,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from utils.augment import CANVAS, GRID, amplitude_swap
-from utils.data import DatasetFacts
+from utils.data.prepare import quantile_curves
+from utils.data.prepared import DatasetFacts
+from utils.data.volume import PlaneMap, Volume, frame_count, frame_slices, read_volume, write_volume
 from utils.errors import UserError
-from utils.evaluate import predict, prepare_view
-from utils.losses import kl_variance
-from utils.metrics import largest_components
-from utils.prepare import quantile_curves
-from utils.volume import PlaneMap, Volume, frame_count, frame_slices, read_volume, write_volume
+from utils.evaluation.metrics import largest_components
+from utils.evaluation.predict import predict, prepare_view
+from utils.method.augment import CANVAS, GRID, amplitude_swap
+from utils.method.losses import kl_variance
 
 NOTE = "SemiDG-Seg: for research use, not for clinical decisions"
 SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)

@@ -2,19 +2,19 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from utils import visualize
+from utils import plots
 
 NAMES = ("LV", "MYO", "RV")
-CONTOURS = np.array([to_rgb(colour) for colour in visualize.STRUCTURE_COLOURS])
-FILLS = CONTOURS * visualize.FILL_ALPHA  # on a black image; the legend's ground is another grey
+CONTOURS = np.array([to_rgb(colour) for colour in plots.STRUCTURE_COLOURS])
+FILLS = CONTOURS * plots.FILL_ALPHA  # on a black image; the legend's ground is another grey
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -43,13 +43,13 @@ def figures(monkeypatch):
 def draw_case(path, labels, **changes):
     nothing, half = np.zeros_like(labels), np.full(labels.shape, 0.5)
     arrays = {"image": np.zeros(labels.shape), "truth": nothing, "prediction": labels, "agreement": half}
-    visualize.plot_case(path, **(arrays | changes), slices=[0], class_names=NAMES, title="case")
+    plots.plot_case(path, **(arrays | changes), slices=[0], class_names=NAMES, title="case")
     return imread(path)
 
 
 def test_import_needs_no_pyplot():
-    code = "import sys, utils.visualize; sys.exit('matplotlib.pyplot' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(visualize.__file__).parents[1])
+    code = "import sys, utils.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_case_is_drawn_upright_in_the_structure_colours(tmp_path, labels):
@@ -98,7 +98,7 @@ def test_training_samples_show_each_networks_label_and_the_box(tmp_path, labels)
     }
     drawn = []
     for mask_box in (box, np.zeros_like(box)):
-        visualize.plot_training_samples(path, **arrays, mask_box=mask_box, class_names=NAMES)
+        plots.plot_training_samples(path, **arrays, mask_box=mask_box, class_names=NAMES)
         drawn.append(imread(path))
     lv, rv = (places(drawn[0], FILLS[label])[:, 1] for label in (0, 2))
     assert len(lv) > 500 and len(rv) > 500 and lv.max() < rv.min()  # columns of network 1, then network 2
@@ -109,7 +109,7 @@ def test_training_samples_show_each_networks_label_and_the_box(tmp_path, labels)
 def test_preview_difference_is_symmetric_and_contours_are_of_what_there_is(tmp_path, labels, figures):
     images, mask = np.full((2, *labels.shape[1:]), 0.5), labels[0]
     fourier = images + np.array([0.25, -0.1])[:, None, None]
-    visualize.plot_preview(
+    plots.plot_preview(
         tmp_path / "preview.png",
         images=images,
         masks=[np.zeros_like(mask), mask],
@@ -131,7 +131,7 @@ def test_curves(tmp_path, figures, num_lines):
         {"epoch": 2, "loss": float("nan"), "val_dice": None},
         {"epoch": 3, "loss": 1.0, "supervised": 0.7, "variance": 1.0, "val_dice": 70},
     ][:num_lines]
-    visualize.plot_curves(log, tmp_path / "curves.png", selected_epoch=1)
+    plots.plot_curves(log, tmp_path / "curves.png", selected_epoch=1)
     curves = {line.get_label(): line for ax in figures[0].axes for line in ax.lines}
     expected = {
         "total": [2, np.nan, 1],
@@ -147,7 +147,7 @@ def test_curves(tmp_path, figures, num_lines):
 
 def test_dice_names_the_worst(tmp_path, figures):
     rows = [{"patient": f"P{i}", "structure": "LV", "phase": "ED", "dice": 90.0 - i} for i in range(9)]
-    visualize.plot_dice_per_case(tmp_path / "dice.png", rows, NAMES, title="Dice", num_named=2)
+    plots.plot_dice_per_case(tmp_path / "dice.png", rows, NAMES, title="Dice", num_named=2)
     (ax,) = figures[0].axes
     assert {text.get_text() for text in ax.texts} == {"P8 ED", "P7 ED"}
     points = [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "o"]
@@ -157,7 +157,7 @@ def test_dice_names_the_worst(tmp_path, figures):
 
 def test_bland_altman_numbers(tmp_path, figures):
     pairs = {"EDV": ([100.0, 120.0, 140.0, np.nan], [101.0, 122.0, 143.0, 5.0]), "EF": ([50.0], [48.0])}
-    visualize.plot_bland_altman(tmp_path / "agreement.png", pairs, {"EDV": "ml", "EF": "%"})
+    plots.plot_bland_altman(tmp_path / "agreement.png", pairs, {"EDV": "ml", "EF": "%"})
     titles = [ax.get_title() for ax in figures[0].axes]
     # differences 1, 2, 3: mean 2, sample standard deviation 1
     assert titles == ["EDV (n = 3)\nbias +2.0 ml, limits +0.0 to +4.0", "EF (n = 1)\nbias -2.0 %"]
