@@ -11,6 +11,12 @@ from typing import Annotated, Literal
 
 import tyro
 
+# Settings that neither the method nor its result depends on.
+RUNTIME_SETTINGS = frozenset({
+    "data_root", "out_root", "run_name", "restart", "save_every", "device", "workers", "wandb", "compile",
+    "checkpoint_activations",
+})  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -28,7 +34,7 @@ class Config:
 
     # --- augmentation ---
     rotation: int = 90  # degrees: angles are U{0..rotation}
-    shift: int = 300  # px of the window within which images are shifted; 288: no shift
+    max_shift: int = 6  # px, the largest random shift along each axis
     flip: bool = True  # horizontally and vertically, each with probability 0.5
     blur: bool = True  # Gaussian, sigma U(0.25, 1.25) px
     histogram_matching: bool = True  # to random images of the first source domain; at test time to their mean
@@ -74,7 +80,7 @@ class Config:
             "--ratio must be in (0, 1]": 0 < self.ratio <= 1,
             "--image-size must be 32 to 288": 32 <= self.image_size <= 288,
             "--batch-size must be at least 2: image pooling has a BatchNorm": self.batch_size >= 2,
-            "--shift must be 288 to 300": 288 <= self.shift <= 300,
+            "--max-shift must be 0 to 6 px": 0 <= self.max_shift <= 6,
             "--rotation must be 0 to 360": 0 <= self.rotation <= 360,
             "--fourier-window must be at least 0, and its square of 2 floor(288 L) + 1 px within the --image-size": (
                 self.fourier_window >= 0 and 2 * int(288 * self.fourier_window) + 1 <= self.image_size
@@ -110,7 +116,7 @@ SCGM = Config(
     data_root="data/scgm",
     test_domain="4",
     ratio=0.2,
-    shift=288,
+    max_shift=0,
     flip=False,
     blur=False,
     histogram_matching=False,

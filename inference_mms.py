@@ -4,9 +4,9 @@ python inference_mms.py --run runs/mms_demo
 python inference_mms.py --run runs/NAME --save-predictions --out results
 """
 
-from mms_dataloader import FACTS
+from mms_dataloader import DATASET
 from network import build_network
 from utils.evaluation.commands import run_inference
 
 if __name__ == "__main__":
-    run_inference(FACTS, build_network)
+    run_inference(DATASET, build_network)

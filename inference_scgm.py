@@ -5,8 +5,8 @@ python inference_scgm.py --run runs/NAME --save-predictions --out results
 """
 
 from network import build_network
-from scgm_dataloader import FACTS
+from scgm_dataloader import DATASET
 from utils.evaluation.commands import run_inference
 
 if __name__ == "__main__":
-    run_inference(FACTS, build_network)
+    run_inference(DATASET, build_network)

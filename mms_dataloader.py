@@ -19,8 +19,8 @@ import numpy as np
 import openpyxl
 
 from utils.data.commands import run_data_command
+from utils.data.dataset import Case, DatasetInfo, RawDataset, missing_or_outside
 from utils.data.phantom import write_mms
-from utils.data.prepared import Case, DatasetFacts, RawScan, missing_or_outside
 from utils.evaluation.metrics import cardiac_figures
 
 PARTS = ("Training/Labeled", "Training/Unlabeled", "Validation", "Testing")
@@ -41,7 +41,7 @@ class TableRow(NamedTuple):
 UNKNOWN = TableRow("unknown", "", {}, [])
 
 
-def find_cases(raw: Path) -> RawScan:
+def find_cases(raw: Path) -> RawDataset:
     """Match the folders of OpenDataset with the info table; nothing is read but the table."""
     base = raw / "OpenDataset" if (raw / "OpenDataset").is_dir() else raw
     beside = raw.parent if raw.name == "OpenDataset" else raw
@@ -68,7 +68,7 @@ def find_cases(raw: Path) -> RawScan:
     missing = sorted(set(table) - set(folders))
     if missing:
         warnings.append(f"{len(missing)} patients of the info table are not on disk: {', '.join(missing[:10])}")
-    return RawScan(cases, errors, warnings)
+    return RawDataset(cases, errors, warnings)
 
 
 def _case(folder: Path, raw: Path, row: TableRow, *, known: bool) -> tuple[Case | None, list[str]]:
@@ -169,14 +169,14 @@ def labeled_count(patients: int, ratio: float) -> int:
 
 
 # fmt: off
-FACTS = DatasetFacts(
-    name="M&Ms", key="mms", domain_word="vendor", domains=VENDORS,
+DATASET = DatasetInfo(
+    name="M&Ms", key="mms", domain_kind="vendor", domains=VENDORS,
     class_names=("background", "LV", "MYO", "RV"),
-    ndim=4, label_values=4, spacing=1.1,
+    ndim=4, num_raw_labels=4, spacing=1.1,
     find_cases=find_cases, normalize=normalize, labeled_count=labeled_count, clinical=cardiac_figures,
     write_phantom=write_mms, demo_phantom={"patients": 6, "frames": 4},
     preview={"fourier_ratio": 1.0, "histogram_matching": True},
-    how_to_get=(
+    download_help=(
         "M&Ms is free for research after registration at https://www.ub.edu/mnms (OpenDataset and its info table).\n"
         "Then prepare it once: python mms_dataloader.py prepare RAW --out data/mms   (RAW holds OpenDataset)"
     ),
@@ -184,4 +184,4 @@ FACTS = DatasetFacts(
 # fmt: on
 
 if __name__ == "__main__":
-    run_data_command(FACTS)
+    run_data_command(DATASET)

@@ -1,14 +1,29 @@
 """Train two networks on M&Ms that teach each other, with one vendor held out.
 
-python mms_train.py --test-vendor D --ratio 0.02        # on data/mms, which mms_dataloader.py has prepared
-python mms_train.py --demo                              # needs no data
-python mms_train.py --help                              # every setting is a flag; the defaults are in config.py
+python mms_train.py --test-vendor D --ratio 0.02         # on data/mms, which mms_dataloader.py has prepared
+python mms_train.py --demo                               # needs no data
+python mms_train.py --help                               # every setting is a flag; the defaults are in config.py
 """
 
 from config import MMS, MMS_DEMO, from_cli
-from mms_dataloader import FACTS
+from mms_dataloader import DATASET
 from network import build_network
-from utils.data.commands import train
+from utils.data.commands import make_demo_data
+from utils.data.loaders import build_loaders
+from utils.distributed import main_first, process_group
+from utils.engine import fit
+from utils.errors import clear_errors
+
+
+def main() -> None:
+    cfg = from_cli(MMS, MMS_DEMO)
+    with clear_errors(), process_group(cfg.device) as process:
+        with main_first(process):
+            if cfg.demo and process.is_main:
+                make_demo_data(cfg.data_root, DATASET)
+        loaders = build_loaders(cfg, DATASET, rank=process.rank, world_size=process.world_size)
+        fit(cfg, loaders, build_network, process)
+
 
 if __name__ == "__main__":
-    train(from_cli(MMS, MMS_DEMO), FACTS, build_network)
+    main()

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from utils.data.commands import run_data_command
+from utils.data.dataset import Case, DatasetInfo, RawDataset, missing_or_outside
 from utils.data.phantom import write_scgm
-from utils.data.prepared import Case, DatasetFacts, RawScan, missing_or_outside
 
 SITES = ("1", "2", "3", "4")
 RATERS = (1, 2, 3, 4)
@@ -22,7 +22,7 @@ KINDS = ("image", *(f"mask-r{rater}" for rater in RATERS))
 PHASE = "scan"  # the data have no phases: the one volume of a subject carries this name
 
 
-def find_cases(raw: Path) -> RawScan:
+def find_cases(raw: Path) -> RawDataset:
     """Read what the file names say: subjects of `train` with four raters each, subjects of `test` without."""
     cases, errors = [], []
     for path in sorted(path for part in ("train", "test") for path in (raw / part).glob("*.nii*")):
@@ -52,7 +52,7 @@ def find_cases(raw: Path) -> RawScan:
         errors.append(
             f"{raw}: no images with masks like train/site1-sc01-image.nii.gz, train/site1-sc01-mask-r1.nii.gz"
         )
-    return RawScan(sorted(cases, key=lambda case: case.patient), errors, [])
+    return RawDataset(sorted(cases, key=lambda case: case.patient), errors, [])
 
 
 def majority(raters: list[np.ndarray]) -> np.ndarray:
@@ -75,14 +75,14 @@ def labeled_count(subjects: int, ratio: float) -> int:
 
 
 # fmt: off
-FACTS = DatasetFacts(
-    name="SCGM", key="scgm", domain_word="site", domains=SITES,
+DATASET = DatasetInfo(
+    name="SCGM", key="scgm", domain_kind="site", domains=SITES,
     class_names=("background", "GM"),
-    ndim=3, label_values=3, spacing=0.175,
+    ndim=3, num_raw_labels=3, spacing=0.175,
     find_cases=find_cases, consensus=majority, normalize=normalize, labeled_count=labeled_count,
     write_phantom=write_scgm, demo_phantom={"patients": 8},
     preview={"fourier_ratio": 0.8, "histogram_matching": False},
-    how_to_get=(
+    download_help=(
         "SCGM is free for research after registration at http://niftyweb.cs.ucl.ac.uk/challenge (train, test).\n"
         "Then prepare it once: python scgm_dataloader.py prepare RAW --out data/scgm   (RAW holds train and test)"
     ),
@@ -90,4 +90,4 @@ FACTS = DatasetFacts(
 # fmt: on
 
 if __name__ == "__main__":
-    run_data_command(FACTS)
+    run_data_command(DATASET)

@@ -1,14 +1,29 @@
 """Train two networks on SCGM that teach each other, with one site held out.
 
 python scgm_train.py --test-domain 4 --ratio 0.2        # on data/scgm, which scgm_dataloader.py has prepared
-python scgm_train.py --demo                              # needs no data
-python scgm_train.py --help                              # every setting is a flag; the defaults are in config.py
+python scgm_train.py --demo                               # needs no data
+python scgm_train.py --help                               # every setting is a flag; the defaults are in config.py
 """
 
 from config import SCGM, SCGM_DEMO, from_cli
 from network import build_network
-from scgm_dataloader import FACTS
-from utils.data.commands import train
+from scgm_dataloader import DATASET
+from utils.data.commands import make_demo_data
+from utils.data.loaders import build_loaders
+from utils.distributed import main_first, process_group
+from utils.engine import fit
+from utils.errors import clear_errors
+
+
+def main() -> None:
+    cfg = from_cli(SCGM, SCGM_DEMO)
+    with clear_errors(), process_group(cfg.device) as process:
+        with main_first(process):
+            if cfg.demo and process.is_main:
+                make_demo_data(cfg.data_root, DATASET)
+        loaders = build_loaders(cfg, DATASET, rank=process.rank, world_size=process.world_size)
+        fit(cfg, loaders, build_network, process)
+
 
 if __name__ == "__main__":
-    train(from_cli(SCGM, SCGM_DEMO), FACTS, build_network)
+    main()

@@ -18,26 +18,26 @@ from utils.data.prepare import prepare_dataset
 @pytest.fixture(scope="session")
 def mms_raw(tmp_path_factory):
     raw = tmp_path_factory.mktemp("mms") / "raw"
-    mms_dataloader.FACTS.write_phantom(raw, patients=4, frames=2, seed=0)
+    mms_dataloader.DATASET.write_phantom(raw, patients=4, frames=2, seed=0)
     return raw
 
 
 @pytest.fixture(scope="session")
 def mms_root(mms_raw):
-    prepare_dataset(mms_raw, mms_raw.parent / "prepared", mms_dataloader.FACTS, workers=2)
+    prepare_dataset(mms_raw, mms_raw.parent / "prepared", mms_dataloader.DATASET, workers=2)
     return mms_raw.parent / "prepared"
 
 
 @pytest.fixture(scope="session")
 def scgm_raw(tmp_path_factory):
     raw = tmp_path_factory.mktemp("scgm") / "raw"
-    scgm_dataloader.FACTS.write_phantom(raw, patients=2, seed=0)
+    scgm_dataloader.DATASET.write_phantom(raw, patients=2, seed=0)
     return raw
 
 
 @pytest.fixture(scope="session")
 def scgm_root(scgm_raw):
-    prepare_dataset(scgm_raw, scgm_raw.parent / "prepared", scgm_dataloader.FACTS, workers=2)
+    prepare_dataset(scgm_raw, scgm_raw.parent / "prepared", scgm_dataloader.DATASET, workers=2)
     return scgm_raw.parent / "prepared"
 
 

@@ -16,7 +16,7 @@ from helpers import TinyNetwork
 
 import mms_dataloader
 from config import MMS_DEMO
-from utils.data.prepared import build_loaders
+from utils.data.loaders import build_loaders
 from utils.distributed import average, process_group
 from utils.engine import Trainer, fit
 from utils.errors import clear_errors
@@ -63,7 +63,7 @@ def main():
 
     Trainer.train_step = recording
     with clear_errors(), process_group("cpu") as process:
-        loaders = build_loaders(cfg, mms_dataloader.FACTS, rank=process.rank, world=process.world)
+        loaders = build_loaders(cfg, mms_dataloader.DATASET, rank=process.rank, world_size=process.world_size)
         difference = joined_gradients(process)
         fit(cfg, loaders, build_tiny, process)
         state = [value.numpy().tobytes() for net in trainers[0].nets for value in net.state_dict().values()]

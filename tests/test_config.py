@@ -16,7 +16,7 @@ from config import MMS, MMS_DEMO, SCGM, from_cli
         ({"fourier_aug": False}, "need --fourier-aug"),
         ({"ratio": 0}, "--ratio must be in"),
         ({"image_size": 512}, "--image-size must be"),
-        ({"shift": 400}, "--shift must be"),
+        ({"max_shift": 7}, "--max-shift must be"),
         ({"save_every": -1}, "--save-every must not be negative"),
         ({"seed": -1}, "--seed must not be negative"),
         ({"lr": float("inf")}, "--lr must be positive"),
@@ -47,6 +47,6 @@ def test_settings_of_the_paper():
     assert (MMS.lr, MMS.weight_decay, MMS.num_epoch, MMS.batch_size, MMS.image_size) == (1e-4, 0.01, 50, 32, 288)
     assert (MMS.cps_weight, MMS.fourier_ratio, MMS.cps_warmup, MMS.dice_background) == (3.0, 1.0, 0, True)
     assert (SCGM.cps_weight, SCGM.fourier_ratio, SCGM.cps_warmup, SCGM.dice_background) == (1.5, 0.8, 4, False)
-    for cfg, facts in ((MMS, mms_dataloader.FACTS), (SCGM, scgm_dataloader.FACTS)):
-        assert facts.preview == {name: getattr(cfg, name) for name in ("fourier_ratio", "histogram_matching")}
+    for cfg, dataset in ((MMS, mms_dataloader.DATASET), (SCGM, scgm_dataloader.DATASET)):
+        assert dataset.preview == {name: getattr(cfg, name) for name in ("fourier_ratio", "histogram_matching")}
     assert (SCGM.flip, SCGM.blur, SCGM.histogram_matching, SCGM.ratio) == (False, False, False, 0.2)

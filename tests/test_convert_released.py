@@ -25,7 +25,7 @@ import scgm_dataloader
 from config import MMS
 from network import build_network
 from utils import convert_released as converter
-from utils.data.prepared import build_loaders
+from utils.data.loaders import build_loaders
 from utils.distributed import Process
 from utils.engine import Trainer
 from utils.errors import UserError
@@ -112,7 +112,7 @@ def test_run_folder_says_what_a_trained_one_does(save, build_tiny, mms_config, m
     path, run = save(net, tmp_path / "net.pt"), tmp_path / "runs" / "released"
     convert(path, run, data=mms_root)
     assert "histogram matching is off" not in capsys.readouterr().out
-    trainer = Trainer(mms_config, build_loaders(mms_config, mms_dataloader.FACTS), build_tiny, Process(CPU))
+    trainer = Trainer(mms_config, build_loaders(mms_config, mms_dataloader.DATASET), build_tiny, Process(CPU))
     metadata, trained = read_metadata(run / "best.safetensors"), trainer.metadata()
     assert metadata.keys() == trained.keys()
     for key in metadata.keys() - {"config", "selection", "step", "cps_weight"}:
@@ -120,7 +120,7 @@ def test_run_folder_says_what_a_trained_one_does(save, build_tiny, mms_config, m
     assert len(metadata["reference"]) == 256 and "released weights" in metadata["selection"]
     assert metadata["config"] == asdict(cfg) | {"run_name": "released", "out_root": str(tmp_path / "runs")}
     assert json.loads((run / "config.json").read_text()) == metadata["config"]
-    loaded = load_run(run, "best", mms_dataloader.FACTS, build_tiny, CPU)
+    loaded = load_run(run, "best", mms_dataloader.DATASET, build_tiny, CPU)
     for each in loaded.nets:
         assert all(torch.equal(value, net.state_dict()[key]) for key, value in each.state_dict().items())
     before = {path: path.read_bytes() for path in run.iterdir()}
@@ -139,7 +139,7 @@ def test_without_data_there_is_no_histogram_matching(save, build_tiny, tmp_path,
     scgm = {"dataset": "scgm", "test_domain": "3"}
     convert(save(build_tiny(2), tmp_path / "scgm.pt"), tmp_path / "scgm", **scgm)
     assert "histogram matching" not in capsys.readouterr().out  # SCGM has none
-    run = load_run(tmp_path / "scgm", "best", scgm_dataloader.FACTS, build_tiny, CPU)
+    run = load_run(tmp_path / "scgm", "best", scgm_dataloader.DATASET, build_tiny, CPU)
     assert run.metadata["config"]["ratio"] == 0.2 and run.metadata["class_names"] == ["background", "GM"]
 
 
@@ -154,7 +154,7 @@ def test_the_real_network_by_the_command_line(save, tmp_path):
     done = subprocess.run([*command, "--out", run], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "inference_mms.py --run" in done.stdout, done.stderr
     path.unlink()
-    loaded = load_run(run, "best", mms_dataloader.FACTS, build_network, CPU)
+    loaded = load_run(run, "best", mms_dataloader.DATASET, build_network, CPU)
     (run / "best.safetensors").unlink()
     image = torch.rand(1, 1, 64, 64)
     net = net.to(memory_format=torch.channels_last)  # as inference has them, for the same rounding

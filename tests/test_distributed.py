@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mms_dataloader
-from utils.data.prepared import build_loaders
+from utils.data.loaders import build_loaders
 from utils.distributed import Process, choose_device
 from utils.engine import Trainer
 from utils.errors import UserError
@@ -57,7 +57,7 @@ def test_two_processes_train_as_one(short, tmp_path, mms_config, build_tiny):
     line = json.loads((tmp_path / "run/log.jsonl").read_text())
     assert json.loads((tmp_path / "run/config.json").read_text())["processes"] == 2
     cfg = replace(mms_config, **{name: short[name] for name in ("ratio", "image_size", "batch_size")})
-    trainer = Trainer(cfg, build_loaders(cfg, mms_dataloader.FACTS), build_tiny, Process(torch.device("cpu")))
+    trainer = Trainer(cfg, build_loaders(cfg, mms_dataloader.DATASET), build_tiny, Process(torch.device("cpu")))
     load_networks(tmp_path / "run/best.safetensors", trainer.nets)
     assert trainer.validate() == pytest.approx(line["val_dice"], abs=1e-9)
     # Another number of processes would see other batches.

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 import mms_dataloader
 import scgm_dataloader
-from utils.data.prepared import build_loaders
-from utils.distributed import Process
+from utils.data.loaders import build_loaders
+from utils.distributed import Process, autocast_context
 from utils.engine import (
     EXIT_INTERRUPTED,
     MAX_BAD_STEPS,
@@ -30,12 +30,11 @@ from utils.engine import (
     training_step,
 )
 from utils.errors import UserError
-from utils.evaluation.predict import autocast
 from utils.evaluation.tables import method_name
 from utils.run.checkpoint import load_checkpoint, read_metadata
 
 CPU = torch.device("cpu")
-MMS = mms_dataloader.FACTS
+MMS = mms_dataloader.DATASET
 
 
 def plain_objective(nets, image, mask, u0, u1, f0, f1, box, mode, beta):
@@ -74,7 +73,8 @@ def test_step_equals_the_equations(build_tiny, mode):
     reference = torch.autograd.grad(expected, [p for net in nets for p in net.parameters()])
     scalars = training_step(
         nets, image, mask, UnlabeledViews((u0, u1), (f0, f1), box),
-        dice_classes=slice(0, None), cps_loss=mode, cps_weight=3.0, forward=lambda: autocast(CPU, "fp32"), share=0.5,
+        dice_classes=slice(0, None), cps_loss=mode, cps_weight=3.0, forward=lambda: autocast_context(CPU, "fp32"),
+        share=0.5,
     )  # fmt: skip
     gradients = [2 * p.grad for net in nets for p in net.parameters()]
     assert torch.allclose(scalars["loss"], expected.float(), rtol=1e-5)
@@ -88,7 +88,7 @@ def test_supervised_loss_of_scgm_counts_grey_matter_only(build_tiny):
     image, mask = torch.rand(2, 1, 16, 16), torch.randint(0, 2, (2, 16, 16))
     scalars = training_step(
         nets, image, mask, None,
-        dice_classes=slice(1, None), cps_loss="pixel", cps_weight=0.0, forward=lambda: autocast(CPU, "fp32"),
+        dice_classes=slice(1, None), cps_loss="pixel", cps_weight=0.0, forward=lambda: autocast_context(CPU, "fp32"),
     )  # fmt: skip
     expected = 0
     for net in nets:
@@ -126,8 +126,8 @@ def test_weight_of_the_pseudo_supervision_warms_up_and_ramps(mms_config, build_t
     assert trainer.means() == {"loss": 3, "supervised": 2, "cps": 0.5, "cps_weight": 2, "variance": 0.25}
 
 
-def run(cfg, build, facts=MMS):
-    fit(cfg, build_loaders(cfg, facts), build, Process(CPU))
+def run(cfg, build, dataset=MMS):
+    fit(cfg, build_loaders(cfg, dataset), build, Process(CPU))
     folder = f"{cfg.out_root}/{cfg.run_name}"
     lines = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
     for line in lines:
@@ -461,9 +461,9 @@ def test_run_folder_admits_one_process(mms_config, build_tiny):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        from utils.run.checkpoint import run_lock
+        from utils.files import folder_lock
 
-        with run_lock(Path(mms_config.out_root) / "run"):
+        with folder_lock(Path(mms_config.out_root) / "run"):
             os.write(writer, b"x")
             signal.pause()
     os.read(reader, 1)
@@ -493,7 +493,7 @@ def test_every_ablation_trains(mms_config, build_tiny, change):
 
 
 def test_scgm_trains_with_the_same_engine(scgm_config, build_tiny):
-    _, lines = run(scgm_config, build_tiny, scgm_dataloader.FACTS)
+    _, lines = run(scgm_config, build_tiny, scgm_dataloader.DATASET)
     assert all(line["cps"] > 0 and np.isfinite(line["loss"]) for line in lines)
 
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import mms_dataloader
-from config import MMS_DEMO
 from utils.data import commands
-from utils.data.prepared import build_loaders
+from utils.data.loaders import build_loaders
 from utils.distributed import Process
 from utils.engine import fit
 from utils.errors import UserError
@@ -18,7 +17,7 @@ from utils.evaluation.commands import load_run
 from utils.evaluation.results import evaluate_run
 from utils.files import OutputFolder
 
-MMS = mms_dataloader.FACTS
+MMS = mms_dataloader.DATASET
 CPU = torch.device("cpu")
 
 
@@ -40,7 +39,7 @@ def test_demo_leaves_raw_data_of_the_user_alone(tmp_path):
     (tmp_path / "heart_raw").mkdir()
     (tmp_path / "heart_raw/scan.nii.gz").write_bytes(b"years of work")
     small = replace(MMS, demo_phantom={"patients": 1, "frames": 2})
-    commands.make_demo_data(replace(MMS_DEMO, data_root=str(tmp_path / "heart")), small)
+    commands.make_demo_data(str(tmp_path / "heart"), small)
     assert (tmp_path / "heart_raw/scan.nii.gz").read_bytes() == b"years of work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["heart", "heart_raw"]
 

@@ -10,13 +10,13 @@ from test_engine import first_batches
 
 import mms_dataloader
 from network import build_network
-from utils.data.prepared import build_loaders
+from utils.data.loaders import build_loaders
 from utils.distributed import Process
 from utils.engine import Trainer, fit
 from utils.errors import clear_errors
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-MMS = mms_dataloader.FACTS
+MMS = mms_dataloader.DATASET
 
 
 def test_step_never_waits_for_the_gpu(mms_config):
@@ -39,7 +39,7 @@ def test_training_on_a_gpu_and_on_a_cpu_begin_alike(mms_config, build_tiny):
     losses = []
     for device in (torch.device("cpu"), torch.device("cuda", 0)):
         cfg = replace(mms_config, max_steps=1, run_name=device.type, precision="fp32", flip=False, blur=False,
-                      rotation=0, shift=288, histogram_matching=False, cps_weight=0.0)  # fmt: skip
+                      rotation=0, max_shift=0, histogram_matching=False, cps_weight=0.0)  # fmt: skip
         fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(device))
         losses.append(json.loads((Path(cfg.out_root) / device.type / "log.jsonl").read_text())["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=0.05)  # dropout draws other channels

@@ -18,13 +18,14 @@ BELOW = {
     "utils.files": set(),
     "utils.plots": set(),
     "utils.distributed": set(),
-    "utils.method": set(),
+    "utils.method": {"config"},
     "utils.data": {"utils.method.augment", "utils.files", "utils.plots", "config"},
-    "utils.run": {"utils.files"},
-    "utils.evaluation": {"utils.data", "utils.method", "utils.run", "utils.files", "utils.plots", "utils.distributed"},
+    "utils.run": {"utils.files", "config"},
+    "utils.evaluation": {"utils.data", "utils.method", "utils.run", "utils.files", "utils.plots", "utils.distributed",
+                         "config"},
     "utils.engine": {"utils.evaluation.predict", "utils.method", "utils.run", "utils.files", "utils.data",
                      "utils.distributed", "utils.plots", "config"},
-    **{name: {"utils.data", "utils.evaluation.metrics"} for name in DATALOADERS},
+    **{name: {"utils.data", "utils.evaluation.metrics", "config"} for name in DATALOADERS},
 }  # fmt: skip
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -23,14 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from config import MMS, Config
-from mms_dataloader import FACTS
+from mms_dataloader import DATASET
 from network import build_network
+from utils.data.loaders import build_loaders
 from utils.data.prepare import prepare_dataset
-from utils.data.prepared import build_loaders
-from utils.distributed import Process, choose_device
+from utils.distributed import Process, autocast_context, choose_device
 from utils.engine import Trainer
 from utils.errors import UserError, clear_errors
-from utils.evaluation.predict import autocast, predict
+from utils.evaluation.predict import predict
 
 WARM_UP = 2  # calls before the timed ones
 
@@ -85,8 +85,8 @@ def benchmark(
             pretrained="none",
         )
         where = choose_device(device)
-        FACTS.write_phantom(Path(folder, "raw"), patients=4, frames=2 + batch_size * accumulate // 64)
-        prepare_dataset(Path(folder, "raw"), Path(cfg.data_root), FACTS, workers=2)
+        DATASET.write_phantom(Path(folder, "raw"), patients=4, frames=2 + batch_size * accumulate // 64)
+        prepare_dataset(Path(folder, "raw"), Path(cfg.data_root), DATASET, workers=2)
         columns = {
             name: measure(
                 replace(cfg, precision="fp32" if name == "baseline" else name),
@@ -120,7 +120,7 @@ def measure(
     """All figures of one configuration; names carry the unit."""
     peak = matmul_peak(device, cfg.precision)
     figures = {"matmul peak, TFLOP/s": peak / 1e12}
-    trainer = Trainer(cfg, build_loaders(cfg, FACTS), build_network, Process(device))
+    trainer = Trainer(cfg, build_loaders(cfg, DATASET), build_network, Process(device))
     for net in trainer.nets:
         net.to(memory_format=memory_format)
     with reading(trainer, 0) as read:
@@ -200,7 +200,7 @@ def matmul_peak(device: torch.device, precision: str) -> float:
     """
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "highest")
     size = 8192 if device.type == "cuda" else 2048
-    with autocast(device, precision):
+    with autocast_context(device, precision):
         reduced = torch.is_autocast_enabled(device.type)
     a, b = torch.rand(2, size, size, device=device).to(torch.bfloat16 if reduced else torch.float32)
     # (size, size) -> image (1, size, 64, size / 64) and weight (size, size, 1, 1), both channels_last.
@@ -212,7 +212,7 @@ def matmul_peak(device: torch.device, precision: str) -> float:
 def step_flop(cfg: Config, device: torch.device) -> int:
     """FLOP of a training step by PyTorch's counter, without what activation checkpointing computes twice."""
     small = replace(cfg, batch_size=2, accumulate=1, compile=False, checkpoint_activations=False, workers=0)
-    trainer = Trainer(small, build_loaders(small, FACTS), build_network, Process(device))
+    trainer = Trainer(small, build_loaders(small, DATASET), build_network, Process(device))
     with reading(trainer, 1) as read, FlopCounterMode(display=False) as counter:
         trainer.train_step(read())
     return counter.get_total_flops() * cfg.batch_size * cfg.accumulate // small.batch_size

@@ -24,12 +24,12 @@ import mms_dataloader
 import scgm_dataloader
 from config import MMS, SCGM
 from network import build_network
-from utils.data.prepared import build_loaders
+from utils.data.loaders import build_loaders
 from utils.errors import UserError, clear_errors
-from utils.files import OutputFolder
-from utils.run.checkpoint import provenance, require_space, run_lock, save_networks, write_json
+from utils.files import OutputFolder, folder_lock, require_space, write_json
+from utils.run.checkpoint import provenance, save_networks
 
-DATASETS = {"mms": (MMS, mms_dataloader.FACTS), "scgm": (SCGM, scgm_dataloader.FACTS)}
+DATASETS = {"mms": (MMS, mms_dataloader.DATASET), "scgm": (SCGM, scgm_dataloader.DATASET)}
 SELECTION = "the method's released weights, converted: neither trained nor selected here"
 FILE_LIMIT = 1 << 30  # bytes; a released network has 162 MB
 PICKLE_LIMIT = 1 << 20  # bytes of the file's pickle, which holds no weights; a released network has 0.1 MB
@@ -234,24 +234,24 @@ def convert_released(
         ratio: share of the patients that was labelled; by default 0.02 (mms) or 0.2 (scgm).
         data: prepared folder for the source domains' quantile curve; without it histogram matching is off.
     """
-    base, facts = DATASETS[dataset]
-    if test_domain not in facts.domains:
-        raise UserError(f"--test-domain {test_domain}: {facts.name} has {', '.join(facts.domains)}")
+    base, info = DATASETS[dataset]
+    if test_domain not in info.domains:
+        raise UserError(f"--test-domain {test_domain}: {info.name} has {', '.join(info.domains)}")
     if any((out / name).exists() for name in ("config.json", "best.safetensors", "last.pt")):
         raise UserError(f"{out} holds a run: choose another --out")
     ratio = base.ratio if ratio is None else ratio
     cfg = replace(base, test_domain=test_domain, ratio=ratio, data_root=str(data or base.data_root))
     # The smallest batch, as none is read: also a small folder has one.
-    loaders = build_loaders(replace(cfg, batch_size=2, workers=0), facts) if data else None
+    loaders = build_loaders(replace(cfg, batch_size=2, workers=0), info) if data else None
     cfg = replace(cfg, histogram_matching=cfg.histogram_matching and loaders is not None)
-    nets = [build_network(len(facts.class_names)) for _ in range(2)]
+    nets = [build_network(len(info.class_names)) for _ in range(2)]
     for net, path in zip(nets, (left, right), strict=True):
         load_released(net, path)
     config = asdict(cfg) | {"run_name": out.name, "out_root": str(out.parent)}
     metadata = {  # as Trainer.metadata
-        "dataset": facts.key,
-        "class_names": list(facts.class_names),
-        "spacing_mm": facts.spacing,
+        "dataset": info.key,
+        "class_names": list(info.class_names),
+        "spacing_mm": info.spacing,
         "reference": torch.from_numpy(loaders.reference).mean(0).tolist() if cfg.histogram_matching else None,
         "config": config,
         "selection": SELECTION,
@@ -261,7 +261,7 @@ def convert_released(
         "phantom": bool(loaders and loaders.data.info["phantom"]),
         **provenance(),
     }
-    with run_lock(out):
+    with folder_lock(out):
         require_space(out, sum(p.numel() * p.element_size() for net in nets for p in net.parameters()))
         outputs = OutputFolder(out)
         save_networks(outputs.claim("best.safetensors"), nets, metadata)

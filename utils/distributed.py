@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +21,10 @@ class Process(NamedTuple):
 
     device: torch.device
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes the log and the checkpoints."""
         return self.rank == 0
 
@@ -56,6 +56,18 @@ def choose_device(name: str, number: int = 0) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {name}: PyTorch finds no GPU here (torch {torch.__version__}); use --device cpu")
     return torch.device(name, number) if name == "cuda" else torch.device(name)
+
+
+def autocast_context(device: torch.device, precision: str) -> AbstractContextManager:
+    """bf16 autocast, or float32; "auto" is bf16 where the device computes it natively."""
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
+    enabled = precision == "bf16" or (precision == "auto" and native)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def average(tensors: Sequence[torch.Tensor]) -> None:
@@ -92,7 +104,7 @@ def main_first(process: Process) -> Iterator[None]:
         failed = True
         raise
     finally:
-        if any_process(failed) and not process.main:
+        if any_process(failed) and not process.is_main:
             sys.exit(1)
 
 

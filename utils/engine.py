@@ -25,38 +25,24 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from utils.data.prepared import Loaders
-from utils.distributed import Process, any_process, average, gather, main_first, unflatten
+from config import RUNTIME_SETTINGS, Config
+from utils.data.loaders import Loaders
+from utils.distributed import Process, any_process, autocast_context, average, gather, main_first, unflatten
 from utils.errors import UserError
-from utils.evaluation.predict import autocast, mean_dice, predict_scans
-from utils.files import RECORD, OutputFolder
+from utils.evaluation.predict import mean_dice, predict_scans
+from utils.files import RECORD, OutputFolder, folder_lock, read_json, require_space, write_json
 from utils.method.augment import Augmentation, cutmix_mask
 from utils.method.losses import cross_pseudo_loss, dice_loss, kl_variance
 from utils.plots import plot_curves, plot_training_samples
-from utils.run.checkpoint import (
-    is_intact,
-    load_checkpoint,
-    provenance,
-    read_json,
-    require_space,
-    run_lock,
-    save_checkpoint,
-    save_networks,
-    write_json,
-)
+from utils.run.checkpoint import is_intact, load_checkpoint, provenance, save_checkpoint, save_networks
 from utils.run.logger import Logger
 
 EXIT_INTERRUPTED = 75  # after SIGTERM, SIGUSR1 or Ctrl-C: the state is saved, run the same command to go on
 MAX_BAD_STEPS = 10  # non-finite steps in a row before training gives up
 SYNC_EVERY = 10  # steps between looks at the device's counters, for the progress bar
 
-# Settings that the method and its result do not depend on.
-WITHOUT_EFFECT = {
-    "data_root", "out_root", "run_name", "restart", "save_every", "device", "workers", "wandb", "compile",
-    "checkpoint_activations",
-}  # fmt: skip
 # What may differ between the command that began a run and the one that resumes it.
-FREE_ON_RESUME = WITHOUT_EFFECT | {"num_epoch", "max_steps"}
+FREE_ON_RESUME = RUNTIME_SETTINGS | {"num_epoch", "max_steps"}
 
 RUN_FILES = (
     "config.json", "split.json", "log.jsonl", "curves.png", "last.pt", "previous.pt", "best.safetensors",
@@ -157,7 +143,7 @@ def checkpointed(net: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     """`net` with activation checkpointing: a forward keeps nothing but its input, the backward computes it again."""
 
     @contextmanager
-    def still_statistics() -> Iterator[None]:
+    def frozen_statistics() -> Iterator[None]:
         """The second forward sees the batch that BatchNorm's running statistics have counted already."""
         norms = batch_norms([net])
         momenta = [norm.momentum for norm in norms]
@@ -169,7 +155,7 @@ def checkpointed(net: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
 
-    return partial(checkpoint, net, use_reentrant=False, context_fn=lambda: (nullcontext(), still_statistics()))
+    return partial(checkpoint, net, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics()))
 
 
 def batch_norms(nets: Sequence[nn.Module]) -> list[nn.Module]:
@@ -182,7 +168,7 @@ class Trainer:
 
     def __init__(
         self,
-        cfg: Any,
+        cfg: Config,
         loaders: Loaders,
         build_network: Callable[..., nn.Module],
         process: Process,
@@ -191,12 +177,12 @@ class Trainer:
         """Begin anew, or where `checkpoint` was taken by `state`."""
         self.cfg, self.loaders, self.process, self.device = cfg, loaders, process, process.device
         device = process.device
-        classes = loaders.facts.class_names
+        classes = loaders.dataset.class_names
         self.nets = []
         for i in range(2):
             torch.manual_seed(derive_seed(cfg.seed, 3, i))
             net = build_network(len(classes), pretrained="none" if checkpoint else cfg.pretrained)
-            if process.world > 1 and device.type == "cuda":  # SyncBatchNorm refuses CPUs
+            if process.world_size > 1 and device.type == "cuda":  # SyncBatchNorm refuses CPUs
                 net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
             self.nets.append(net.to(device, memory_format=torch.channels_last).train())
         # Shapes repeat from step to step.
@@ -215,18 +201,7 @@ class Trainer:
         ]
         reference = torch.from_numpy(loaders.reference).to(device) if cfg.histogram_matching else None
         self.mean_reference = reference.mean(0) if cfg.histogram_matching else None
-        self.augmentation = Augmentation(
-            size=cfg.image_size,
-            rotation=cfg.rotation,
-            shift=cfg.shift,
-            flip=cfg.flip,
-            blur=cfg.blur,
-            fourier_mode=cfg.fourier_mode,
-            fourier_window=cfg.fourier_window,
-            fourier_ratio=cfg.fourier_ratio,
-            fourier_alpha=cfg.fourier_alpha,
-            reference=reference,
-        )
+        self.augmentation = Augmentation.from_config(cfg, reference)
         self.generator = torch.Generator(device)
         norms = batch_norms(self.nets)
         self.statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
@@ -238,7 +213,7 @@ class Trainer:
             self._load_state(checkpoint)
 
     def forward(self) -> Any:
-        return autocast(self.device, self.cfg.precision)
+        return autocast_context(self.device, self.cfg.precision)
 
     def cps_weight(self, step: int) -> float:
         """beta at a step, after warm-up and ramp."""
@@ -393,16 +368,16 @@ class Trainer:
             mask_box=_numpy(box_mask),
             pseudo_labels=np.stack([_numpy(label[:, None]) for label in labels]),
             confidence=np.stack([_numpy(torch.exp(-kl_variance(a, b))[:, None]) for a, b in logits]),
-            class_names=self.loaders.facts.class_names[1:],
+            class_names=self.loaders.dataset.class_names[1:],
         )
 
     def metadata(self) -> dict[str, Any]:
         """What inference needs beside the weights."""
-        facts = self.loaders.facts
+        dataset = self.loaders.dataset
         return {
-            "dataset": facts.key,
-            "class_names": list(facts.class_names),
-            "spacing_mm": facts.spacing,
+            "dataset": dataset.key,
+            "class_names": list(dataset.class_names),
+            "spacing_mm": dataset.spacing,
             "reference": None if self.mean_reference is None else self.mean_reference.tolist(),
             "config": asdict(self.cfg),
             "selection": SELECTION,
@@ -414,7 +389,7 @@ class Trainer:
         }
 
 
-def fit(cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module], process: Process) -> None:
+def fit(cfg: Config, loaders: Loaders, build_network: Callable[..., nn.Module], process: Process) -> None:
     """Train two networks by `cfg`, resuming the run of that name if there is one; the main process writes.
 
     Raises:
@@ -424,17 +399,17 @@ def fit(cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module], pro
     folder = Path(cfg.out_root) / cfg.run_name
     total = cfg.num_epoch * loaders.steps_per_epoch
     total = min(total, cfg.max_steps or total)
-    settings = {**json.loads(json.dumps(asdict(cfg))), "processes": process.world}
+    settings = {**json.loads(json.dumps(asdict(cfg))), "processes": process.world_size}
     with ExitStack() as stack:
         with main_first(process):
-            if process.main:
-                stack.enter_context(run_lock(folder))
+            if process.is_main:
+                stack.enter_context(folder_lock(folder))
                 OutputFolder(folder).require_free(*RUN_FILES)
                 if not cfg.restart:
                     check_settings(folder, settings)
         checkpoint = None if cfg.restart else load_checkpoint(folder)
         if checkpoint and checkpoint["step"] >= total:
-            if process.main:
+            if process.is_main:
                 done = checkpoint["step"]
                 print(f"{folder}: this run is finished ({done} steps); --num-epoch or --max-steps extend it")
             return
@@ -442,25 +417,25 @@ def fit(cfg: Any, loaders: Loaders, build_network: Callable[..., nn.Module], pro
         del checkpoint
         if trainer.best >= 0 and not is_intact(folder / "best.safetensors"):
             trainer.best = -1.0
-            if process.main:
+            if process.is_main:
                 print(f"warning: {folder}/best.safetensors is missing or damaged; the next evaluation writes it anew")
-        if process.main and trainer.step:
+        if process.is_main and trainer.step:
             print(f"{folder}: goes on from step {trainer.step} of {total}")
         # Weights and two moments, as last, as previous and as the file being written; and the best weights.
         weights = sum(p.numel() * p.element_size() for net in trainer.nets for p in net.parameters())
         with main_first(process):
-            if process.main:
+            if process.is_main:
                 require_space(folder, 10 * weights)
                 begin_run(folder, cfg, settings, loaders.split._asdict())
-        if process.main:
-            images = cfg.batch_size * cfg.accumulate * process.world
+        if process.is_main:
+            images = cfg.batch_size * cfg.accumulate * process.world_size
             print(f"{folder}: steps of {images} labelled and {images * (1 + cfg.cutmix)} unlabelled images")
         logger = None
-        if process.main:
+        if process.is_main:
             logger = stack.enter_context(Logger(folder, since=trainer.step, use_wandb=cfg.wandb, config=asdict(cfg)))
         with Interrupt() as interrupt:
             _train(trainer, folder, total, logger, interrupt)
-    if process.main:
+    if process.is_main:
         print(f"{folder}: {trainer.step} steps, best source Dice {trainer.best:.2f} %")
 
 
@@ -469,7 +444,7 @@ def _train(trainer: Trainer, folder: Path, total: int, logger: Logger | None, in
     for loader in (loaders.labeled, loaders.unlabeled):
         loader.sampler.start, loader.sampler.stop = trainer.step * cfg.accumulate, total * cfg.accumulate
     progress = tqdm(
-        total=total, initial=trainer.step, unit="step", desc="train", smoothing=0.1, disable=not process.main
+        total=total, initial=trainer.step, unit="step", desc="train", smoothing=0.1, disable=not process.is_main
     )
     recent: deque[list[int]] = deque(maxlen=MAX_BAD_STEPS)
     began = time.monotonic()
@@ -494,7 +469,7 @@ def _train(trainer: Trainer, folder: Path, total: int, logger: Logger | None, in
             better = dice > trainer.best and float(trainer.sums["steps"]) > 0
             trainer.best = dice if better else trainer.best
             trainer.sums, trainer.bad_steps[1] = {}, 0
-            if process.main:
+            if process.is_main:
                 if better:
                     save_networks(folder / "best.safetensors", trainer.nets, trainer.metadata())
                 samples = OutputFolder(folder).claim(f"samples/epoch_{epoch:03d}.png")
@@ -508,14 +483,14 @@ def _train(trainer: Trainer, folder: Path, total: int, logger: Logger | None, in
                 progress.write(text + skipped)
             began = time.monotonic()
         # Several processes agree on a stop where they wait for each other anyway.
-        stop = any_process(bool(interrupt.received)) if at_sync or process.world == 1 else False
+        stop = any_process(bool(interrupt.received)) if at_sync or process.world_size == 1 else False
         if epoch_ends or stop or (cfg.save_every and trainer.step % cfg.save_every == 0):
             state = trainer.state()
-            if process.main:
+            if process.is_main:
                 save_checkpoint(folder, state)
         if stop and trainer.step < total:
             progress.close()
-            if process.main:
+            if process.is_main:
                 print(f"stopped by a signal at step {trainer.step}, saved; the same command goes on from there")
             sys.exit(EXIT_INTERRUPTED)
     progress.close()
@@ -543,7 +518,7 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def begin_run(folder: Path, cfg: Any, settings: dict[str, Any], split: dict[str, list[str]]) -> None:
+def begin_run(folder: Path, cfg: Config, settings: dict[str, Any], split: dict[str, list[str]]) -> None:
     """Make `folder` the run of these settings; with `restart`, what an earlier run of that name left is deleted."""
     if cfg.restart:
         for made in [folder, *(record.parent for record in folder.glob("results/*/" + RECORD))]:
@@ -562,7 +537,7 @@ def stop_if_diverged(trainer: Trainer, recent: Sequence[list[int]], path: Path) 
     index = trainer.loaders.data.index
     rows = sorted(set(gather([row for rows in recent for row in rows])))
     names = [f"{index['patient'][r]} frame {index['frame'][r]} slice {index['slice'][r]}" for r in rows]
-    if trainer.process.main:
+    if trainer.process.is_main:
         path.write_text("\n".join(names) + "\n")
     raise UserError(
         f"the loss was not finite in {MAX_BAD_STEPS} steps in a row, up to step {trainer.step}; the last checkpoint is "

@@ -19,8 +19,8 @@ from torch import nn
 
 import mms_dataloader
 import scgm_dataloader
+from utils.data.dataset import RawDataset
 from utils.data.prepare import process_case
-from utils.data.prepared import RawScan
 from utils.data.volume import Volume, read_shape, read_volume
 from utils.errors import UserError
 from utils.run.checkpoint import load_checkpoint, load_networks, read_metadata, save_checkpoint, save_networks
@@ -87,7 +87,7 @@ def test_damaged_scan_in_prepare(place, image, mask):
         (folder / name).write_bytes(edited(nifti(), changes))
     cases = mms_dataloader.Case("P", "A", "A", folder / "i.nii", (folder / "m.nii",), {"ED": 0, "ES": 1})
     before = sorted(place.rglob("*"))
-    report = process_case(cases, mms_dataloader.FACTS, None)
+    report = process_case(cases, mms_dataloader.DATASET, None)
     outside, labeled = report.outside
     assert report.errors or 0 <= outside <= labeled <= 2 * read_volume(folder / "i.nii").array[..., 0].size
     assert sorted(place.rglob("*")) == before
@@ -114,10 +114,10 @@ def test_info_tables(place, header, rows, changes, encoding):
     content = text.getvalue().encode(encoding, "surrogatepass")
     (raw / "M&Ms Dataset Information.csv").write_bytes(edited(content, changes))
     found = mms_dataloader.find_cases(raw)
-    assert isinstance(found, RawScan)
+    assert isinstance(found, RawDataset)
     assert all(case.image.is_relative_to(raw) and ".." not in case.image.parts for case in found.cases)
     (raw / "M&Ms Dataset Information.xlsx").write_bytes(edited(content, changes))
-    assert isinstance(mms_dataloader.find_cases(raw), RawScan)
+    assert isinstance(mms_dataloader.find_cases(raw), RawDataset)
     (raw / "M&Ms Dataset Information.xlsx").unlink()
 
 
@@ -134,7 +134,7 @@ def test_scgm_file_names(place, files):
             old.unlink()
         for name in files:
             (raw / part / name).touch()
-    assert isinstance(scgm_dataloader.find_cases(raw), RawScan)
+    assert isinstance(scgm_dataloader.find_cases(raw), RawDataset)
 
 
 @fuzz

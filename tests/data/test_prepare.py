@@ -22,14 +22,15 @@ from scipy.ndimage import map_coordinates
 
 import mms_dataloader
 import scgm_dataloader
+from utils.data.loaders import build_loaders
 from utils.data.prepare import check_dataset, prepare_dataset, quantile_curves
-from utils.data.prepared import PreparedData, build_loaders, split_patients
+from utils.data.prepared import PreparedData, split_patients
 from utils.distributed import Process
 from utils.engine import fit
 from utils.errors import UserError
-from utils.run.checkpoint import run_lock
+from utils.files import folder_lock
 
-MMS, SCGM = mms_dataloader.FACTS, scgm_dataloader.FACTS
+MMS, SCGM = mms_dataloader.DATASET, scgm_dataloader.DATASET
 
 
 def folder_of(raw, number, part="*/*"):
@@ -239,7 +240,7 @@ def test_two_preparations_of_one_folder_do_not_meet(raw, tmp_path):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        with run_lock(tmp_path / "out.partial"):
+        with folder_lock(tmp_path / "out.partial"):
             (tmp_path / "out.partial/images.npy").write_text("of the first")
             os.write(writer, b"x")
             signal.pause()

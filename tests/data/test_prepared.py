@@ -9,14 +9,8 @@ import pytest
 
 import mms_dataloader
 import scgm_dataloader
-from utils.data.prepared import (
-    PreparedData,
-    SliceDataset,
-    build_loaders,
-    labeled_batches,
-    scan_batches,
-    unlabeled_batches,
-)
+from utils.data.loaders import SliceDataset, build_loaders, labeled_batches, scan_batches, unlabeled_batches
+from utils.data.prepared import PreparedData
 from utils.errors import UserError
 
 GROUPS = {"A": 95, "B centre 2": 74, "B centre 3": 51, "C": 50, "D": 50}  # of the release
@@ -34,7 +28,7 @@ def test_labeled_subjects_of_scgm(subjects, expected):
 
 @pytest.mark.parametrize("vendor", "ABCD")
 def test_target_vendor_is_nowhere_in_training(mms_config, vendor):
-    loaders = build_loaders(replace(mms_config, test_domain=vendor, use_extra_unlabeled=True), mms_dataloader.FACTS)
+    loaders = build_loaders(replace(mms_config, test_domain=vendor, use_extra_unlabeled=True), mms_dataloader.DATASET)
     domain = loaders.data.index["domain"]
     for loader in (loaders.labeled, loaders.unlabeled, loaders.val):
         assert vendor not in domain[loader.dataset.rows]
@@ -45,20 +39,20 @@ def test_target_vendor_is_nowhere_in_training(mms_config, vendor):
 
 
 def test_split_takes_the_first_patients_of_each_group(mms_config):
-    loaders = build_loaders(mms_config, mms_dataloader.FACTS)
+    loaders = build_loaders(mms_config, mms_dataloader.DATASET)
     index = loaders.data.index
     for group, count in {"A": 2, "B2": 2, "B3": 2, "C": 2}.items():
         members = sorted(set(index["patient"][(index["group"] == group) & (index["mask"] >= 0)]))
         assert [p for p in members if p in loaders.split.labeled] == members[:count]
     # The patient without masks trains only when asked for, and is never evaluated.
     without = set(index["patient"]) - set(index["patient"][index["mask"] >= 0])
-    extra = build_loaders(replace(mms_config, use_extra_unlabeled=True), mms_dataloader.FACTS).split
+    extra = build_loaders(replace(mms_config, use_extra_unlabeled=True), mms_dataloader.DATASET).split
     assert without and not without & {*loaders.split.unlabeled, *loaders.split.held_out}
     assert set(extra.unlabeled) - set(loaders.split.unlabeled) == without
 
 
 def test_validation_patients_are_kept_out_of_training(mms_config):
-    split = build_loaders(replace(mms_config, val_patients=1), mms_dataloader.FACTS).split
+    split = build_loaders(replace(mms_config, val_patients=1), mms_dataloader.DATASET).split
     assert len(split.validation) == 3 and not set(split.validation) & {*split.labeled, *split.unlabeled}
 
 
@@ -74,12 +68,12 @@ def test_validation_patients_are_kept_out_of_training(mms_config):
 )
 def test_impossible_splits_are_refused(mms_config, change, message):
     with pytest.raises(UserError, match=message):
-        build_loaders(replace(mms_config, **change), mms_dataloader.FACTS)
+        build_loaders(replace(mms_config, **change), mms_dataloader.DATASET)
 
 
 def test_data_of_the_other_set_are_refused(mms_config, scgm_root):
     with pytest.raises(UserError, match="holds scgm data"):
-        build_loaders(replace(mms_config, data_root=str(scgm_root)), mms_dataloader.FACTS)
+        build_loaders(replace(mms_config, data_root=str(scgm_root)), mms_dataloader.DATASET)
 
 
 class Hostile:
@@ -93,16 +87,16 @@ def test_array_with_objects_is_refused_and_never_executed(mms_root, tmp_path, mo
     np.save(root / "quantiles.npy", np.array([Hostile()], object), allow_pickle=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"prepared is damaged.*prepare the data again"):
-        PreparedData.open(root, mms_dataloader.FACTS)
+        PreparedData.open(root, mms_dataloader.DATASET)
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_an_epoch_uses_every_image_once_in_each_half(world):
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_an_epoch_uses_every_image_once_in_each_half(world_size):
     count, size = 60, 4
-    parts = [{"rank": rank, "world": world} for rank in range(world)]
+    parts = [{"rank": rank, "world_size": world_size} for rank in range(world_size)]
     samplers = [unlabeled_batches(count, batch_size=size, pairs=True, seed=0, **part) for part in parts]
-    steps = count // (size * world)
+    steps = count // (size * world_size)
     batches = np.array([[s.batch_of_number(step) for s in samplers] for step in range(2 * steps)])  # (steps, ranks, 2B)
     first, second = batches[..., :size], batches[..., size:]
     assert (first != second).all()
@@ -115,10 +109,10 @@ def test_an_epoch_uses_every_image_once_in_each_half(world):
 def test_no_image_is_twice_in_a_step():
     """Else it could be its own Fourier partner; uneven counts, many epochs, and too few images to avoid it."""
     count, size = 21, 5
-    for world in (1, 2):
+    for world_size in (1, 2):
         samplers = [
-            unlabeled_batches(count, batch_size=size, pairs=True, seed=1, rank=rank, world=world)
-            for rank in range(world)
+            unlabeled_batches(count, batch_size=size, pairs=True, seed=1, rank=rank, world_size=world_size)
+            for rank in range(world_size)
         ]
         for number in range(200):
             step = np.concatenate([sampler.batch_of_number(number) for sampler in samplers])
@@ -139,7 +133,7 @@ def test_batches_follow_from_the_step_alone():
 
 
 def test_scans_come_whole_and_in_order(mms_root):
-    data = PreparedData.open(mms_root, mms_dataloader.FACTS)
+    data = PreparedData.open(mms_root, mms_dataloader.DATASET)
     rows = np.random.default_rng(0).permutation(np.flatnonzero(data.index["mask"] >= 0))
     batches = [rows[positions] for positions in scan_batches(data, rows)]
     assert len(batches) == 32  # 16 patients, ED and ES
@@ -149,7 +143,7 @@ def test_scans_come_whole_and_in_order(mms_root):
 
 
 def test_dataset_pairs_image_and_mask(mms_root):
-    data = PreparedData.open(mms_root, mms_dataloader.FACTS)
+    data = PreparedData.open(mms_root, mms_dataloader.DATASET)
     rows = np.flatnonzero(data.index["mask"] >= 0)[[7, 3]]
     batch = SliceDataset(data, rows, with_mask=True)[[1, 0]]
     for position, row in enumerate(rows[::-1]):

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import mms_dataloader
-from utils.data.prepared import PreparedData, build_loaders
+from utils.data.loaders import build_loaders
+from utils.data.prepared import PreparedData
 from utils.distributed import Process
 from utils.engine import fit
 from utils.errors import UserError
@@ -22,7 +23,7 @@ from utils.evaluation.results import evaluate_run, runs_table
 from utils.run.checkpoint import load_networks, read_metadata, save_networks
 from utils.run.logger import read_log
 
-MMS = mms_dataloader.FACTS
+MMS = mms_dataloader.DATASET
 CPU = torch.device("cpu")
 
 

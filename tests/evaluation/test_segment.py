@@ -25,9 +25,9 @@ class Brightness(nn.Module):
         return -80 * (image - levels[None, :, None, None]).abs()
 
 
-def segmenter(net=None, facts=mms_dataloader.FACTS, **changes):
+def segmenter(net=None, dataset=mms_dataloader.DATASET, **changes):
     defaults = {
-        "nets": [net or Brightness()] * 2, "facts": facts, "size": 288, "reference": None, "device": CPU,
+        "nets": [net or Brightness()] * 2, "dataset": dataset, "size": 288, "reference": None, "device": CPU,
         "precision": "fp32", "batch_size": 32, "tta": False, "keep_largest": False, "confidence": False,
         "fourier_window": 0.01, "fourier_ratio": 1.0, "center": None,
     }  # fmt: skip
@@ -183,7 +183,7 @@ def test_scgm_uses_the_same_way(tmp_path):
     x = (np.arange(200) - 99.5) * 0.25
     disc = (np.hypot(x[:, None] - 5, x[None] + 4) < 6)[..., None].repeat(3, 2)
     write(tmp_path / "cord.nii", disc, np.diag([0.25, 0.25, 5, 1]))
-    segment_files(segmenter(Grey(), scgm_dataloader.FACTS), [tmp_path], tmp_path / "out")
+    segment_files(segmenter(Grey(), scgm_dataloader.DATASET), [tmp_path], tmp_path / "out")
     ours = np.asarray(nib.load(tmp_path / "out/cord_seg.nii.gz").dataobj) == 1
     assert 2 * (ours & disc).sum() / (ours.sum() + disc.sum()) > 0.97
 

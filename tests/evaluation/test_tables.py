@@ -14,15 +14,15 @@ from utils.evaluation.tables import PUBLISHED, method_name, to_csv, to_latex, to
 RULE = "highest ensemble Dice on 100 % of source_images"
 
 
-FACTS = {
-    "mms": {"name": "M&Ms", "domain_word": "vendor", "domains": "ABCD"},
-    "scgm": {"name": "SCGM", "domain_word": "site", "domains": "1234"},
-    "new": {"name": "New", "domain_word": "hospital", "domains": ("x", "y")},
+DATASET = {
+    "mms": {"name": "M&Ms", "domain_kind": "vendor", "domains": "ABCD"},
+    "scgm": {"name": "SCGM", "domain_kind": "site", "domains": "1234"},
+    "new": {"name": "New", "domain_kind": "hospital", "domains": ("x", "y")},
 }
 
 
 def combine(summaries):
-    return tables.combine(summaries, **FACTS[summaries[0]["dataset"]])
+    return tables.combine(summaries, **DATASET[summaries[0]["dataset"]])
 
 
 def summary(domain="A", mean=80.0, std=5.0, *, seed=0, structures=("LV", "MYO", "RV"), **changes):

@@ -10,12 +10,12 @@ from torchvision.transforms.functional import gaussian_blur as torchvision_blur
 
 from utils.data.prepare import quantile_curves
 from utils.method.augment import (
-    CANVAS,
-    GRID,
+    CANVAS_PX,
+    FIELD_PX,
     Augmentation,
     amplitude_mix,
     amplitude_swap,
-    canvas_to_grid,
+    canvas_to_view,
     cutmix_mask,
     gaussian_blur,
     match_histogram,
@@ -23,7 +23,7 @@ from utils.method.augment import (
     random_partner,
 )
 
-PLAIN = {"size": 64, "rotation": 0, "shift": GRID, "flip": False, "blur": False, "fourier_mode": "AS",
+PLAIN = {"size": 64, "rotation": 0, "max_shift": 0, "flip": False, "blur": False, "fourier_mode": "AS",
          "fourier_window": 0.01, "fourier_ratio": 1.0, "fourier_alpha": 0.3}  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def noise(*shape, seed=0):
     return torch.rand(*shape, generator=seeded(seed))
 
 
-def smooth(count, *, seed=0, sigma=6, size=CANVAS):
+def smooth(count, *, seed=0, sigma=6, size=CANVAS_PX):
     """Smooth random images in [0, 1], (count, 1, size, size)."""
     images = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(count, size, size)), (0, sigma, sigma))
     low, high = images.min((1, 2), keepdims=True), images.max((1, 2), keepdims=True)
@@ -163,74 +163,78 @@ def test_gaussian_blur_equals_torchvision():
 
 
 def test_grid_of_288_is_the_centre_of_the_canvas():
-    image, label = smooth(2), torch.randint(0, 4, (2, 1, CANVAS, CANVAS), generator=seeded(), dtype=torch.uint8)
-    torch.testing.assert_close(canvas_to_grid(image, GRID), image[..., 6:-6, 6:-6], rtol=0, atol=1e-4)
-    view = canvas_to_grid(label, GRID)
+    image, label = smooth(2), torch.randint(0, 4, (2, 1, CANVAS_PX, CANVAS_PX), generator=seeded(), dtype=torch.uint8)
+    torch.testing.assert_close(canvas_to_view(image, FIELD_PX), image[..., 6:-6, 6:-6], rtol=0, atol=1e-4)
+    view = canvas_to_view(label, FIELD_PX)
     assert view.dtype == torch.uint8 and torch.equal(view, label[..., 6:-6, 6:-6])
 
 
 @pytest.mark.parametrize("size", [64, 96, 144, 288])
 def test_grid_keeps_the_field_of_view(size):
-    blob = torch.zeros(1, 1, CANVAS, CANVAS)
+    blob = torch.zeros(1, 1, CANVAS_PX, CANVAS_PX)
     blob[..., 80:121, 180:201] = 1
-    expected = (np.array([100.5, 190.5]) - 6) / GRID  # centre of the blob's rectangle, in the field of view
+    expected = (np.array([100.5, 190.5]) - 6) / FIELD_PX  # centre of the blob's rectangle, in the field of view
     for canvas in (blob, blob.to(torch.uint8)):
-        view = canvas_to_grid(canvas, size)[0, 0]
+        view = canvas_to_view(canvas, size)[0, 0]
         np.testing.assert_allclose(centroid(view), expected, atol=0.3 / size)
-        assert view.float().mean().item() == pytest.approx(41 * 21 / GRID**2, rel=0.1)
-    assert (canvas_to_grid(torch.full((1, 1, CANVAS, CANVAS), 0.7), size) - 0.7).abs().max() < 1e-5
+        assert view.float().mean().item() == pytest.approx(41 * 21 / FIELD_PX**2, rel=0.1)
+    assert (canvas_to_view(torch.full((1, 1, CANVAS_PX, CANVAS_PX), 0.7), size) - 0.7).abs().max() < 1e-5
 
 
 def test_small_grid_is_antialiased():
-    checkerboard = torch.from_numpy(np.indices((CANVAS, CANVAS)).sum(0) % 2).float()[None, None]
-    inner = canvas_to_grid(checkerboard, 64)[..., 1:-1, 1:-1]
+    checkerboard = torch.from_numpy(np.indices((CANVAS_PX, CANVAS_PX)).sum(0) % 2).float()[None, None]
+    inner = canvas_to_view(checkerboard, 64)[..., 1:-1, 1:-1]
     assert (inner - 0.5).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("angle", [0, 30, 45, 90])
 def test_rotation_equals_scipy(angle, monkeypatch):
     monkeypatch.setattr(torch, "randint", lambda low, high, size, **_: torch.full(size, angle if high == 91 else 0))
-    theta = random_affine(1, generator=seeded(), rotation=90, shift=GRID, flip=False)
+    theta = random_affine(1, generator=seeded(), rotation=90, max_shift=0, flip=False)
     monkeypatch.undo()
     image = smooth(1)
-    view = canvas_to_grid(image, GRID, theta)[0, 0].numpy()
+    view = canvas_to_view(image, FIELD_PX, theta)[0, 0].numpy()
     rotated = ndimage.rotate(image[0, 0].numpy(), angle, reshape=False, order=1)[6:-6, 6:-6]
-    disc = np.hypot(*(np.indices((GRID, GRID)) - (GRID - 1) / 2)) < 140  # inside, the canvas is visible at any angle
+    disc = (
+        np.hypot(*(np.indices((FIELD_PX, FIELD_PX)) - (FIELD_PX - 1) / 2)) < 140
+    )  # inside, the canvas is visible at any angle
     assert np.abs(view - rotated)[disc].max() < 1e-3
 
 
 def test_angles_are_all_integers_from_0_to_90():
-    theta = random_affine(4000, generator=seeded(), rotation=90, shift=GRID, flip=False)
+    theta = random_affine(4000, generator=seeded(), rotation=90, max_shift=0, flip=False)
     angle = torch.atan2(theta[:, 1, 0], theta[:, 0, 0]).rad2deg()
     assert (angle - angle.round()).abs().max() < 1e-3
     assert set(angle.round().int().tolist()) == set(range(91))
-    torch.testing.assert_close(theta[:, :, :2].det(), torch.full((4000,), (GRID / CANVAS) ** 2))  # no shear, no zoom
+    torch.testing.assert_close(
+        theta[:, :, :2].det(), torch.full((4000,), (FIELD_PX / CANVAS_PX) ** 2)
+    )  # no shear, no zoom
 
 
 def test_shifts_are_whole_px_within_the_window():
-    theta = random_affine(2000, generator=seeded(), rotation=0, shift=CANVAS, flip=False)
-    shift = theta[:, :, 2] * CANVAS / 2
+    theta = random_affine(2000, generator=seeded(), rotation=0, max_shift=6, flip=False)
+    shift = theta[:, :, 2] * CANVAS_PX / 2
     assert (shift - shift.round()).abs().max() < 1e-3
     for axis in (0, 1):
         assert set(shift[:, axis].round().int().tolist()) == set(range(-6, 7))
     image = smooth(1)
     for i in range(3):
         x, y = shift[i].round().int().tolist()
-        view = canvas_to_grid(image, GRID, theta[i : i + 1])
+        view = canvas_to_view(image, FIELD_PX, theta[i : i + 1])
         torch.testing.assert_close(view, image[..., 6 + y : 294 + y, 6 + x : 294 + x], rtol=0, atol=1e-4)
 
 
 def test_shift_is_scaled_with_the_image_size():
-    theta = random_affine(1, generator=seeded(1), rotation=0, shift=CANVAS, flip=False)
-    blob = torch.zeros(1, 1, CANVAS, CANVAS)
+    theta = random_affine(1, generator=seeded(1), rotation=0, max_shift=6, flip=False)
+    blob = torch.zeros(1, 1, CANVAS_PX, CANVAS_PX)
     blob[..., 130:150, 160:190] = 1
-    large, small = (centroid(canvas_to_grid(blob, size, theta)[0, 0]) for size in (GRID, 64))
-    assert np.abs(large - centroid(blob[0, 0, 6:-6, 6:-6])).max() > 2.5 / GRID  # it is shifted
+    large, small = (centroid(canvas_to_view(blob, size, theta)[0, 0]) for size in (FIELD_PX, 64))
+    assert np.abs(large - centroid(blob[0, 0, 6:-6, 6:-6])).max() > 2.5 / FIELD_PX  # it is shifted
     np.testing.assert_allclose(small, large, atol=0.2 / 64)
 
 
 def test_flips_are_independent_and_mirror_the_field_of_view():
-    theta = random_affine(400, generator=seeded(), rotation=0, shift=GRID, flip=True)
+    theta = random_affine(400, generator=seeded(), rotation=0, max_shift=0, flip=True)
     signs = theta[:, (0, 1), (0, 1)].sign().int()
     counts = [(signs == torch.tensor(pair)).all(1).sum().item() for pair in ((1, 1), (1, -1), (-1, 1), (-1, -1))]
     assert min(counts) > 70  # 100 expected, standard deviation 9
@@ -238,26 +242,26 @@ def test_flips_are_independent_and_mirror_the_field_of_view():
     for i in range(8):
         axes = [axis for axis, sign in ((-1, signs[i, 0]), (-2, signs[i, 1])) if sign < 0]
         expected = image[..., 6:-6, 6:-6].flip(axes)
-        torch.testing.assert_close(canvas_to_grid(image, GRID, theta[i : i + 1]), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(canvas_to_view(image, FIELD_PX, theta[i : i + 1]), expected, rtol=0, atol=1e-4)
 
 
 def test_flips_come_after_the_rotation():
     """So that the image turns one way, by 0 to 90 degrees, whatever is flipped."""
-    theta = random_affine(200, generator=seeded(), rotation=90, shift=GRID, flip=True)
+    theta = random_affine(200, generator=seeded(), rotation=90, max_shift=0, flip=True)
     (a, b), (c, d) = theta[:, 0, :2].T, theta[:, 1, :2].T
     assert (a * c > -1e-6).all() and (b * d < 1e-6).all()  # columns +-(cos, sin) and +-(-sin, cos)
 
 
 def test_geometry_is_reproducible():
-    settings = {"rotation": 90, "shift": CANVAS, "flip": True}
+    settings = {"rotation": 90, "max_shift": 6, "flip": True}
     first, again, other = (random_affine(8, generator=seeded(s), **settings) for s in (5, 5, 6))
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("size", [64, GRID])
+@pytest.mark.parametrize("size", [64, FIELD_PX])
 def test_image_and_mask_stay_aligned(size):
     mask = (smooth(6, sigma=25) > 0.5).to(torch.uint8)
-    augmentation = Augmentation(**PLAIN | {"size": size, "rotation": 90, "shift": CANVAS, "flip": True})
+    augmentation = Augmentation(**PLAIN | {"size": size, "rotation": 90, "max_shift": 6, "flip": True})
     image_view, mask_view = augmentation.labeled(mask.float(), mask, torch.zeros(6, 256), seeded())
     assert image_view.shape == (6, 1, size, size) and image_view.dtype == torch.float32
     assert mask_view.shape == (6, size, size) and mask_view.dtype == torch.int64
@@ -338,7 +342,7 @@ def unlabeled(image, *, seed=0, fourier=True, **settings):
 
 @pytest.mark.parametrize("mode", ["AS", "AM"])
 def test_unlabeled_views(mode):
-    settings = {"rotation": 90, "shift": CANVAS, "flip": True, "blur": True, "fourier_mode": mode,
+    settings = {"rotation": 90, "max_shift": 6, "flip": True, "blur": True, "fourier_mode": mode,
                 "reference": quantiles(smooth(3, seed=7))}  # fmt: skip
     image = smooth(4)
     plain, fourier = unlabeled(image, **settings)
@@ -352,19 +356,25 @@ def test_unlabeled_views(mode):
 
 @pytest.mark.parametrize("off", [{"fourier_ratio": 0.0}, {"fourier_mode": "AM", "fourier_alpha": 0.0}])
 def test_fourier_view_of_ratio_0_is_the_plain_view(off):
-    settings = {"rotation": 90, "shift": CANVAS, "flip": True, "blur": True, "reference": quantiles(smooth(3, seed=7))}
+    settings = {
+        "rotation": 90,
+        "max_shift": 6,
+        "flip": True,
+        "blur": True,
+        "reference": quantiles(smooth(3, seed=7)),
+    }
     plain, fourier = unlabeled(smooth(4), **settings | off)
     torch.testing.assert_close(fourier, plain, rtol=0, atol=1e-5)
 
 
 def test_both_views_are_blurred_alike():
-    plain, fourier = unlabeled(smooth(2, sigma=1), size=GRID, blur=True, fourier_ratio=0.0)
-    sharp, _ = unlabeled(smooth(2, sigma=1), size=GRID)
+    plain, fourier = unlabeled(smooth(2, sigma=1), size=FIELD_PX, blur=True, fourier_ratio=0.0)
+    sharp, _ = unlabeled(smooth(2, sigma=1), size=FIELD_PX)
     torch.testing.assert_close(fourier, plain, rtol=0, atol=1e-5)
     assert plain.diff().abs().mean() < 0.97 * sharp.diff().abs().mean()
 
 
-@pytest.mark.parametrize("size", [64, 96, GRID])
+@pytest.mark.parametrize("size", [64, 96, FIELD_PX])
 def test_fourier_window_is_two_cycles_at_every_size(size):
     plain, fourier = unlabeled(smooth(2, sigma=3), size=size)
     change = torch.fft.fftshift(torch.fft.fft2(fourier - plain), dim=(-2, -1)).abs()
@@ -381,8 +391,8 @@ def low_amplitude(view, half=2):
 
 def test_partner_takes_the_geometry_of_its_image():
     """The partner is the image doubled: in the image's own geometry, the low amplitudes double exactly."""
-    image = smooth(1).expand(2, 1, CANVAS, CANVAS) * torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
-    plain, fourier = unlabeled(image, rotation=90, shift=CANVAS, flip=True)
+    image = smooth(1).expand(2, 1, CANVAS_PX, CANVAS_PX) * torch.tensor([1.0, 2.0]).view(2, 1, 1, 1)
+    plain, fourier = unlabeled(image, rotation=90, max_shift=6, flip=True)
     assert (low_amplitude(plain[1]) / low_amplitude(plain[0]) - 2).abs().max() > 0.1  # their geometries differ
     for i, factor in enumerate((2.0, 0.5)):
         torch.testing.assert_close(low_amplitude(fourier[i]), factor * low_amplitude(plain[i]), rtol=2e-3, atol=1e-2)

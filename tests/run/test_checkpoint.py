@@ -10,16 +10,14 @@ import torch
 from torch import nn
 
 from utils.errors import UserError, clear_errors
+from utils.files import folder_lock, require_space, write_json
 from utils.run.checkpoint import (
     load_checkpoint,
     load_networks,
     provenance,
     read_metadata,
-    require_space,
-    run_lock,
     save_checkpoint,
     save_networks,
-    write_json,
 )
 
 
@@ -125,7 +123,7 @@ def test_read_only_folder_is_named_and_its_state_loads(small_disk):
         save_checkpoint(small_disk, state(2))
     with pytest.raises(UserError, match=r"best\.safetensors: cannot be written"):
         save_networks(small_disk / "best.safetensors", [nn.Linear(2, 2)], {})
-    with pytest.raises(UserError, match="cannot be written"), run_lock(small_disk):
+    with pytest.raises(UserError, match="cannot be written"), folder_lock(small_disk):
         pass
     assert load_checkpoint(small_disk)["step"] == 1
 

@@ -14,7 +14,7 @@ import torch
 from test_engine import assert_same, run
 
 import mms_dataloader
-from utils.data.prepared import build_loaders
+from utils.data.loaders import build_loaders
 from utils.distributed import Process
 from utils.engine import fit
 from utils.run.checkpoint import load_checkpoint
@@ -25,7 +25,7 @@ def child_process(cfg, build_tiny):
     child = os.fork()
     if child == 0:
         try:
-            fit(cfg, build_loaders(cfg, mms_dataloader.FACTS), build_tiny, Process(torch.device("cpu")))
+            fit(cfg, build_loaders(cfg, mms_dataloader.DATASET), build_tiny, Process(torch.device("cpu")))
             os._exit(0)
         finally:
             os._exit(1)

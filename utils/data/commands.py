@@ -3,28 +3,25 @@
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import tyro
-from torch import nn
 from tyro.conf import Positional
 
+from utils.data.dataset import DatasetInfo
+from utils.data.loaders import SliceDataset
 from utils.data.prepare import check_dataset, prepare_dataset
-from utils.data.prepared import DatasetFacts, PreparedData, SliceDataset, build_loaders
+from utils.data.prepared import PreparedData
 from utils.data.volume import radiological, read_volume
-from utils.distributed import main_first, process_group
-from utils.engine import fit
 from utils.errors import UserError, clear_errors
 from utils.files import OutputFolder
-from utils.method.augment import GRID, Augmentation, canvas_to_grid, cutmix_mask
+from utils.method.augment import FIELD_PX, Augmentation, canvas_to_view, cutmix_mask
 from utils.plots import plot_preview
 
 
-def run_data_command(facts: DatasetFacts) -> None:
+def run_data_command(dataset: DatasetInfo) -> None:
     """Run the command that the command line names."""
 
     def check(raw: Positional[Path], /, workers: int = os.cpu_count() or 1) -> None:
@@ -34,7 +31,7 @@ def run_data_command(facts: DatasetFacts) -> None:
             raw: the raw data set.
             workers: processes; each holds one scan in memory.
         """
-        if not check_dataset(raw, facts, workers=workers):
+        if not check_dataset(raw, dataset, workers=workers):
             sys.exit(1)
 
     def prepare(raw: Positional[Path], /, out: Path, workers: int = os.cpu_count() or 1) -> None:
@@ -45,14 +42,14 @@ def run_data_command(facts: DatasetFacts) -> None:
             out: folder to write, with 180 kB per slice and 90 kB more where it has a mask.
             workers: processes; each holds one scan in memory.
         """
-        prepare_dataset(raw, out, facts, workers=workers)
+        prepare_dataset(raw, out, dataset, workers=workers)
 
     def preview(
         data: Path,
         out: Path = Path("preview.png"),
         images: int = 4,
-        fourier_ratio: float = facts.preview["fourier_ratio"],
-        histogram_matching: bool = facts.preview["histogram_matching"],
+        fourier_ratio: float = dataset.preview["fourier_ratio"],
+        histogram_matching: bool = dataset.preview["histogram_matching"],
         seed: int = 0,
     ) -> None:
         """Draw what the network sees, without rotation, shift, flips and blur: plain, Fourier and CutMix views.
@@ -72,7 +69,7 @@ def run_data_command(facts: DatasetFacts) -> None:
         if out.suffix != ".png":
             raise UserError(f"--out {out}: a picture's name ends in .png")
         draw_preview(
-            facts,
+            dataset,
             data,
             OutputFolder(out.parent).claim(out.name),
             count=images,
@@ -83,32 +80,23 @@ def run_data_command(facts: DatasetFacts) -> None:
 
     with clear_errors():
         tyro.extras.subcommand_cli_from_dict(
-            {"phantom": facts.write_phantom, "check": check, "prepare": prepare, "preview": preview}
+            {"phantom": dataset.write_phantom, "check": check, "prepare": prepare, "preview": preview}
         )
 
 
-def train(cfg: Any, facts: DatasetFacts, build_network: Callable[..., nn.Module]) -> None:
-    """Config -> data -> networks -> training."""
-    with clear_errors(), process_group(cfg.device) as process:
-        with main_first(process):
-            if process.main:
-                make_demo_data(cfg, facts)
-        fit(cfg, build_loaders(cfg, facts, rank=process.rank, world=process.world), build_network, process)
-
-
-def make_demo_data(cfg: Any, facts: DatasetFacts) -> None:
-    """For a demo run whose data are not there yet: write a phantom and prepare it."""
-    root = Path(cfg.data_root)
-    if not cfg.demo or root.exists():
+def make_demo_data(data_root: str, dataset: DatasetInfo) -> None:
+    """Prepare a phantom in the folder `data_root` where there is none yet."""
+    root = Path(data_root)
+    if root.exists():
         return
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{root.name}_raw_", dir=root.parent) as raw:
-        facts.write_phantom(Path(raw), **facts.demo_phantom)
-        prepare_dataset(Path(raw), root, facts, workers=os.cpu_count() or 1)
+        dataset.write_phantom(Path(raw), **dataset.demo_phantom)
+        prepare_dataset(Path(raw), root, dataset, workers=os.cpu_count() or 1)
 
 
 def draw_preview(
-    facts: DatasetFacts,
+    dataset: DatasetInfo,
     root: Path,
     out: Path,
     *,
@@ -118,7 +106,7 @@ def draw_preview(
     seed: int,
 ) -> None:
     """Draw labelled slices of all domains of a prepared folder, and the views that training takes of them."""
-    data = PreparedData.open(root, facts)
+    data = PreparedData.open(root, dataset)
     rng = np.random.default_rng(seed)
     masks = np.asarray(data.index["mask"])
     filled = np.array([row for row in np.flatnonzero(masks >= 0) if data.masks[masks[row]].any()])
@@ -129,14 +117,14 @@ def draw_preview(
     batch = SliceDataset(data, rows, with_mask=True)[list(range(count))]
     reference = torch.from_numpy(data.quantiles[data.index["domain"] == domains[0]])
     augmentation = Augmentation(
-        size=GRID, rotation=0, shift=0, flip=False, blur=False,
+        size=FIELD_PX, rotation=0, max_shift=0, flip=False, blur=False,
         fourier_mode="AS", fourier_window=0.01, fourier_ratio=fourier_ratio, fourier_alpha=0.3,
         reference=reference if histogram_matching else None,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    mask = canvas_to_grid(batch["mask"], GRID)[:, 0]
+    mask = canvas_to_view(batch["mask"], FIELD_PX)[:, 0]
     plain, fourier = augmentation.unlabeled(batch["image"], batch["quantiles"], generator, fourier=True)
-    boxes = cutmix_mask(count, GRID, generator=generator)
+    boxes = cutmix_mask(count, FIELD_PX, generator=generator)
     mixed = torch.where(boxes > 0, plain.roll(1, 0), plain)
     places = zip(data.index["patient"][rows], data.index["phase"][rows], strict=True)
     scans = [read_volume(data.truth_path(*place), 3) for place in places]
@@ -148,11 +136,11 @@ def draw_preview(
             for name, views in maps.items()
         },
         titles=[
-            f"{facts.domain_word} {domain}\n{patient} {phase} slice {number}"
+            f"{dataset.domain_kind} {domain}\n{patient} {phase} slice {number}"
             for domain, patient, phase, number in zip(
                 *(data.index[name][rows] for name in ("domain", "patient", "phase", "slice")), strict=True
             )
         ],
-        class_names=facts.class_names[1:],
+        class_names=dataset.class_names[1:],
     )
     print(out)

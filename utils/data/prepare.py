@@ -18,12 +18,13 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
+from utils.data.dataset import Case, DatasetInfo
 from utils.data.phantom import PHANTOM_NOTE
-from utils.data.prepared import FORMAT_VERSION, INDEX_COLUMNS, Case, DatasetFacts
+from utils.data.prepared import FORMAT_VERSION, INDEX_COLUMNS
 from utils.data.volume import PlaneMap, Volume, frame_count, frame_slices, read_shape, read_volume, write_volume
 from utils.errors import UserError
-from utils.method.augment import CANVAS, GRID
-from utils.run.checkpoint import LOCK, run_lock
+from utils.files import LOCK, folder_lock
+from utils.method.augment import CANVAS_PX, FIELD_PX
 
 QUANTILES = 256  # points of a slice's quantile curve
 
@@ -41,12 +42,12 @@ class Report(NamedTuple):
 Reports = list[tuple[Case | None, Report]]
 
 
-def check_dataset(raw: Path, facts: DatasetFacts, *, workers: int) -> bool:
+def check_dataset(raw: Path, dataset: DatasetInfo, *, workers: int) -> bool:
     """Read every file of a raw data set and print every problem; True when there is no error."""
-    return _summarise(raw, facts, _process(raw, facts, workers=workers, out=None))
+    return _summarise(raw, dataset, _process(raw, dataset, workers=workers, out=None))
 
 
-def prepare_dataset(raw: Path, out: Path, facts: DatasetFacts, *, workers: int) -> None:
+def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int) -> None:
     """Check `raw` and convert it into the folder `out`, which appears only when it is complete.
 
     Raises:
@@ -55,15 +56,15 @@ def prepare_dataset(raw: Path, out: Path, facts: DatasetFacts, *, workers: int) 
     if out.exists():
         raise UserError(f"{out} exists already: remove it, or choose another --out")
     unfinished = out.with_name(out.name + ".partial")
-    with run_lock(unfinished):
+    with folder_lock(unfinished):
         try:
             for left in unfinished.glob("*"):  # by a process that was killed
                 if left.name != LOCK:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
-            reports = _process(raw, facts, workers=workers, out=unfinished)
-            if not _summarise(raw, facts, reports):
+            reports = _process(raw, dataset, workers=workers, out=unfinished)
+            if not _summarise(raw, dataset, reports):
                 raise UserError(f"{raw} has the errors listed above: nothing was prepared")
-            _write_index(unfinished, raw, facts, reports)
+            _write_index(unfinished, raw, dataset, reports)
             (unfinished / LOCK).unlink()
             unfinished.rename(out)
         except OSError as error:
@@ -74,13 +75,13 @@ def prepare_dataset(raw: Path, out: Path, facts: DatasetFacts, *, workers: int) 
     print(f"{out}: {sum(len(report.rows) for _, report in reports)} slices, {size / 1e9:.2f} GB")
 
 
-def _process(raw: Path, facts: DatasetFacts, *, workers: int, out: Path | None) -> Reports:
+def _process(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path | None) -> Reports:
     """Check every scan and, with `out`, convert it; each worker holds one scan in memory."""
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1 process must do the work")
     if not raw.is_dir():
-        raise UserError(f"{raw}: no such folder\n{facts.how_to_get}")
-    found = facts.find_cases(raw)
+        raise UserError(f"{raw}: no such folder\n{dataset.download_help}")
+    found = dataset.find_cases(raw)
     reports: Reports = [(None, Report(found.errors, found.warnings, []))]
     offsets = _allocate(found.cases, out) if out and not found.errors else None
     ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process alone: it ends the workers
@@ -88,7 +89,7 @@ def _process(raw: Path, facts: DatasetFacts, *, workers: int, out: Path | None) 
         jobs = {}
         for number, case in enumerate(found.cases):
             target = (out, offsets[number]) if offsets else None
-            jobs[pool.submit(process_case, case, facts, target)] = case
+            jobs[pool.submit(process_case, case, dataset, target)] = case
         try:
             progress = tqdm(as_completed(jobs), total=len(jobs), unit="scan", desc="prepare" if out else "check")
             reports += [(jobs[job], job.result()) for job in progress]
@@ -116,12 +117,12 @@ def _allocate(cases: list[Case], out: Path) -> list[tuple[int, int]] | None:
             return None  # the scan's own check will say why
         slices += math.prod(shape[2:])
         masks += shape[2] * len(case.phases) if len(shape) > 2 else 0
-    need = slices * (CANVAS**2 * 2 + QUANTILES * 4) + masks * CANVAS**2
+    need = slices * (CANVAS_PX**2 * 2 + QUANTILES * 4) + masks * CANVAS_PX**2
     free = shutil.disk_usage(out).free
     if need > 0.98 * free:
         raise UserError(f"{out.parent}: the prepared data take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free there")
-    open_memmap(out / "images.npy", "w+", np.float16, (slices, CANVAS, CANVAS))
-    open_memmap(out / "masks.npy", "w+", np.uint8, (masks, CANVAS, CANVAS))
+    open_memmap(out / "images.npy", "w+", np.float16, (slices, CANVAS_PX, CANVAS_PX))
+    open_memmap(out / "masks.npy", "w+", np.uint8, (masks, CANVAS_PX, CANVAS_PX))
     open_memmap(out / "quantiles.npy", "w+", np.float32, (slices, QUANTILES))
     for path in out.glob("*.npy"):
         if hasattr(os, "posix_fallocate"):  # Linux: take the space now; a disk that fills up later kills a memory map
@@ -130,13 +131,13 @@ def _allocate(cases: list[Case], out: Path) -> list[tuple[int, int]] | None:
     return offsets
 
 
-def process_case(case: Case, facts: DatasetFacts, target: tuple[Path, tuple[int, int]] | None) -> Report:
+def process_case(case: Case, dataset: DatasetInfo, target: tuple[Path, tuple[int, int]] | None) -> Report:
     """Check the files of one scan and, with `target` (folder, first slice and mask), convert it."""
     errors: list[str] = []
     volumes: list[Volume] = []
     for path in (case.image, *case.masks):
         try:
-            volumes.append(read_volume(path, facts.ndim))
+            volumes.append(read_volume(path, dataset.ndim))
         except UserError as error:
             errors.append(str(error))
     if errors:
@@ -146,9 +147,9 @@ def process_case(case: Case, facts: DatasetFacts, target: tuple[Path, tuple[int,
     for path, mask in zip(case.masks, masks, strict=True):
         if mask.array.shape != image.array.shape:
             errors.append(f"{path}: shape {mask.array.shape} differs from the image's {image.array.shape}")
-        unknown = np.setdiff1d(mask.array, range(facts.label_values))
+        unknown = np.setdiff1d(mask.array, range(dataset.num_raw_labels))
         if unknown.size:
-            errors.append(f"{path}: labels {unknown[:5].tolist()} outside 0..{facts.label_values - 1}")
+            errors.append(f"{path}: labels {unknown[:5].tolist()} outside 0..{dataset.num_raw_labels - 1}")
         if not np.allclose(mask.affine, image.affine, atol=1e-3):
             warnings.append(f"{path}: its affine differs from the image's by more than 1e-3")
     for phase, frame in case.phases.items():
@@ -156,9 +157,9 @@ def process_case(case: Case, facts: DatasetFacts, target: tuple[Path, tuple[int,
             errors.append(f"{case.image}: {phase} is frame {frame}, but the file holds 0..{frame_count(image) - 1}")
     if errors:
         return Report(errors, warnings, [])
-    plane = PlaneMap(image.array.shape[:2], image.zooms[:2], CANVAS, facts.spacing)
+    plane = PlaneMap(image.array.shape[:2], image.zooms[:2], CANVAS_PX, dataset.spacing)
     truth = {
-        phase: facts.consensus([frame_slices(mask, frame).astype(np.uint8) for mask in masks])
+        phase: dataset.consensus([frame_slices(mask, frame).astype(np.uint8) for mask in masks])
         for phase, frame in case.phases.items()
     }
     empty = [phase for phase, label in truth.items() if not label.any()]
@@ -168,16 +169,16 @@ def process_case(case: Case, facts: DatasetFacts, target: tuple[Path, tuple[int,
         errors = [f"{case.masks[0]}: labels in frames {drawn}, but by the table they are {said} (counted from 0)"]
         return Report(errors, warnings, [])
     warnings += [f"{case.masks[0]}: no label in {phase}" for phase in empty]
-    field = replace(plane, size=GRID).inside()
-    structures = np.array([(label > 0) & (label < len(facts.class_names)) for label in truth.values()], bool)
+    field = replace(plane, size=FIELD_PX).inside()
+    structures = np.array([(label > 0) & (label < len(dataset.class_names)) for label in truth.values()], bool)
     outside = (np.count_nonzero(structures & ~field), np.count_nonzero(structures)) if truth else (0, 0)
     report = Report(errors, warnings, [], outside)
-    return _convert(case, facts, image, truth, plane, *target, report) if target else report
+    return _convert(case, dataset, image, truth, plane, *target, report) if target else report
 
 
 def _convert(
     case: Case,
-    facts: DatasetFacts,
+    dataset: DatasetInfo,
     image: Volume,
     truth: dict[str, np.ndarray],
     plane: PlaneMap,
@@ -192,13 +193,13 @@ def _convert(
     depth = image.array.shape[2]
     digest = hashlib.sha256()
     for frame in range(frame_count(image)):
-        canvas = plane.to_canvas(facts.normalize(frame_slices(image, frame).astype(np.float32))).astype(np.float16)
+        canvas = plane.to_canvas(dataset.normalize(frame_slices(image, frame).astype(np.float32))).astype(np.float16)
         images[row : row + depth] = canvas
         quantiles[row : row + depth] = quantile_curves(canvas)
         digest.update(canvas.tobytes())
         phase = phases.get(frame, "")
         if phase:
-            label = np.where(truth[phase] < len(facts.class_names), truth[phase], 0).astype(np.uint8)
+            label = np.where(truth[phase] < len(dataset.class_names), truth[phase], 0).astype(np.uint8)
             label = plane.to_canvas(label)
             masks[mask_row : mask_row + depth] = label
             digest.update(label.tobytes() + truth[phase].tobytes())
@@ -215,7 +216,7 @@ def _convert(
 
 def quantile_curves(canvas: np.ndarray) -> np.ndarray:
     """Quantile curve of every image over the field of view: (N, C, C) float16 >= 0 -> (N, QUANTILES) float32."""
-    margin = (CANVAS - GRID) // 2
+    margin = (CANVAS_PX - FIELD_PX) // 2
     bits = canvas[:, margin:-margin, margin:-margin].reshape(len(canvas), -1).view(np.int16)
     # Non-negative float16 have the order of their bits, and 16-bit integers a radix sort: 8 times as fast.
     field = np.sort(bits, axis=1, kind="stable").view(np.float16)
@@ -226,7 +227,7 @@ def quantile_curves(canvas: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(lower + (upper - lower) * (position - low).astype(np.float32))
 
 
-def _write_index(out: Path, raw: Path, facts: DatasetFacts, reports: list[tuple[Case | None, Report]]) -> None:
+def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: list[tuple[Case | None, Report]]) -> None:
     rows = [row for _, report in reports for row in report.rows]
     with open(out / "index.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, INDEX_COLUMNS)
@@ -235,20 +236,20 @@ def _write_index(out: Path, raw: Path, facts: DatasetFacts, reports: list[tuple[
     index = (out / "index.csv").read_bytes()
     info = {
         "format": FORMAT_VERSION,
-        "dataset": facts.key,
+        "dataset": dataset.key,
         "source": str(raw),
         "phantom": (raw / PHANTOM_NOTE).exists(),
-        "spacing_mm": facts.spacing,
-        "canvas_px": CANVAS,
-        "field_px": GRID,
-        "class_names": facts.class_names,
+        "spacing_mm": dataset.spacing,
+        "canvas_px": CANVAS_PX,
+        "field_px": FIELD_PX,
+        "class_names": dataset.class_names,
         "index_sha256": hashlib.sha256(index).hexdigest(),
         "content_hash": hashlib.sha256(b"".join(report.digest for _, report in reports)).hexdigest(),
     }
     (out / "dataset.json").write_text(json.dumps(info, indent=2) + "\n")
 
 
-def _summarise(raw: Path, facts: DatasetFacts, reports: list[tuple[Case | None, Report]]) -> bool:
+def _summarise(raw: Path, dataset: DatasetInfo, reports: list[tuple[Case | None, Report]]) -> bool:
     """Print every problem and what was found; True when there is no error."""
     errors = [text for _, report in reports for text in report.errors]
     warnings = [text for _, report in reports for text in report.warnings]
@@ -259,7 +260,7 @@ def _summarise(raw: Path, facts: DatasetFacts, reports: list[tuple[Case | None, 
     labeled = Counter(case.domain for case, _ in reports if case and case.masks)
     counts = ", ".join(f"{d}: {by_domain[d]} ({labeled[d]} with masks)" for d in sorted(by_domain))
     outside, voxels = (sum(report.outside[i] for _, report in reports) for i in (0, 1))
-    print(f"{raw}: scans by {facts.domain_word}: {counts or 'none'}")
+    print(f"{raw}: scans by {dataset.domain_kind}: {counts or 'none'}")
     if voxels:
         print(f"{100 * outside / voxels:.2f} % of the labelled voxels lie outside the network's field of view")
     print(f"{len(errors)} errors, {len(warnings)} warnings")

@@ -8,7 +8,7 @@ import torch
 import tyro
 from torch import nn
 
-from utils.data.prepared import DatasetFacts
+from utils.data.dataset import DatasetInfo
 from utils.distributed import choose_device
 from utils.errors import UserError, clear_errors
 from utils.evaluation.predict import TrainedRun
@@ -19,7 +19,7 @@ from utils.files import OutputFolder
 from utils.run.checkpoint import load_checkpoint, load_networks, read_metadata
 
 
-def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) -> None:
+def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module]) -> None:
     """Run what the command line asks for."""
 
     def inference(
@@ -61,7 +61,7 @@ def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) 
             precision: bf16 autocast, or float32.
         """
         if list_runs:
-            return print(runs_table(list_runs, facts))
+            return print(runs_table(list_runs, dataset))
         if not run:
             raise UserError("--run names the trained run, --list-runs the folder whose runs are listed")
         where = choose_device(device)
@@ -75,11 +75,11 @@ def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) 
             raise UserError(f"--batch-size {batch_size}: at least 1 slice at a time")
         options = {"precision": precision, "tta": tta, "keep_largest": keep_largest}
         if input:
-            trained = load_run(run[0], checkpoint, facts, build_network, where)
+            trained = load_run(run[0], checkpoint, dataset, build_network, where)
             config = trained.metadata["config"]
             segmenter = Segmenter(
                 nets=trained.nets,
-                facts=facts,
+                dataset=dataset,
                 size=config["image_size"],
                 reference=trained.reference,
                 device=where,
@@ -94,15 +94,15 @@ def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) 
         if len({folder.resolve() for folder in run}) < len(run):
             raise UserError("--run names a run twice")
         for folder in run:  # before the first of them is evaluated
-            require_run(folder, facts)
+            require_run(folder, dataset)
         summaries = []
         for folder in run:
-            trained = load_run(folder, checkpoint, facts, build_network, where)
+            trained = load_run(folder, checkpoint, dataset, build_network, where)
             place = folder / "results" / trained.metadata["config"]["test_domain"]
             summaries.append(
                 evaluate_run(
                     trained,
-                    facts,
+                    dataset,
                     data_root=data_root,
                     out=out if out and len(run) == 1 else place,
                     save_predictions=save_predictions,
@@ -110,15 +110,15 @@ def run_inference(facts: DatasetFacts, build_network: Callable[..., nn.Module]) 
                 )
             )
         if len(run) > 1:
-            write_table(summaries, facts, out or run[0].parent)
+            write_table(summaries, dataset, out or run[0].parent)
 
     with clear_errors():
         tyro.cli(inference)
 
 
-def write_table(summaries: list[dict[str, Any]], facts: DatasetFacts, folder: Path) -> None:
+def write_table(summaries: list[dict[str, Any]], dataset: DatasetInfo, folder: Path) -> None:
     """Write and print the leave-one-domain-out table of several evaluations, as Markdown, CSV and LaTeX."""
-    table = combine(summaries, name=facts.name, domain_word=facts.domain_word, domains=facts.domains)
+    table = combine(summaries, name=dataset.name, domain_kind=dataset.domain_kind, domains=dataset.domains)
     outputs = OutputFolder(folder)
     for suffix, form in (("md", to_markdown), ("csv", to_csv), ("tex", to_latex)):
         outputs.claim(f"leave_one_domain_out.{suffix}").write_text(form(table), encoding="utf-8")
@@ -126,24 +126,24 @@ def write_table(summaries: list[dict[str, Any]], facts: DatasetFacts, folder: Pa
     print(f"table in {folder / 'leave_one_domain_out.md'}, .csv and .tex")
 
 
-def require_run(folder: Path, facts: DatasetFacts) -> None:
+def require_run(folder: Path, dataset: DatasetInfo) -> None:
     """Raise UserError when there is no such folder."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such run; train one first: python {facts.key}_train.py --help")
+        raise UserError(f"{folder}: no such run; train one first: python {dataset.key}_train.py --help")
 
 
 def load_run(
-    folder: Path, checkpoint: str, facts: DatasetFacts, build_network: Callable[..., nn.Module], device: torch.device
+    folder: Path, checkpoint: str, dataset: DatasetInfo, build_network: Callable[..., nn.Module], device: torch.device
 ) -> TrainedRun:
     """Load the networks of a run's "best" or "last" checkpoint; UserError when they are not there or do not fit."""
-    require_run(folder, facts)
+    require_run(folder, dataset)
     path, state = folder / "best.safetensors", None
     if checkpoint == "last":
         path, state = folder / "last.pt", load_checkpoint(folder)
         if state is None:
             raise UserError(f"{path}: no such file; the run has saved no state, or --run names no run's folder")
     metadata = read_metadata(path) if state is None else state["metadata"]
-    if metadata["dataset"] != facts.key:
+    if metadata["dataset"] != dataset.key:
         raise UserError(f"{path} was trained on {metadata['dataset']} data: use inference_{metadata['dataset']}.py")
     nets = [build_network(len(metadata["class_names"])) for _ in range(2)]
     if state is None:

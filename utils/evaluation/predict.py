@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +13,9 @@ from torch.utils.data import DataLoader
 
 from utils.data.prepared import PreparedData
 from utils.data.volume import PlaneMap, Volume, read_volume
+from utils.distributed import autocast_context
 from utils.evaluation.metrics import largest_components, paper_dice, structure_metrics
-from utils.method.augment import GRID, canvas_to_grid, match_histogram
+from utils.method.augment import FIELD_PX, canvas_to_view, match_histogram
 
 
 class TrainedRun(NamedTuple):
@@ -38,19 +38,7 @@ class ScanPrediction(NamedTuple):
     image: torch.Tensor  # (S, size, size) input
     probability: torch.Tensor  # (S, K, size, size) mean softmax of the networks
     agreement: torch.Tensor  # (S, size, size) exp(-KL) between the networks, in [0, 1]
-    slice_dice: np.ndarray  # (S,) paper protocol, on the GRID
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """bf16 autocast, or float32; "auto" is bf16 where the device computes it natively."""
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
-    enabled = precision == "bf16" or (precision == "auto" and native)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX)."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    slice_dice: np.ndarray  # (S,) paper protocol, on the FIELD_PX
 
 
 def prepare_view(
@@ -60,7 +48,7 @@ def prepare_view(
 
     `reference` is the (256,) mean quantile curve that histograms are matched to, or None.
     """
-    view = canvas_to_grid(canvas, size)
+    view = canvas_to_view(canvas, size)
     return view if reference is None else match_histogram(view, quantiles, reference[None])
 
 
@@ -76,7 +64,7 @@ def predict(
 
     def softmax(turns: int, flip: bool) -> torch.Tensor:
         view = torch.rot90(image.flip(-1) if flip else image, turns, (-2, -1))
-        with autocast(image.device, precision):
+        with autocast_context(image.device, precision):
             logits = torch.stack([net(view) for net in nets])  # (2, B, K, H, W)
         back = torch.rot90(logits.float().softmax(2), -turns, (-2, -1))
         return back.flip(-1) if flip else back
@@ -104,8 +92,8 @@ def predict_scans(
         view = prepare_view(canvas, quantiles, size=size, reference=reference)
         probability, agreement = predict(nets, view, precision=precision, tta=tta)
         # Images of every size are scored on the same grid.
-        on_grid = F.interpolate(probability, size=GRID, mode="bilinear") if size != GRID else probability
-        dice = paper_dice(on_grid, canvas_to_grid(mask, GRID)[:, 0])
+        on_grid = F.interpolate(probability, size=FIELD_PX, mode="bilinear") if size != FIELD_PX else probability
+        dice = paper_dice(on_grid, canvas_to_view(mask, FIELD_PX)[:, 0])
         rows = batch["row"].numpy()
         patient, phase = data.index["patient"][rows[0]], data.index["phase"][rows[0]]
         yield ScanPrediction(str(patient), str(phase), rows, view[:, 0], probability, agreement, dice.cpu().numpy())
@@ -135,7 +123,7 @@ def to_native(scan: ScanPrediction, data: PreparedData, *, keep_largest: bool = 
     """Map a prediction back to its scan's grid: softmax resampled bilinearly, then argmax, then largest components."""
     classes, size = scan.probability.shape[1:3]
     truth = read_volume(data.truth_path(scan.patient, scan.phase), 3)
-    plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, data.info["spacing_mm"] * GRID / size)
+    plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, data.info["spacing_mm"] * FIELD_PX / size)
     labels = plane.to_native(scan.probability.float().cpu().numpy()).argmax(1).astype(np.uint8)  # outside: background
     known = np.where(truth.array < classes, truth.array, 0)
     outside = np.count_nonzero(known[~plane.inside()]), np.count_nonzero(known)

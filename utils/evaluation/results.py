@@ -10,29 +10,31 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from utils.data.prepared import DatasetFacts, PreparedData, SliceDataset, batch_loader, scan_batches
+from config import RUNTIME_SETTINGS
+from utils.data.dataset import DatasetInfo
+from utils.data.loaders import SliceDataset, batch_loader, scan_batches
+from utils.data.prepared import PreparedData
 from utils.data.volume import radiological, read_volume, write_volume
-from utils.engine import WITHOUT_EFFECT
 from utils.errors import UserError
 from utils.evaluation.metrics import agreement_limits, bootstrap_interval
 from utils.evaluation.predict import ScanPrediction, TrainedRun, mean_dice, predict_scans, to_native, volumetric_rows
 from utils.evaluation.report import to_markdown, write_report
 from utils.evaluation.tables import method_name
-from utils.files import OutputFolder
-from utils.method.augment import canvas_to_grid
+from utils.files import OutputFolder, read_json, write_json
+from utils.method.augment import canvas_to_view
 from utils.plots import plot_bland_altman, plot_case, plot_dice_per_case
-from utils.run.checkpoint import provenance, read_json, read_metadata, write_json
+from utils.run.checkpoint import provenance, read_metadata
 from utils.run.logger import read_log
 
 FIGURES = ("dice", "hd95", "assd")
 RESULT_FILES = ("summary.json", "summary.md", "per_case.csv", "report.html", "dice_per_case.png", "bland_altman.png")
-LAST = "none, the last state of the training"
+NO_SELECTION = "none, the last state of the training"
 CASE_COLUMNS = ("patient", "phase", "structure", *FIGURES, "missed", "predicted_ml", "truth_ml", "paper_dice")
 
 
 def evaluate_run(
     run: TrainedRun,
-    facts: DatasetFacts,
+    dataset: DatasetInfo,
     *,
     data_root: Path | None,
     out: Path,
@@ -48,11 +50,13 @@ def evaluate_run(
     """
     config = run.metadata["config"]
     remark = unfinished(run.folder)
-    data = PreparedData.open(data_root or config["data_root"], facts)
+    data = PreparedData.open(data_root or config["data_root"], dataset)
     domain, size = config["test_domain"], config["image_size"]
     patients = data.patients_with_masks(domain)
     if not patients:
-        raise UserError(f"{data.root} has no {facts.domain_word} {domain} with masks to evaluate on: check --data-root")
+        raise UserError(
+            f"{data.root} has no {dataset.domain_kind} {domain} with masks to evaluate on: check --data-root"
+        )
     require_unseen(run, patients, data)
     outputs = OutputFolder(out)
     outputs.require_free(*RESULT_FILES)  # before the work
@@ -66,27 +70,27 @@ def evaluate_run(
     for scan in tqdm(predictions, total=len(loader), unit="scan", desc=f"evaluate {domain}"):
         native = to_native(scan, data, keep_largest=keep_largest)
         slice_dice.append((scan.patient, scan.phase, scan.slice_dice.tolist()))
-        rows += volumetric_rows(scan, native, facts.class_names)
+        rows += volumetric_rows(scan, native, dataset.class_names)
         outside += native.outside
         if save_predictions:
             path = outputs.claim(f"predictions/{scan.patient}_{scan.phase}.nii.gz")
             write_volume(path, native.labels, native.grid)
     paper = mean_dice(slice_dice)
     rows = [{**row, "paper_dice": paper[row["patient"]]} for row in rows]
-    clinical = _clinical(rows, facts)
+    clinical = _clinical(rows, dataset)
     summary = {
-        "dataset": facts.key,
+        "dataset": dataset.key,
         "test_domain": domain,
         "checkpoint": f"{run.checkpoint}, step {run.metadata['step']}{remark}",
-        "selection": run.metadata["selection"] if run.checkpoint == "best" else LAST,
+        "selection": run.metadata["selection"] if run.checkpoint == "best" else NO_SELECTION,
         "patients": len(paper),
         "paper_protocol": _mean_std_interval(list(paper.values())),
-        "volumetric": {name: _volumetric(rows, name) for name in facts.class_names[1:]},
+        "volumetric": {name: _volumetric(rows, name) for name in dataset.class_names[1:]},
         "outside_field_percent": 100 * float(outside[0]) / max(int(outside[1]), 1),
         "phantom": data.info["phantom"],
         "method": method_name(run.metadata),
         "unfinished": remark,
-        "settings": {key: value for key, value in config.items() if key not in WITHOUT_EFFECT},
+        "settings": {key: value for key, value in config.items() if key not in RUNTIME_SETTINGS},
         "ratio": config["ratio"],
         "seed": config["seed"],
         "image_size": size,
@@ -102,14 +106,14 @@ def evaluate_run(
             name: agreement_limits(*pair) | {"unit": unit} for name, (unit, *pair) in clinical.items()
         }
     write_json(outputs.claim("summary.json"), summary)
-    title = f"{facts.name}, held-out {facts.domain_word} {domain}"
+    title = f"{dataset.name}, held-out {dataset.domain_kind} {domain}"
     text = to_markdown(title, summary)
     outputs.claim("summary.md").write_text(text, encoding="utf-8")
     with open(outputs.claim("per_case.csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, CASE_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    pictures = _draw(outputs, run, data, facts, rows, paper, clinical, settings, title)
+    pictures = _draw(outputs, run, data, dataset, rows, paper, clinical, settings, title)
     outputs.claim("report.html")
     write_report(out, title=title, summary=summary, config=config, cases=rows, pictures=pictures)
     outputs.remove_stale()  # of an earlier evaluation, maybe of another checkpoint
@@ -133,9 +137,9 @@ def require_unseen(run: TrainedRun, patients: Sequence[str], data: PreparedData)
         print(f"warning: {data.root} holds other data than {run.folder} was trained with")
 
 
-def runs_table(root: Path, facts: DatasetFacts) -> str:
+def runs_table(root: Path, dataset: DatasetInfo) -> str:
     """The runs below `root` with their best scores, as a Markdown table."""
-    lines = [f"| run | held out | labelled | method | seed | best at step | source Dice | {facts.domain_word} Dice |"]
+    lines = [f"| run | held out | labelled | method | seed | best at step | source Dice | {dataset.domain_kind} Dice |"]
     lines.append("|---" * 8 + "|")
     rules: dict[str, None] = {}
     for path in sorted(root.glob("*/best.safetensors")):
@@ -145,7 +149,7 @@ def runs_table(root: Path, facts: DatasetFacts) -> str:
         except UserError as error:  # one damaged run must not cost the list
             lines.append(f"| {folder.name} | {error} |")
             continue
-        if metadata["dataset"] != facts.key:
+        if metadata["dataset"] != dataset.key:
             continue
         config = metadata["config"]
         source = max((line["val_dice"] for line in read_log(folder / "log.jsonl")), default=None)
@@ -157,7 +161,9 @@ def runs_table(root: Path, facts: DatasetFacts) -> str:
         lines.append("| " + " | ".join(map(str, cells)) + " |")
         rules[metadata["selection"]] = None
     if len(lines) == 2:
-        raise UserError(f"{root}: no run of {facts.name} there; train one first: python {facts.key}_train.py --help")
+        raise UserError(
+            f"{root}: no run of {dataset.name} there; train one first: python {dataset.key}_train.py --help"
+        )
     return "\n".join([*lines, "", f"best: {'; '.join(rules) or 'unknown'}"])
 
 
@@ -208,15 +214,15 @@ def _volumetric(rows: Sequence[dict[str, Any]], structure: str) -> dict[str, Any
     return result
 
 
-def _clinical(rows: Sequence[dict[str, Any]], facts: DatasetFacts) -> dict[str, tuple[str, list[float], list[float]]]:
+def _clinical(rows: Sequence[dict[str, Any]], dataset: DatasetInfo) -> dict[str, tuple[str, list[float], list[float]]]:
     """Unit, truths and predictions of every clinical figure, by its name; empty for a data set without any."""
-    if facts.clinical is None:
+    if dataset.clinical is None:
         return {}
     volumes: dict[str, dict[tuple[str, str], tuple[float, float]]] = defaultdict(dict)
     for row in rows:
         volumes[row["patient"]][row["phase"], row["structure"]] = (row["truth_ml"], row["predicted_ml"])
     pairs = [
-        [facts.clinical({key: pair[i] for key, pair in of_patient.items()}) for i in (0, 1)]
+        [dataset.clinical({key: pair[i] for key, pair in of_patient.items()}) for i in (0, 1)]
         for of_patient in volumes.values()
     ]
     return {
@@ -229,7 +235,7 @@ def _draw(
     outputs: OutputFolder,
     run: TrainedRun,
     data: PreparedData,
-    facts: DatasetFacts,
+    dataset: DatasetInfo,
     rows: Sequence[dict[str, Any]],
     paper: dict[str, float],
     clinical: dict[str, tuple[str, list[float], list[float]]],
@@ -237,7 +243,7 @@ def _draw(
     title: str,
 ) -> list[tuple[str, Path]]:
     """Draw all pictures of an evaluation; returns them with captions, for the report."""
-    structures = facts.class_names[1:]
+    structures = dataset.class_names[1:]
     path = outputs.claim("dice_per_case.png")
     plot_dice_per_case(path, [row for row in rows if "dice" in row], structures, title=title)
     pictures = [("Dice per structure and case", path)]
@@ -252,7 +258,7 @@ def _draw(
     for scan in predict_scans(run.nets, _scans(data, sorted(set(chosen.values()))), data, **settings):
         for rank in (rank for rank, patient in chosen.items() if patient == scan.patient):
             path = outputs.claim(f"overlays/{rank}_{scan.patient}_{scan.phase}.png")
-            _draw_case(path, scan, data, facts, rank, paper[scan.patient])
+            _draw_case(path, scan, data, dataset, rank, paper[scan.patient])
             overlays.append((f"{rank} patient by the paper's Dice: {scan.patient} {scan.phase}", path))
     pictures += sorted(overlays, key=lambda overlay: list(chosen).index(overlay[0].split()[0]))
     if (run.folder / "curves.png").is_file():
@@ -261,13 +267,13 @@ def _draw(
 
 
 def _draw_case(
-    path: Path, scan: ScanPrediction, data: PreparedData, facts: DatasetFacts, rank: str, dice: float
+    path: Path, scan: ScanPrediction, data: PreparedData, dataset: DatasetInfo, rank: str, dice: float
 ) -> None:
     masks = torch.from_numpy(data.masks[data.index["mask"][scan.rows]])[:, None]
     depth, size = len(scan.rows), scan.image.shape[-1]
     maps = {
         "image": scan.image,
-        "truth": canvas_to_grid(masks, size)[:, 0],
+        "truth": canvas_to_view(masks, size)[:, 0],
         "prediction": scan.probability.argmax(1),
         "agreement": scan.agreement.float(),
     }
@@ -276,6 +282,6 @@ def _draw_case(
         path,
         **{name: radiological(array.cpu().numpy(), like) for name, array in maps.items()},
         slices=np.unique(np.linspace(0, depth - 1, min(depth, 6)).round().astype(int)).tolist(),
-        class_names=facts.class_names[1:],
+        class_names=dataset.class_names[1:],
         title=f"{rank} patient: {scan.patient} {scan.phase}; paper Dice of the patient {dice:.1f} %",
     )

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from utils.data.dataset import DatasetInfo
 from utils.data.prepare import quantile_curves
-from utils.data.prepared import DatasetFacts
 from utils.data.volume import PlaneMap, Volume, frame_count, frame_slices, read_volume, write_volume
 from utils.errors import UserError
 from utils.evaluation.metrics import largest_components
 from utils.evaluation.predict import predict, prepare_view
-from utils.method.augment import CANVAS, GRID, amplitude_swap
+from utils.method.augment import CANVAS_PX, FIELD_PX, amplitude_swap
 from utils.method.losses import kl_variance
 
 NOTE = "SemiDG-Seg: for research use, not for clinical decisions"
@@ -30,7 +30,7 @@ class Segmenter:
     """Segments volumes with both networks of a run."""
 
     nets: Sequence[nn.Module]
-    facts: DatasetFacts
+    dataset: DatasetInfo
     size: int  # px of the network's input
     reference: torch.Tensor | None  # (256,) curve that histograms are matched to
     device: torch.device
@@ -54,18 +54,18 @@ class Segmenter:
             Maps (Z, X, Y) by name: "seg", labels as uint8; where wanted also "confidence", exp(-V), and "agreement"
             of the networks, both float32 and 0 outside the field of view.
         """
-        canvas = plane.to_canvas(self.facts.normalize(slices.astype(np.float32))).astype(np.float16)
+        canvas = plane.to_canvas(self.dataset.normalize(slices.astype(np.float32))).astype(np.float16)
         curves = torch.from_numpy(quantile_curves(canvas)).to(self.device)
         images = torch.from_numpy(canvas)[:, None].to(self.device)
         view = prepare_view(images, curves, size=self.size, reference=self.reference)
         probability, agreement = self._predict(view, tta=self.tta)
-        grid = PlaneMap(plane.shape, plane.zooms, self.size, self.facts.spacing * GRID / self.size, plane.center)
+        grid = PlaneMap(plane.shape, plane.zooms, self.size, self.dataset.spacing * FIELD_PX / self.size, plane.center)
         labels = grid.to_native(probability.cpu().numpy()).argmax(1).astype(np.uint8)
         maps = {"seg": largest_components(labels) if self.keep_largest else labels}
         if self.confidence:
             # A new scan comes without partners from other scanners: half the scan away lies another amplitude.
             partner = prepare_view(images.roll(len(images) // 2, 0), curves, size=self.size, reference=None)
-            fourier = amplitude_swap(view, partner, self.fourier_window * GRID / self.size, self.fourier_ratio)
+            fourier = amplitude_swap(view, partner, self.fourier_window * FIELD_PX / self.size, self.fourier_ratio)
             plain, augmented = (self._predict(x)[0].clamp_min(1e-12).log() for x in (view, fourier))
             maps["confidence"] = grid.to_native(torch.exp(-kl_variance(plain, augmented)).cpu().numpy())
             maps["agreement"] = grid.to_native(agreement.cpu().numpy())
@@ -79,7 +79,7 @@ class Segmenter:
 
     def volume(self, volume: Volume) -> dict[str, np.ndarray]:
         """Segment all frames of a 3D or 4D volume; maps as `frame` gives them, of the volume's shape."""
-        plane = PlaneMap(volume.array.shape[:2], volume.zooms[:2], CANVAS, self.facts.spacing, self.center)
+        plane = PlaneMap(volume.array.shape[:2], volume.zooms[:2], CANVAS_PX, self.dataset.spacing, self.center)
         if self.center and not all(0 <= c < n for c, n in zip(self.center, plane.shape, strict=True)):
             raise UserError(f"--center {self.center} lies outside the image of {plane.shape} voxels")
         if self.confidence and volume.array.shape[2] < 2:

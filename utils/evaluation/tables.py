@@ -103,11 +103,11 @@ def method_name(metadata: dict[str, Any]) -> str:
     return name if metadata["cps_weight"] else f"{name}, before its pseudo supervision"
 
 
-def combine(summaries: list[dict[str, Any]], *, name: str, domain_word: str, domains: Sequence[str]) -> list[Grid]:
+def combine(summaries: list[dict[str, Any]], *, name: str, domain_kind: str, domains: Sequence[str]) -> list[Grid]:
     """Put the summary.json of several runs, one or more seeds per held-out domain and method, into one table.
 
     Its first grid has a row per method and the published ones, by the paper's protocol; a volumetric grid per method
-    follows. `name` is the data set's, `domain_word` says what a domain of it is, and `domains` are all of them.
+    follows. `name` is the data set's, `domain_kind` says what a domain of it is, and `domains` are all of them.
 
     A domain's cell holds the mean and sample standard deviation over patients or, of several seeds, over the seeds'
     means. The average is that of the domains' means, with their population standard deviation, as the paper has it.
@@ -131,9 +131,9 @@ def combine(summaries: list[dict[str, Any]], *, name: str, domain_word: str, dom
     nearest = min(published, key=lambda share: abs(share - ratio), default=None)
     checkpoints = dict.fromkeys(f"{s['checkpoint'].split(',')[0]}, selection: {s['selection']}" for s in summaries)
     setting = (
-        f"{name}, each {domain_word} held out in turn, {_percent(ratio)} of the patients labelled. Mean ± standard "
+        f"{name}, each {domain_kind} held out in turn, {_percent(ratio)} of the patients labelled. Mean ± standard "
         "deviation over patients, of several seeds over their means; average ± population standard deviation of the "
-        f"{domain_word}s' means. Checkpoint: {'; '.join(checkpoints)}."
+        f"{domain_kind}s' means. Checkpoint: {'; '.join(checkpoints)}."
     )
     beside = f" Published rows: {_percent(nearest)} labelled." if published else ""
     sources = {

@@ -2,15 +2,18 @@
 
 Everything here works on whole batches in float32 and draws its random numbers from a passed generator.
 Images are (B, 1, H, W). Images from `prepare` are canvases, wider than the field of view by a margin for shifts.
+Lengths in px (max_shift, blur, Fourier window) are given for a field of view of 288 px, whatever the image size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 
-GRID = 288  # px: the paper's image size, for which shift, blur and Fourier window are given
-CANVAS = 300  # px: the window for random shifts, and the size of the prepared images
+from config import Config
+
+FIELD_PX = 288  # the field of view: the paper's image size
+CANVAS_PX = 300  # the prepared images: a margin of 6 px around the field of view, for random shifts
 
 
 # --- Fourier views (Yao et al. 2022, Fourier-based augmentation) ---------------------------------------------------
@@ -71,6 +74,24 @@ def amplitude_mix(image: torch.Tensor, other: torch.Tensor, ratio: float | torch
     return torch.fft.ifft2(torch.polar(amplitude, spectrum.angle())).real
 
 
+def fourier_view(
+    image: torch.Tensor, other: torch.Tensor, *, mode: str, window: float, ratio: float | torch.Tensor
+) -> torch.Tensor:
+    """Return the Fourier view Z of `image`, whose amplitude comes from `other` (Yao et al. 2022, section 3.2).
+
+    Args:
+        image, other: (B, 1, H, W) float32 views of the whole field of view.
+        mode: "AS" or "AM".
+        window: L of mode AS. The window counts cycles per field of view, which smaller images show whole.
+        ratio: share of the other's amplitude; a number or (B, 1, 1, 1).
+    """
+    if mode == "AS":
+        return amplitude_swap(image, other, window * FIELD_PX / image.shape[-1], ratio)
+    if mode == "AM":
+        return amplitude_mix(image, other, ratio)
+    raise ValueError(f"unknown Fourier mode {mode!r}")
+
+
 # --- intensity -----------------------------------------------------------------------------------------------------
 
 
@@ -119,12 +140,12 @@ def gaussian_blur(image: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 # --- geometry ------------------------------------------------------------------------------------------------------
 
 
-def canvas_to_grid(canvas: torch.Tensor, size: int, theta: torch.Tensor | None = None) -> torch.Tensor:
+def canvas_to_view(canvas: torch.Tensor, size: int, theta: torch.Tensor | None = None) -> torch.Tensor:
     """Sample the field of view of prepared canvases at `size` px: anti-aliased and bilinear, labels nearest.
 
     Args:
         canvas: (B, 1, C, C): float images, or uint8 labels (as the dtype tells).
-        size: px of the output; the field of view is GRID / CANVAS of the canvas at every size.
+        size: px of the output; the field of view is FIELD_PX / CANVAS_PX of the canvas at every size.
         theta: (B, 2, 3) affine on normalised coordinates, output to canvas; None for the centre crop.
 
     Returns:
@@ -132,22 +153,22 @@ def canvas_to_grid(canvas: torch.Tensor, size: int, theta: torch.Tensor | None =
     """
     labels = canvas.dtype == torch.uint8
     image = canvas.float()
-    if size < GRID and not labels:
-        image = F.interpolate(image, size=round(CANVAS * size / GRID), mode="bilinear", antialias=True)
+    if size < FIELD_PX and not labels:
+        image = F.interpolate(image, size=round(CANVAS_PX * size / FIELD_PX), mode="bilinear", antialias=True)
     if theta is None:
-        theta = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]], device=canvas.device) * (GRID / CANVAS)
+        theta = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]], device=canvas.device) * (FIELD_PX / CANVAS_PX)
     grid = F.affine_grid(theta.expand(len(canvas), 2, 3), [len(canvas), 1, size, size], align_corners=False)
     sampled = F.grid_sample(image, grid, mode="nearest" if labels else "bilinear", align_corners=False)
     return sampled.to(torch.uint8) if labels else sampled
 
 
-def random_affine(count: int, *, generator: torch.Generator, rotation: int, shift: int, flip: bool) -> torch.Tensor:
-    """Draw `count` affine maps from the output's field of view to the canvas, for `canvas_to_grid`.
+def random_affine(count: int, *, generator: torch.Generator, rotation: int, max_shift: int, flip: bool) -> torch.Tensor:
+    """Draw `count` affine maps from the output's field of view to the canvas, for `canvas_to_view`.
 
     Args:
         generator: also names the device.
         rotation: largest angle; the angle is an integer, U{0..rotation} degrees.
-        shift: px of the window (at 288 px) in which the field of view is shifted by whole px.
+        max_shift: px (at 288 px), the largest shift in each direction; shifts are whole px.
         flip: horizontal and vertical flips, each with probability 0.5.
 
     Returns:
@@ -155,17 +176,16 @@ def random_affine(count: int, *, generator: torch.Generator, rotation: int, shif
     """
     device = generator.device
     angle = torch.randint(0, rotation + 1, (count,), generator=generator, device=device).deg2rad()
-    shift_range = max(shift - GRID, 0)
-    offset = torch.randint(0, shift_range + 1, (count, 2), generator=generator, device=device) - shift_range / 2
+    offset = torch.randint(0, 2 * max_shift + 1, (count, 2), generator=generator, device=device) - max_shift
     sign = 1 - 2 * torch.randint(0, 2, (count, 2), generator=generator, device=device) * flip
     cos, sin = angle.cos(), angle.sin()
     rotate = torch.stack([cos, -sin, sin, cos], dim=1).view(count, 2, 2)
-    linear = rotate * sign[:, None, :] * (GRID / CANVAS)
-    return torch.cat([linear, (rotate @ (offset * 2 / CANVAS)[:, :, None])], dim=2)
+    linear = rotate * sign[:, None, :] * (FIELD_PX / CANVAS_PX)
+    return torch.cat([linear, (rotate @ (offset * 2 / CANVAS_PX)[:, :, None])], dim=2)
 
 
 def cutmix_mask(count: int, size: int, *, generator: torch.Generator, boxes: int = 3) -> torch.Tensor:
-    """Draw box masks for CutMix, 1 where the second image shows (README, The method).
+    """Draw box masks for CutMix, 1 where the second image shows.
 
     Returns:
         (count, 1, size, size) float32 of 0 and 1; every box toggles the mask inside it.
@@ -199,11 +219,11 @@ def random_partner(count: int, generator: torch.Generator) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """The views that training takes of prepared canvases; px at 288, whatever the image size."""
+    """The views that training takes of prepared canvases."""
 
     size: int  # px of the views
     rotation: int  # degrees, the largest random angle
-    shift: int  # px, the window for random shifts; at most CANVAS
+    max_shift: int  # px, the largest random shift; at most the canvas's margin
     flip: bool
     blur: bool
     fourier_mode: str  # "AS", "AM"
@@ -211,6 +231,12 @@ class Augmentation:
     fourier_ratio: float  # lambda of mode AS
     fourier_alpha: float  # the largest l of mode AM
     reference: torch.Tensor | None = None  # (P, Q) quantile curves, one drawn per image; None: no histogram matching
+
+    @classmethod
+    def from_config(cls, cfg: Config, reference: torch.Tensor | None) -> "Augmentation":
+        """Take every setting from the config field of the same name; the reference is (P, Q) or None."""
+        names = {field.name for field in fields(cls)} & {field.name for field in fields(cfg)}
+        return cls(size=cfg.image_size, reference=reference, **{name: getattr(cfg, name) for name in names})
 
     def labeled(
         self, image: torch.Tensor, mask: torch.Tensor, quantiles: torch.Tensor, generator: torch.Generator
@@ -225,9 +251,9 @@ class Augmentation:
             image (B, 1, size, size) float32, mask (B, size, size) int64.
         """
         theta = self._affine(len(image), generator)
-        view = self._match(canvas_to_grid(image, self.size, theta), quantiles, generator)
+        view = self._match(canvas_to_view(image, self.size, theta), quantiles, generator)
         view = self._blur(view, generator)[0]
-        return view, canvas_to_grid(mask, self.size, theta)[:, 0].long()
+        return view, canvas_to_view(mask, self.size, theta)[:, 0].long()
 
     def unlabeled(
         self, image: torch.Tensor, quantiles: torch.Tensor, generator: torch.Generator, *, fourier: bool
@@ -241,21 +267,21 @@ class Augmentation:
             plain and Fourier view, each (B, 1, size, size) float32; None for a view not asked for.
         """
         theta = self._affine(len(image), generator)
-        plain = self._match(canvas_to_grid(image, self.size, theta), quantiles, generator)
+        plain = self._match(canvas_to_view(image, self.size, theta), quantiles, generator)
         if not fourier:
             return self._blur(plain, generator)[0], None
         # The partner comes from the unmatched batch and undergoes the image's own geometry.
-        partner = canvas_to_grid(image[random_partner(len(image), generator)], self.size, theta)
-        if self.fourier_mode == "AS":
-            # The window counts cycles per field of view, which smaller images show whole.
-            view = amplitude_swap(plain, partner, self.fourier_window * GRID / self.size, self.fourier_ratio)
-        else:
+        partner = canvas_to_view(image[random_partner(len(image), generator)], self.size, theta)
+        ratio: float | torch.Tensor = self.fourier_ratio
+        if self.fourier_mode == "AM":
             ratio = torch.rand(len(image), 1, 1, 1, generator=generator, device=image.device) * self.fourier_alpha
-            view = amplitude_mix(plain, partner, ratio)
+        view = fourier_view(plain, partner, mode=self.fourier_mode, window=self.fourier_window, ratio=ratio)
         return self._blur(plain, generator, view)
 
     def _affine(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        return random_affine(count, generator=generator, rotation=self.rotation, shift=self.shift, flip=self.flip)
+        return random_affine(
+            count, generator=generator, rotation=self.rotation, max_shift=self.max_shift, flip=self.flip
+        )
 
     def _match(self, image: torch.Tensor, quantiles: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if self.reference is None:
@@ -268,4 +294,4 @@ class Augmentation:
         if not self.blur:
             return image, *more
         sigma = 0.25 + torch.rand(len(image), generator=generator, device=image.device)
-        return tuple(gaussian_blur(view, sigma * self.size / GRID) for view in (image, *more))
+        return tuple(gaussian_blur(view, sigma * self.size / FIELD_PX) for view in (image, *more))

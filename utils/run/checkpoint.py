@@ -1,14 +1,10 @@
 """Saving and loading what a run must not lose: atomically, and never by unpickling code."""
 
-import fcntl
 import hashlib
 import json
 import mmap
 import os
-import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,44 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils.errors import UserError, first_line
+from utils.files import atomic_write
 
-LOCK = "lock"  # file in a folder that a process works in
 DIGEST_SIZE = 32  # bytes of a SHA-256
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it replaces `path`, flushed to the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); the earlier state is intact"
-        ) from error
-    finally:
-        with suppress(OSError):  # a read-only folder
-            temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as indented JSON, atomically."""
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote; UserError when it is missing, damaged or no dictionary."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged ({first_line(error)})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (no dictionary)")
-    return content
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -192,29 +153,3 @@ def provenance() -> dict[str, Any]:
         commit = None
     packages = ("torch", "torchvision", "timm", "monai", "numpy", "nibabel", "scikit-image")
     return {"git_commit": commit, "versions": {name: version(name) for name in packages}}
-
-
-@contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process; UserError when another one does.
-
-    A POSIX record lock: it goes with the process that took it, however that dies, and forked workers do not inherit it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "a")  # noqa: SIM115 (closed below, with the lock)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{folder} is in use by another process: wait for it, or choose another name") from error
-        yield
-
-
-def require_space(folder: Path, need: int) -> None:
-    """Raise UserError when fewer than `need` bytes are free where `folder` is."""
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise UserError(f"{folder}: checkpoints take {need / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free there")

@@ -1,0 +1,58 @@
+"""What describes a data set: its names, how its raw files become cases, its geometry and its intensities."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Case(NamedTuple):
+    """One scan as found among the raw files."""
+
+    patient: str
+    domain: str
+    group: str
+    image: Path
+    masks: tuple[Path, ...]  # one per rater; empty for a scan without truth
+    phases: dict[str, int]  # labelled frames by name; empty for a scan without truth
+
+
+class RawDataset(NamedTuple):
+    """What looking through a raw data set gives: its scans and everything wrong with their files and tables."""
+
+    cases: list[Case]
+    errors: list[str]
+    warnings: list[str]
+
+
+def missing_or_outside(path: Path, raw: Path) -> str:
+    """What forbids to read a file of the raw data set `raw`; empty where nothing does."""
+    if not path.is_file():
+        return f"{path}: missing"
+    return "" if path.resolve().is_relative_to(raw.resolve()) else f"{path}: a link that leads out of {raw}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo:
+    """All that tells one data set from another."""
+
+    name: str  # as in text: "M&Ms"
+    key: str  # as in paths: "mms"
+    domain_kind: str  # what a domain is: "vendor", "site"
+    domains: tuple[str, ...]
+    class_names: tuple[str, ...]  # by label value; the first is the background
+    ndim: int  # of a raw image: 3, or 4 with frames
+    num_raw_labels: int  # of a raw mask: 0 .. num_raw_labels - 1; those beyond class_names count as background
+    spacing: float  # mm per px of the canvas
+    find_cases: Callable[[Path], RawDataset]
+    normalize: Callable[[np.ndarray], np.ndarray]  # slices (Z, X, Y) float32 -> float32 in [0, 1]
+    labeled_count: Callable[[int, float], int]  # (patients with masks in a group, ratio) -> labelled ones
+    write_phantom: Callable[..., None]
+    demo_phantom: dict[str, int]  # its size in the demo
+    preview: dict[str, Any]  # what it shows by default, as config.py sets it: fourier_ratio, histogram_matching
+    download_help: str  # where the data are had and how they are prepared
+    consensus: Callable[[list[np.ndarray]], np.ndarray] = itemgetter(0)  # raters' maps (Z, X, Y) uint8 -> one map
+    clinical: Callable[[dict], dict] | None = None  # ml by (phase, structure) -> (value, unit) by name

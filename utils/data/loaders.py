@@ -1,0 +1,169 @@
+"""Batches of prepared data for training and evaluation.
+
+Data sets have no randomness of their own. What a training step reads follows from (seed, step, process) alone, so
+that a run resumes at any step with the very images the uninterrupted run would see.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from config import Config
+from utils.data.dataset import DatasetInfo
+from utils.data.prepared import PreparedData, Split, split_patients
+from utils.errors import UserError
+
+
+class SliceDataset(Dataset):
+    """Slices of prepared data, fetched by the batch: `dataset[[3, 1]]` -> dict of tensors.
+
+    image (B, 1, C, C) float16, mask (B, 1, C, C) uint8 (where `with_mask`), quantiles (B, 256), row (B,): index row.
+    """
+
+    def __init__(self, data: PreparedData, rows: np.ndarray, *, with_mask: bool):
+        self.data, self.rows, self.with_mask = data, rows, with_mask
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, positions: list[int]) -> dict[str, torch.Tensor]:
+        rows = self.rows[positions]
+        batch = {
+            "image": self.data.images[rows][:, None],
+            "quantiles": self.data.quantiles[rows],
+            "row": rows,
+        }
+        if self.with_mask:
+            batch["mask"] = self.data.masks[self.data.index["mask"][rows]][:, None]
+        return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+
+
+class BatchSampler:
+    """Yields the batches from number `start` to `stop` of the whole run; iterating never changes the sampler."""
+
+    def __init__(self, batch_of_number: Callable[[int], np.ndarray]):
+        self.batch_of_number, self.start, self.stop = batch_of_number, 0, 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return map(self.batch_of_number, range(self.start, self.stop))
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def labeled_batches(count: int, *, batch_size: int, seed: int, rank: int = 0) -> BatchSampler:
+    """Labelled positions, drawn with replacement."""
+    return BatchSampler(lambda number: np.random.default_rng([seed, 1, number, rank]).integers(count, size=batch_size))
+
+
+def unlabeled_batches(
+    count: int, *, batch_size: int, pairs: bool, seed: int, rank: int = 0, world_size: int = 1, accumulate: int = 1
+) -> BatchSampler:
+    """Unlabelled positions: an epoch is a permutation of all images, cut into steps of whole batches.
+
+    With `pairs` a batch holds 2 x batch_size positions: u0 and its CutMix partners u1, the same permutation rotated
+    by a random distance. So every image is used once in each, and never as its own partner; nor is any image twice
+    in a batch, over all processes, where there are images enough for that.
+    """
+    batches = count // (batch_size * world_size * accumulate) * accumulate  # an epoch
+    apart = min(batch_size * world_size, count // 2)  # the least distance
+
+    @lru_cache(maxsize=1)
+    def epoch_order(epoch: int) -> tuple[np.ndarray, ...]:
+        rng = np.random.default_rng([seed, 2, epoch])
+        order = rng.permutation(count)
+        return (order, np.roll(order, rng.integers(apart, count - apart + 1))) if pairs else (order,)
+
+    def batch_of_number(number: int) -> np.ndarray:
+        epoch, position = divmod(number, batches)
+        first = (position * world_size + rank) * batch_size
+        return np.concatenate([order[first : first + batch_size] for order in epoch_order(epoch)])
+
+    return BatchSampler(batch_of_number)
+
+
+def scan_batches(data: PreparedData, rows: np.ndarray) -> list[np.ndarray]:
+    """Positions in `rows` by scan: one batch per patient and phase, slices in order."""
+    scans: dict[tuple[str, str], list[int]] = {}
+    for position, row in enumerate(rows):
+        scans.setdefault((data.index["patient"][row], data.index["phase"][row]), []).append(position)
+    by_slice = data.index["slice"][rows]
+    return [np.array(sorted(scans[key], key=by_slice.__getitem__)) for key in sorted(scans)]
+
+
+class Loaders(NamedTuple):
+    """What a run reads."""
+
+    labeled: DataLoader
+    unlabeled: DataLoader
+    val: DataLoader  # one batch per scan, as test
+    test: DataLoader
+    data: PreparedData
+    dataset: DatasetInfo
+    split: Split
+    reference: np.ndarray  # (P, 256) quantile curves of the first source domain
+    steps_per_epoch: int
+
+
+def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_size: int = 1) -> Loaders:
+    """Open the prepared data of `cfg.data_root` and select what the run described by `cfg` reads."""
+    data = PreparedData.open(cfg.data_root, dataset)
+    split = split_patients(
+        data,
+        dataset,
+        test_domain=cfg.test_domain,
+        ratio=cfg.ratio,
+        val_patients=cfg.val_patients,
+        use_extra_unlabeled=cfg.use_extra_unlabeled,
+    )
+    unlabeled_rows = data.rows(split.unlabeled)
+    steps = len(unlabeled_rows) // (cfg.batch_size * world_size * cfg.accumulate)
+    if not steps:
+        raise UserError(
+            f"{len(unlabeled_rows)} unlabelled images in {data.root} are fewer than one step takes: batches of "
+            f"{cfg.batch_size} x {world_size} process(es) x --accumulate {cfg.accumulate}. Use a smaller --batch-size"
+        )
+    first_domain = min(data.index["domain"][unlabeled_rows])
+    labeled = SliceDataset(data, data.rows(split.labeled, with_mask=True), with_mask=True)
+    unlabeled = SliceDataset(data, unlabeled_rows, with_mask=False)
+    val = SliceDataset(data, data.rows(split.validation, with_mask=True), with_mask=True)
+    test = SliceDataset(data, data.rows(split.held_out, with_mask=True), with_mask=True)
+    labeled_sampler = labeled_batches(len(labeled), batch_size=cfg.batch_size, seed=cfg.seed, rank=rank)
+    unlabeled_sampler = unlabeled_batches(
+        len(unlabeled),
+        batch_size=cfg.batch_size,
+        pairs=cfg.cutmix,
+        seed=cfg.seed,
+        rank=rank,
+        world_size=world_size,
+        accumulate=cfg.accumulate,
+    )
+    return Loaders(
+        batch_loader(labeled, labeled_sampler, cfg.workers),
+        batch_loader(unlabeled, unlabeled_sampler, cfg.workers),
+        batch_loader(val, scan_batches(data, val.rows)[rank::world_size], 0),
+        batch_loader(test, scan_batches(data, test.rows)[rank::world_size], 0),
+        data,
+        dataset,
+        split,
+        data.quantiles[unlabeled_rows[data.index["domain"][unlabeled_rows] == first_domain]],
+        steps,
+    )
+
+
+def batch_loader(dataset: SliceDataset, batches: Any, workers: int) -> DataLoader:
+    """A loader of whole batches: `batches` yields the positions of each."""
+    workers = min(workers, os.cpu_count() or 1)  # more only slow each other down, and PyTorch warns of them
+    # sampler= (not batch_sampler=) with batch_size=None hands the positions to the dataset as one request.
+    return DataLoader(
+        dataset,
+        sampler=batches,
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )
