@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,3 +23,22 @@ class TinyNetwork(nn.Module):
 
     def forward(self, image):
         return self.classifier(self.features(image))
+
+
+def seeded_weights(shapes, seed):
+    """Return the weights behind the parity fixtures: the i-th key in sorted order is drawn from rng [seed, i]."""
+    state = {}
+    for i, (key, shape) in enumerate(sorted(shapes.items())):
+        r = np.random.default_rng([seed, i])
+        if key.endswith("num_batches_tracked"):
+            value = np.zeros(shape, np.int64)
+        elif key.endswith("running_var"):
+            value = r.uniform(0.5, 1.5, shape)
+        elif key.endswith("running_mean") or key.endswith("bias"):
+            value = r.normal(0, 0.1, shape)
+        elif len(shape) == 4:
+            value = r.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape)
+        else:
+            value = r.uniform(0.5, 1.0, shape)
+        state[key] = torch.from_numpy(np.asarray(value)).to(torch.int64 if value.dtype == np.int64 else torch.float32)
+    return state

@@ -27,10 +27,10 @@ from network import build_network
 from utils import convert_released as converter
 from utils.data.loaders import build_loaders
 from utils.distributed import Process
-from utils.engine import Trainer
 from utils.errors import UserError
 from utils.evaluation.commands import load_run
 from utils.run.checkpoint import read_metadata
+from utils.trainer import Trainer
 
 CPU = torch.device("cpu")
 RELEASED = {

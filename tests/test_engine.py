@@ -11,90 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import mms_dataloader
 import scgm_dataloader
 from utils.data.loaders import build_loaders
-from utils.distributed import Process, autocast_context
-from utils.engine import (
-    EXIT_INTERRUPTED,
-    MAX_BAD_STEPS,
-    Interrupt,
-    Trainer,
-    UnlabeledViews,
-    batch_norms,
-    derive_seed,
-    fit,
-    training_step,
-)
+from utils.distributed import Process
+from utils.engine import MAX_BAD_STEPS, fit
 from utils.errors import UserError
 from utils.evaluation.tables import method_name
 from utils.run.checkpoint import load_checkpoint, read_metadata
+from utils.run.interrupt import EXIT_INTERRUPTED, Interrupt
+from utils.trainer import Trainer, batch_norms, derive_seed
 
 CPU = torch.device("cpu")
 MMS = mms_dataloader.DATASET
-
-
-def plain_objective(nets, image, mask, u0, u1, f0, f1, box, mode, beta):
-    """L = L_s + beta L_cacps written out as the paper says it, for networks without randomness."""
-    supervised = 0
-    for net in nets:
-        probability = net(image).softmax(1)
-        for c in range(probability.shape[1]):
-            p, g = probability[:, c], (mask == c).float()
-            supervised += 1 - (2 * (p * g).sum() + 0.1) / (p.sum() + g.sum() + 0.1)
-    with torch.no_grad():
-        labels = []
-        for net in nets:
-            logits0, logits1 = (net(u0) + net(f0)) / 2, (net(u1) + net(f1)) / 2
-            labels.append(torch.where(box > 0, logits1, logits0).argmax(1))
-    plain, fourier = torch.where(box > 0, u1, u0), torch.where(box > 0, f1, f0)
-    outputs = [(net(plain), net(fourier)) for net in nets]
-    loss = 0
-    for (o, f), (student, _), label in zip(outputs, outputs[::-1], labels, strict=True):
-        p_o, p_f = o.softmax(1), f.softmax(1)
-        v = (p_f * (p_f / p_o).log()).sum(1)
-        log_probability = student.log_softmax(1)
-        ce = -log_probability.gather(1, label[:, None])[:, 0]
-        loss += {"pixel": (torch.exp(-v) * ce + v).mean(), "scalar": (torch.exp(-v) * ce.mean() + v).mean(),
-                 "plain": ce.mean()}[mode]  # fmt: skip
-    return supervised + beta * loss
-
-
-@pytest.mark.parametrize("mode", ["pixel", "scalar", "plain"])
-def test_step_equals_the_equations(build_tiny, mode):
-    torch.manual_seed(0)
-    nets = [build_tiny(4).double().eval() for _ in range(2)]  # eval: no dropout, fixed BatchNorm
-    image, u0, u1, f0, f1 = torch.rand(5, 3, 1, 16, 16, dtype=torch.double)
-    mask, box = torch.randint(0, 4, (3, 16, 16)), torch.randint(0, 2, (3, 1, 16, 16)).double()
-    expected = plain_objective(nets, image, mask, u0, u1, f0, f1, box, mode, 3.0)
-    reference = torch.autograd.grad(expected, [p for net in nets for p in net.parameters()])
-    scalars = training_step(
-        nets, image, mask, UnlabeledViews((u0, u1), (f0, f1), box),
-        dice_classes=slice(0, None), cps_loss=mode, cps_weight=3.0, forward=lambda: autocast_context(CPU, "fp32"),
-        share=0.5,
-    )  # fmt: skip
-    gradients = [2 * p.grad for net in nets for p in net.parameters()]
-    assert torch.allclose(scalars["loss"], expected.float(), rtol=1e-5)
-    for ours, theirs in zip(gradients, reference, strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
-    assert (scalars["variance"] > 0) == (mode != "plain")
-
-
-def test_supervised_loss_of_scgm_counts_grey_matter_only(build_tiny):
-    nets = [build_tiny(2).eval() for _ in range(2)]
-    image, mask = torch.rand(2, 1, 16, 16), torch.randint(0, 2, (2, 16, 16))
-    scalars = training_step(
-        nets, image, mask, None,
-        dice_classes=slice(1, None), cps_loss="pixel", cps_weight=0.0, forward=lambda: autocast_context(CPU, "fp32"),
-    )  # fmt: skip
-    expected = 0
-    for net in nets:
-        p, g = net(image).softmax(1)[:, 1], mask.float()
-        expected += 1 - (2 * (p * g).sum() + 0.1) / (p.sum() + g.sum() + 0.1)
-    assert torch.allclose(scalars["loss"], expected)
 
 
 def test_switching_cutmix_off_reads_one_batch_and_mixes_nothing(mms_config, build_tiny):
@@ -102,7 +33,7 @@ def test_switching_cutmix_off_reads_one_batch_and_mixes_nothing(mms_config, buil
     trainer = Trainer(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
     batch = trainer.loaders.unlabeled.dataset[trainer.loaders.unlabeled.sampler.batch_of_number(0).tolist()]
     assert len(batch["image"]) == cfg.batch_size
-    views = trainer.views(batch)
+    views = trainer.unlabeled_views(batch)
     assert views.box_mask is None and len(views.plain) == len(views.fourier) == 1
     assert views.mix(views.plain) is views.plain[0]
 
@@ -340,23 +271,21 @@ def first_batches(trainer, count):
 def test_accumulated_gradient_is_the_mean_over_the_batches(mms_config, build_tiny, monkeypatch):
     """Two batches in one step against the gradients of each alone, at the place in the run that it has there."""
     cfg = replace(mms_config, batch_size=4, accumulate=2, cps_warmup=0, cps_ramp=0)
-    trainer = Trainer(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
-    batches = first_batches(trainer, 2)
-    parameters = [p for net in trainer.nets for p in net.parameters()]
-    alone = []
-    for number, batch in enumerate(batches):
-        trainer._batch(number, *batch, 3.0)
-        alone.append([p.grad for p in parameters])
-        for p in parameters:
-            p.grad = None
-    kept = []
-    for optimizer in trainer.optimizers:
-        monkeypatch.setattr(optimizer, "step", lambda group=optimizer.param_groups[0]: kept.extend(
-            p.grad.clone() for p in group["params"]))  # fmt: skip
-    trainer.train_step(batches)
-    assert len(kept) == len(parameters)
-    for a, b, both in zip(*alone, kept, strict=True):
-        assert torch.allclose(a + b, both, atol=1e-6)
+
+    def gradients(cfg, step, batches):
+        trainer, kept = Trainer(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU)), []
+        for optimizer in trainer.optimizers:
+            monkeypatch.setattr(optimizer, "step", lambda group=optimizer.param_groups[0]: kept.extend(
+                p.grad.clone() for p in group["params"]))  # fmt: skip
+        trainer.step = step
+        trainer.train_step(batches)
+        assert len(kept) == sum(1 for net in trainer.nets for _ in net.parameters())
+        return kept
+
+    batches = first_batches(Trainer(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU)), 2)
+    alone = [gradients(replace(cfg, accumulate=1), number, [batch]) for number, batch in enumerate(batches)]
+    for a, b, both in zip(*alone, gradients(cfg, 0, batches), strict=True):
+        assert torch.allclose((a + b) / 2, both, atol=1e-6)
     assert any(not torch.allclose(a, b, atol=1e-3) for a, b in zip(*alone, strict=True))
     fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
 
@@ -449,7 +378,9 @@ def test_lost_best_weights_are_written_anew(mms_config, build_tiny, capsys, dama
 
 
 def test_epoch_without_a_finite_step_is_never_the_best(mms_config, build_tiny, monkeypatch, capfd):
-    monkeypatch.setattr("utils.engine.dice_loss", lambda probability, target: torch.nan * probability.sum((0, 2, 3)))
+    monkeypatch.setattr(
+        "utils.method.objective.dice_loss", lambda probability, target: torch.nan * probability.sum((0, 2, 3))
+    )
     state, lines = run(replace(mms_config, max_steps=2), build_tiny)
     assert lines[0]["skipped_steps"] == 2 and state["best"] == -1
     assert "2 steps were not finite and skipped" in capfd.readouterr().out
@@ -508,11 +439,3 @@ def test_training_learns(mms_config, build_tiny):
 def test_seeds_are_distinct():
     seeds = {derive_seed(0, stream, step) for stream in range(3, 7) for step in range(500)}
     assert len(seeds) == 2000 and max(seeds) < 2**63
-
-
-def test_kl_of_the_views_is_that_of_torch():
-    from utils.method.losses import kl_variance
-
-    a, b = torch.randn(2, 2, 4, 5, 5)
-    expected = F.kl_div(a.log_softmax(1), b.log_softmax(1), reduction="none", log_target=True).sum(1)
-    assert torch.allclose(kl_variance(a, b), expected, atol=1e-6)

@@ -12,8 +12,9 @@ import mms_dataloader
 from network import build_network
 from utils.data.loaders import build_loaders
 from utils.distributed import Process
-from utils.engine import Trainer, fit
+from utils.engine import fit
 from utils.errors import clear_errors
+from utils.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 MMS = mms_dataloader.DATASET

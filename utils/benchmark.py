@@ -28,9 +28,9 @@ from network import build_network
 from utils.data.loaders import build_loaders
 from utils.data.prepare import prepare_dataset
 from utils.distributed import Process, autocast_context, choose_device
-from utils.engine import Trainer
 from utils.errors import UserError, clear_errors
 from utils.evaluation.predict import predict
+from utils.trainer import Trainer
 
 WARM_UP = 2  # calls before the timed ones
 
@@ -147,8 +147,8 @@ def measure(
         order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
         print(record.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=50))
     with reading(trainer, steps) as read:
-        views = median(lambda: [trainer.views(pair[1]) for pair in read()], device, steps, "input pipeline")
-    image = trainer.views(batches[0][1]).plain[0]
+        views = median(lambda: [trainer.unlabeled_views(pair[1]) for pair in read()], device, steps, "input pipeline")
+    image = trainer.unlabeled_views(batches[0][1]).plain[0]
     for net in trainer.nets:
         net.eval()
     inference = median(lambda: predict(trainer.nets, image, precision=cfg.precision), device, steps, "inference")

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import FIXTURES
 
 from utils.method.losses import cross_pseudo_loss, dice_loss, kl_variance
@@ -111,7 +112,7 @@ def test_cross_pseudo_loss_by_hand(mode, expected):
 def test_plain_mode_reads_no_variance_and_a_wrong_mode_fails():
     logits, label, variance = two_pixels()
     assert cross_pseudo_loss(logits, label, None, "plain").item() == pytest.approx(1.5 * math.log(2), abs=1e-6)
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="unknown mode 'pixels'"):
         cross_pseudo_loss(logits, label, variance, "pixels")
 
 
@@ -137,3 +138,9 @@ def test_dice_loss_pools_the_batch_and_knows_empty_classes():
     probability = torch.tensor([[[[0.0, 1.0]], [[1.0, 0.0]], [[0.0, 0.0]]], [[[1.0, 1.0]], [[0.0, 0.0]], [[0.0, 0.0]]]])
     expected = [1 - 4.1 / 5.1, 1 - 2.1 / 3.1, 0]  # class 2 is empty in both: no loss
     np.testing.assert_allclose(dice_loss(probability, label), expected, atol=1e-6)
+
+
+def test_variance_is_the_kl_divergence_of_torch():
+    plain, fourier = torch.randn(2, 2, 4, 5, 5)
+    expected = F.kl_div(plain.log_softmax(1), fourier.log_softmax(1), reduction="none", log_target=True).sum(1)
+    assert torch.allclose(kl_variance(plain, fourier), expected, atol=1e-6)

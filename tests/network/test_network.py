@@ -9,32 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FIXTURES
+from helpers import FIXTURES, seeded_weights
 
 from network import build_network
 from network.resnet import AtrousConv2d
 from utils.errors import UserError
 
 STEM = "conv1.0.weight"
-
-
-def recipe(shapes, seed):
-    """The weights behind network.npz: for the i-th key in sorted order, drawn from default_rng([seed, i])."""
-    state = {}
-    for i, (key, shape) in enumerate(sorted(shapes.items())):
-        r = np.random.default_rng([seed, i])
-        if key.endswith("num_batches_tracked"):
-            value = np.zeros(shape, np.int64)
-        elif key.endswith("running_var"):
-            value = r.uniform(0.5, 1.5, shape)
-        elif key.endswith("running_mean") or key.endswith("bias"):
-            value = r.normal(0, 0.1, shape)
-        elif len(shape) == 4:
-            value = r.normal(0, np.sqrt(2 / np.prod(shape[1:])), shape)
-        else:
-            value = r.uniform(0.5, 1.0, shape)
-        state[key] = torch.from_numpy(np.asarray(value)).to(torch.int64 if value.dtype == np.int64 else torch.float32)
-    return state
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +33,7 @@ def released():
 def network(keys, released):
     """The 4-class network in eval mode, with the released fixture's weights."""
     network = build_network(4)
-    network.load_state_dict(recipe(keys, int(released["seed"])))
+    network.load_state_dict(seeded_weights(keys, int(released["seed"])))
     return network.eval()
 
 

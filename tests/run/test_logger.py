@@ -1,8 +1,12 @@
 """The log and wandb: offline without an account, never a prompt, never at the run's expense."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
+from helpers import ROOT
 
 from utils.run.logger import Logger, read_log
 
@@ -65,4 +69,39 @@ def test_wandb_that_fails_does_not_cost_the_run(tmp_path, no_account, monkeypatc
     monkeypatch.setattr(wandb, "init", broken)
     with Logger(tmp_path, since=0, use_wandb=True, config={}) as logger:
         logger.log({"step": 1})
-    assert "wandb could not start (no service)" in capsys.readouterr().out and len(logger.lines) == 1
+    assert "warning: wandb failed (no service)" in capsys.readouterr().out and len(logger.lines) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_wandb_service_that_dies_or_hangs_does_not_cost_the_run(tmp_path, no_account, number):
+    """In a process of its own, which must also end."""
+    code = f"""
+import os, subprocess
+from pathlib import Path
+from utils.run import logger
+logger.WANDB_PATIENCE = 3
+with logger.Logger(Path({str(tmp_path)!r}), since=0, use_wandb=True, config={{}}) as log:
+    log.log({{"step": 1}})
+    assert log.wandb_run
+    command = ["pgrep", "-f", f"wandb-core.*--pid {{os.getpid()}}"]
+    (service,) = map(int, subprocess.run(command, capture_output=True, text=True).stdout.split())
+    os.kill(service, {int(number)})
+    for step in range(2, 5):
+        log.log({{"step": step}})
+if {int(number)} != 9:
+    os.kill(service, 9)
+print("the end")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout.count("warning: wandb failed") == 1 and "the end" in done.stdout
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
+
+
+def test_wandb_disabled_is_honoured_and_online_without_account_never_asks(tmp_path, no_account, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with Logger(tmp_path, since=0, use_wandb=True, config={}) as logger:
+        assert logger.wandb_run.offline
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    with Logger(tmp_path, since=0, use_wandb=True, config={}) as logger:
+        assert logger.wandb_run is None

@@ -1,11 +1,11 @@
-"""The equations: soft Dice loss, KL variance and confidence-aware cross pseudo supervision."""
+"""The equations of Yao, Hu and Li (AAAI 2022): Dice loss, KL variance, confidence-aware cross pseudo loss."""
 
 import torch
 import torch.nn.functional as F
 
 
 def dice_loss(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Soft Dice loss per class, sums taken over the whole batch (the supervised loss).
+    """Return the soft Dice loss per class, sums taken over the whole batch (the supervised loss).
 
     Args:
         probability: (B, K, ...) in [0, 1].
@@ -23,7 +23,7 @@ def dice_loss(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def kl_variance(logits: torch.Tensor, augmented_logits: torch.Tensor) -> torch.Tensor:
-    """Uncertainty per pixel V = KL(P_F || P_O) between the Fourier and the plain view (Yao et al. 2022).
+    """Return the uncertainty per pixel V = KL(P_F || P_O) between the Fourier and the plain view (section 3.2).
 
     Args:
         logits: (B, K, H, W) of the plain view (P_O).
@@ -41,7 +41,7 @@ def kl_variance(logits: torch.Tensor, augmented_logits: torch.Tensor) -> torch.T
 def cross_pseudo_loss(
     logits: torch.Tensor, pseudo_label: torch.Tensor, variance: torch.Tensor | None, mode: str
 ) -> torch.Tensor:
-    """Pseudo supervision of one network by the other (L_a of Yao et al. 2022).
+    """Return the loss of one network on the other's pseudo label, a scalar (L_a, section 3.2).
 
     Args:
         logits: (B, K, H, W), the learning network's prediction on the plain view.
@@ -49,12 +49,13 @@ def cross_pseudo_loss(
         variance: (B, H, W), the other network's uncertainty V; not read in mode "plain".
         mode: "pixel": mean(exp(-V) * CE + V), the paper's equation; "scalar": the same with CE averaged before
             it is weighted, as in the released code; "plain": mean(CE), cross pseudo supervision alone.
-
-    Returns:
-        The loss, a scalar.
     """
+    cross_entropy = F.cross_entropy(logits.float(), pseudo_label, reduction="none")  # (B, H, W)
     if mode == "plain":
-        return F.cross_entropy(logits.float(), pseudo_label)
-    reduction = {"pixel": "none", "scalar": "mean"}[mode]
-    cross_entropy = F.cross_entropy(logits.float(), pseudo_label, reduction=reduction)
-    return (torch.exp(-variance) * cross_entropy + variance).mean()
+        return cross_entropy.mean()
+    confidence = torch.exp(-variance)
+    if mode == "pixel":
+        return (confidence * cross_entropy + variance).mean()
+    if mode == "scalar":
+        return (confidence * cross_entropy.mean() + variance).mean()
+    raise ValueError(f"unknown mode {mode!r} of the cross pseudo loss")

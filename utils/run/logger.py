@@ -3,9 +3,16 @@
 import json
 import os
 import secrets
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from utils.errors import first_line
+from utils.files import atomic_write
+
+WANDB_PATIENCE = 60  # seconds that a run waits for wandb, whose service may be stopped or dead
 
 
 class Logger:
@@ -14,10 +21,11 @@ class Logger:
     def __init__(self, folder: Path, *, since: int, use_wandb: bool, config: dict[str, Any]):
         self.path = folder / "log.jsonl"
         self.lines = [line for line in read_log(self.path) if line["step"] <= since]
-        temporary = folder / ".log.jsonl.tmp"  # a process killed here must not lose the lines
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        os.replace(temporary, self.path)
-        self.wandb_run = _start_wandb(folder, config) if use_wandb else None
+        with atomic_write(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        self.wandb_run = None
+        if use_wandb:
+            self.wandb_run = self._guarded(lambda: _start_wandb(folder, config))
 
     def log(self, line: dict[str, Any], pictures: dict[str, Path] | None = None) -> None:
         """Write one line, at once to the disk; pictures go to wandb only."""
@@ -30,18 +38,51 @@ class Logger:
             import wandb
 
             images = {name: wandb.Image(str(path)) for name, path in (pictures or {}).items()}
-            self.wandb_run.log({**line, **images}, step=line["step"])
+            self._guarded(lambda: self.wandb_run.log({**line, **images}, step=line["step"]))
 
     def __enter__(self) -> "Logger":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.wandb_run:
-            self.wandb_run.finish(exit_code=0 if kind is None else 1)
+            self._guarded(lambda: self.wandb_run.finish(exit_code=0 if kind is None else 1))
+
+    def _guarded(self, call: Callable[[], Any]) -> Any:
+        """Return what `call` returns; when it fails or hangs, warn and go on without wandb: it must never cost a run."""
+        outcome = _within(WANDB_PATIENCE, call)
+        if not isinstance(outcome, Exception):
+            return outcome
+        print(f"warning: wandb failed ({first_line(outcome)}); from here on the log is in {self.path} only")
+        self.wandb_run = None
+        _within(1, _forget_wandb)
+        return None
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """Return what `call` returns or the exception that it raises; a TimeoutError when it takes longer."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcome[0] if outcome else TimeoutError(f"no answer within {seconds:g} s")
+
+
+def _forget_wandb() -> None:
+    """Take back what wandb has registered for the end of the program, where it would wait for its service for ever."""
+    import wandb
+
+    wandb.teardown()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of a log; a last line that a killed process left unfinished is dropped, any other bad one named."""
+    """Read the lines of a log; a last line that a killed process left unfinished is dropped, other bad ones named."""
     lines = []
     texts = path.read_text(errors="replace").splitlines() if path.exists() else []
     for number, text in enumerate(texts, start=1):
@@ -56,24 +97,24 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
     """Start or continue the wandb run of this folder: online with an account, else offline, never with a prompt."""
+    if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes"):
+        return None
     import wandb  # imported here: it takes seconds, and only rank 0 of a run that wants it needs it
 
-    try:
-        account = wandb.login(prompt=False)
-        name = folder.resolve().name
-        id_file = folder / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
-        return wandb.init(
-            project="semidg-seg",
-            name=name,
-            id=id_file.read_text(),
-            resume="allow",
-            dir=folder,
-            config=config,
-            mode=None if account or "WANDB_MODE" in os.environ else "offline",
-            settings=wandb.Settings(silent=True, init_timeout=30),
-        )
-    except Exception as error:  # a logging service must never cost a run
-        print(f"warning: wandb could not start ({error}); logging to {folder / 'log.jsonl'} only")
-        return None
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode == "online" and not wandb.login(prompt=False):
+        mode = "offline"
+    id_file = folder / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(4))
+    return wandb.init(
+        project="semidg-seg",
+        name=folder.resolve().name,
+        id=id_file.read_text(),
+        resume="allow",
+        dir=folder,
+        config=config,
+        mode=mode,
+        # Without console capture: a dead service would otherwise block everything that prints.
+        settings=wandb.Settings(silent=True, init_timeout=30, console="off"),
+    )

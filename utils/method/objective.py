@@ -1,0 +1,115 @@
+"""The training objective, in the symbols of the paper (Yao, Hu and Li, AAAI 2022, section 3).
+
+| paper | here |
+|---|---|
+| X, Z: image and Fourier view | `UnlabeledViews.plain`, `.fourier`; made by `augment.fourier_view` |
+| P_O, P_F: predictions on X and Z | `plain`, `fourier` logits in `cross_pseudo_supervision` |
+| Y = argmax P_E, P_E = (P_O + P_F) / 2: pseudo label | `pseudo_label` (the mean of the logits, as released) |
+| V = KL(P_F, P_O): uncertainty per pixel | `losses.kl_variance` |
+| L_a, L_b: one network learns from the other | `losses.cross_pseudo_loss` |
+| L_cacps = L_a + L_b | `cross_pseudo_supervision` |
+| L_s: Dice loss of both networks on labelled images | `losses.dice_loss` |
+| L = L_s + beta L_cacps | `training_step` |
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+
+from utils.method.losses import cross_pseudo_loss, dice_loss, kl_variance
+
+Network = Callable[[torch.Tensor], torch.Tensor]  # image (B, 1, H, W) -> logits (B, K, H, W)
+
+
+class UnlabeledViews(NamedTuple):
+    """Views of the unlabelled batch: u0 and, with CutMix, its partners u1. (B, 1, H, W) each."""
+
+    plain: Sequence[torch.Tensor]  # (u0,) or (u0, u1)
+    fourier: Sequence[torch.Tensor] | None  # as plain; None without Fourier augmentation
+    box_mask: torch.Tensor | None  # (B, 1, H, W), 1 where u1 shows
+
+    def mix(self, pair: Sequence[torch.Tensor]) -> torch.Tensor:
+        """CutMix a pair of (B, C, H, W), or return the first when there is no partner."""
+        return pair[0] if self.box_mask is None else torch.lerp(pair[0], pair[1], self.box_mask)
+
+
+@torch.no_grad()
+def pseudo_label(net: Network, views: UnlabeledViews) -> torch.Tensor:
+    """Return the pseudo label Y of the mixed batch, (B, H, W) int64: mean logits of both views, CutMix, argmax."""
+    logits = [net(image).float() for image in views.plain]
+    if views.fourier is not None:
+        logits = [(plain + net(image)) / 2 for plain, image in zip(logits, views.fourier, strict=True)]
+    return views.mix(logits).argmax(1)
+
+
+def cross_pseudo_supervision(
+    nets: Sequence[Network], views: UnlabeledViews, mode: str, autocast: Callable[[], AbstractContextManager]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return L_cacps and the mean variance: each network learns the other's pseudo labels, weighed by its confidence.
+
+    Args:
+        nets: both networks, in train mode also as teachers, so that their BatchNorm statistics move, as released.
+        views: of the unlabelled batch.
+        mode: of `cross_pseudo_loss`. In mode "plain" there is no variance: 0.
+        autocast: makes the context of the forward passes.
+    """
+    with autocast():
+        labels = [pseudo_label(net, views) for net in nets]
+    with autocast():  # a context of its own: the teachers' bf16 copies of the weights carry no gradient
+        plain = [net(views.mix(views.plain)).float() for net in nets]
+        variances = [None, None]
+        if mode != "plain":
+            fourier = [net(views.mix(views.fourier)).float() for net in nets]
+            variances = [kl_variance(*pair) for pair in zip(plain, fourier, strict=True)]
+    loss = sum(
+        cross_pseudo_loss(plain[student], labels[teacher], variances[teacher], mode)
+        for student, teacher in ((1, 0), (0, 1))
+    )
+    return loss, torch.zeros_like(loss) if mode == "plain" else torch.stack(variances).mean().detach()
+
+
+def training_step(
+    nets: Sequence[Network],
+    image: torch.Tensor,
+    mask: torch.Tensor,
+    views: UnlabeledViews | None,
+    *,
+    dice_classes: slice,
+    cps_loss: str,
+    cps_weight: float,
+    autocast: Callable[[], AbstractContextManager],
+    loss_scale: float = 1.0,
+) -> dict[str, torch.Tensor]:
+    """Add the gradient of L = L_s + beta L_cacps to the networks' parameters.
+
+    The labelled batch comes last, as released: running BatchNorm statistics weigh the last forward most. Parts that
+    share no graph are backpropagated one by one: the same gradient, without all activations at once.
+
+    Args:
+        nets: the two networks, in train mode.
+        image, mask: labelled (B, 1, H, W) float32 and (B, H, W) int64.
+        views: of the unlabelled batch; None while there is no pseudo supervision.
+        dice_classes: the classes that the supervised loss sums.
+        cps_loss: mode of `cross_pseudo_loss`.
+        cps_weight: beta at this step.
+        autocast: makes the context of the forward passes; losses are float32.
+        loss_scale: factor of the gradient, for a step that averages several batches.
+
+    Returns:
+        Detached scalars for the log: loss (the whole objective), supervised, cps, variance.
+    """
+    cps = variance = torch.zeros((), device=image.device)
+    if views is not None:
+        cps, variance = cross_pseudo_supervision(nets, views, cps_loss, autocast)
+        (loss_scale * cps_weight * cps).backward()
+        cps = cps.detach()
+    supervised = torch.zeros((), device=image.device)
+    for net in nets:
+        with autocast():
+            logits = net(image).float()
+        dice = dice_loss(logits.softmax(1), mask)[dice_classes].sum()
+        (loss_scale * dice).backward()
+        supervised = supervised + dice.detach()
+    return {"loss": supervised + cps_weight * cps, "supervised": supervised, "cps": cps, "variance": variance}

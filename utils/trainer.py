@@ -1,0 +1,293 @@
+"""The state of a run on its device, and one training step of it.
+
+Everything random in a step follows from (seed, step): sampling, augmentation, CutMix and dropout. A checkpoint
+therefore needs no generator states, and a run that was stopped anywhere continues bit for bit on a CPU.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from config import Config
+from utils.data.loaders import Loaders
+from utils.distributed import Process, autocast_context, average, gather, unflatten
+from utils.errors import UserError
+from utils.evaluation.predict import mean_dice, predict_scans
+from utils.method.augment import Augmentation, cutmix_mask
+from utils.method.losses import kl_variance
+from utils.method.objective import UnlabeledViews, pseudo_label, training_step
+from utils.plots import plot_training_samples
+from utils.run.checkpoint import provenance
+
+SELECTION = "highest ensemble Dice (paper protocol) on labelled source images; the target domain is never looked at"
+
+Batch = dict[str, torch.Tensor]
+
+
+class Trainer:
+    """The state of a run on its device: networks, optimisers, step, and what the log accumulates."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        loaders: Loaders,
+        build_network: Callable[..., nn.Module],
+        process: Process,
+        state: dict[str, Any] | None = None,
+    ):
+        """Begin anew, or where the method `state` was called."""
+        self.cfg, self.loaders, self.process, self.device = cfg, loaders, process, process.device
+        self.nets = []
+        for i in range(2):
+            torch.manual_seed(derive_seed(cfg.seed, 3, i))
+            net = build_network(len(loaders.dataset.class_names), pretrained="none" if state else cfg.pretrained)
+            if process.world_size > 1 and self.device.type == "cuda":  # SyncBatchNorm refuses CPUs
+                net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+            self.nets.append(net.to(self.device, memory_format=torch.channels_last).train())
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"  # shapes repeat from step to step
+        # A training step calls these; evaluation calls the networks themselves.
+        self.step_nets = self.nets
+        if cfg.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            print("warning: --compile needs a C++ compiler (g++), and there is none: training without it")
+        elif cfg.compile:
+            self.step_nets = [torch.compile(net) for net in self.nets]
+        if cfg.checkpoint_activations:  # around the compiled networks: torch.compile cannot look into it
+            self.step_nets = [checkpointed(net) for net in self.step_nets]
+        self.optimizers = [
+            torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+            for net in self.nets
+        ]
+        reference = torch.from_numpy(loaders.reference).to(self.device) if cfg.histogram_matching else None
+        self.mean_reference = None if reference is None else reference.mean(0)
+        self.augmentation = Augmentation.from_config(cfg, reference)
+        self.generator = torch.Generator(self.device)
+        self.statistics = [
+            buffer for norm in batch_norms(self.nets) for buffer in (norm.running_mean, norm.running_var)
+        ]
+        self.step = 0
+        self.best = -1.0  # percent
+        self.sums: dict[str, torch.Tensor] = {}  # since the last line of the log, on the device
+        self.bad_steps = torch.zeros(2, device=self.device)  # non-finite steps: in a row, since the last line
+        if state:
+            self._load_state(state)
+
+    def autocast(self) -> AbstractContextManager:
+        """Make the context of the forward passes."""
+        return autocast_context(self.device, self.cfg.precision)
+
+    def cps_weight(self, step: int) -> float:
+        """Return beta at a step, after warm-up and ramp."""
+        epoch = step / self.loaders.steps_per_epoch
+        if epoch < self.cfg.cps_warmup:
+            return 0.0
+        ramp = (epoch - self.cfg.cps_warmup) / self.cfg.cps_ramp if self.cfg.cps_ramp else 1.0
+        return self.cfg.cps_weight * min(ramp, 1.0)
+
+    def labeled_views(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Augment a labelled batch: image (B, 1, size, size) float32, mask (B, size, size) int64."""
+        parts = (batch[name].to(self.device, non_blocking=True) for name in ("image", "mask", "quantiles"))
+        return self.augmentation.labeled(*parts, self.generator)
+
+    def unlabeled_views(self, batch: Batch) -> UnlabeledViews:
+        """Augment an unlabelled batch of B, or with CutMix 2 B, canvases."""
+        image, quantiles = (batch[name].to(self.device, non_blocking=True) for name in ("image", "quantiles"))
+        plain, fourier = self.augmentation.unlabeled(image, quantiles, self.generator, fourier=self.cfg.fourier_aug)
+        parts = 2 if self.cfg.cutmix else 1
+        box_mask = None
+        if self.cfg.cutmix:
+            box_mask = cutmix_mask(len(image) // 2, self.cfg.image_size, generator=self.generator)
+        return UnlabeledViews(plain.chunk(parts), None if fourier is None else fourier.chunk(parts), box_mask)
+
+    def train_step(self, batches: Sequence[tuple[Batch, Batch]]) -> None:
+        """Take one step of both networks, on one micro-step per pair of a labelled and an unlabelled batch.
+
+        A step that is not finite changes nothing, which the device decides alone.
+        """
+        weight = self.cps_weight(self.step)
+        statistics_before = torch.cat(self.statistics)
+        micro_steps = []
+        for number, (labeled, unlabeled) in enumerate(batches, start=self.step * self.cfg.accumulate):
+            self.generator.manual_seed(derive_seed(self.cfg.seed, 4, number, self.process.rank))
+            torch.manual_seed(derive_seed(self.cfg.seed, 5, number, self.process.rank))  # dropout
+            image, mask = self.labeled_views(labeled)
+            scalars = training_step(
+                self.step_nets,
+                image,
+                mask,
+                self.unlabeled_views(unlabeled) if weight else None,
+                dice_classes=slice(0 if self.cfg.dice_background else 1, None),
+                cps_loss=self.cfg.cps_loss,
+                cps_weight=weight,
+                autocast=self.autocast,
+                loss_scale=1 / self.cfg.accumulate,
+            )
+            micro_steps.append(scalars)
+        scalars = {name: torch.stack([part[name] for part in micro_steps]).mean() for name in micro_steps[0]}
+        self._update(scalars, statistics_before)
+        counts = {"steps": 1, "cps_steps": weight > 0, "cps_weight": weight}
+        scalars |= {name: torch.full_like(scalars["loss"], count) for name, count in counts.items()}
+        finite = self.bad_steps[0] == 0
+        for name, value in scalars.items():
+            self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
+        self.step += 1
+
+    def _update(self, scalars: dict[str, torch.Tensor], statistics_before: torch.Tensor) -> None:
+        """Step both optimisers by the gradients' mean over the processes, unless that or the loss is not finite."""
+        gradients = [p.grad for net in self.nets for p in net.parameters() if p.grad is not None]
+        # One mean for all, the loss among them: so every process finds the same steps not finite.
+        loss = scalars["loss"].clone()
+        average([*gradients, *self.statistics, loss])
+        finite = torch.isfinite(loss + torch.nn.utils.get_total_norm(gradients))
+        for optimizer in self.optimizers:
+            optimizer.found_inf = (~finite).float()  # the fused step leaves everything as it is where this is 1
+            optimizer.step()
+            optimizer.zero_grad()
+        unflatten(torch.where(finite, torch.cat(self.statistics), statistics_before), self.statistics)
+        bad = (~finite).float()
+        self.bad_steps = torch.stack([(self.bad_steps[0] + 1) * bad, self.bad_steps[1] + bad])
+
+    def means(self) -> dict[str, float | None]:
+        """Return mean scalars over the finite steps since the last line of the log; of the CPS term over its own."""
+        average(list(self.sums.values()))
+        sums = {name: float(total) for name, total in self.sums.items()}
+        steps, cps_steps = max(sums.pop("steps"), 1), sums.pop("cps_steps")
+        means = {name: sums[name] / steps for name in ("loss", "supervised")}
+        means |= {name: sums[name] / max(cps_steps, 1) for name in ("cps", "cps_weight")}
+        return means | {"variance": sums["variance"] / cps_steps if cps_steps else None}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Keep the networks in eval mode."""
+        for net in self.nets:
+            net.eval()
+        yield
+        for net in self.nets:
+            net.train()
+
+    def validate(self) -> float:
+        """Return the mean paper-protocol Dice (percent) on the labelled source images, without augmentation."""
+        with self.evaluating():
+            scans = predict_scans(
+                self.nets,
+                self.loaders.val,
+                self.loaders.data,
+                size=self.cfg.image_size,
+                reference=self.mean_reference,
+                device=self.device,
+                precision=self.cfg.precision,
+            )
+            # Each process predicts its share of the scans; in one order, so that sums do not depend on who did which.
+            dice = mean_dice(sorted(gather([(s.patient, s.phase, s.slice_dice.tolist()) for s in scans])))
+        return float(np.mean(list(dice.values())))
+
+    @torch.no_grad()
+    def draw_samples(self, path: Path, batch: Batch) -> None:
+        """Draw the views of an unlabelled batch, the networks' pseudo labels on them and their confidence."""
+        self.generator.manual_seed(derive_seed(self.cfg.seed, 6, self.step))
+        half = len(batch["image"]) // (2 if self.cfg.cutmix else 1)
+        count = min(4, half)
+        chosen = [*range(count), *range(half, half + count)] if self.cfg.cutmix else list(range(max(count, 2)))
+        views = self.unlabeled_views({name: value[chosen] for name, value in batch.items()})
+        fourier = views.fourier or views.plain
+        mixed = [views.mix(views.plain), views.mix(fourier)]
+        with self.evaluating(), self.autocast():
+            labels = [pseudo_label(net, views) for net in self.nets]
+            variances = [kl_variance(*(net(image).float() for image in mixed)) for net in self.nets]
+        box_mask = torch.zeros_like(mixed[0]) if views.box_mask is None else views.box_mask
+        plot_training_samples(
+            path,
+            plain=views.plain[0][:, 0].cpu().numpy(),
+            fourier=fourier[0][:, 0].cpu().numpy(),
+            mixed=mixed[0][:, 0].cpu().numpy(),
+            mask_box=box_mask[:, 0].cpu().numpy(),
+            pseudo_labels=torch.stack(labels).cpu().numpy(),
+            confidence=torch.exp(-torch.stack(variances)).cpu().numpy(),
+            class_names=self.loaders.dataset.class_names[1:],
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that resuming needs, as plain tensors and values: the same in every process."""
+        average(list(self.sums.values()))
+        return {
+            "step": self.step,
+            "best": self.best,
+            "sums": self.sums,
+            "bad_steps": self.bad_steps,
+            "metadata": self.metadata(),
+            "networks": [net.state_dict() for net in self.nets],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        if state["metadata"]["content_hash"] != self.loaders.data.info["content_hash"]:
+            raise UserError(
+                f"{self.loaders.data.root} holds other data than this run began with: "
+                "give its --data-root, or begin anew with --restart"
+            )
+        self.step, self.best = state["step"], state["best"]
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        self.bad_steps = state["bad_steps"].to(self.device)
+        for net, weights in zip(self.nets, state["networks"], strict=True):
+            net.load_state_dict(weights)
+        for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(moments)
+            # The fused step reads memory in the order in which the parameter lies, and on CPUs does not check it.
+            for parameter, values in optimizer.state.items():
+                for name in ("exp_avg", "exp_avg_sq"):
+                    values[name] = torch.empty_like(parameter).copy_(values[name])
+
+    def metadata(self) -> dict[str, Any]:
+        """Return what inference needs beside the weights."""
+        dataset, data = self.loaders.dataset, self.loaders.data
+        return {
+            "dataset": dataset.key,
+            "class_names": list(dataset.class_names),
+            "spacing_mm": dataset.spacing,
+            "reference": None if self.mean_reference is None else self.mean_reference.tolist(),
+            "config": asdict(self.cfg),
+            "selection": SELECTION,
+            "step": self.step,
+            "cps_weight": self.cps_weight(self.step - 1),  # of the last step: 0 before the pseudo supervision began
+            "content_hash": data.info["content_hash"],
+            "phantom": data.info["phantom"],
+            **provenance(),
+        }
+
+
+def checkpointed(net: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return `net` with activation checkpointing: a forward keeps its input alone, the backward computes it again."""
+
+    @contextmanager
+    def frozen_statistics() -> Iterator[None]:
+        """Keep BatchNorm's running statistics: they have counted the batch of the second forward already."""
+        norms = batch_norms([net])
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        try:
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+    return partial(checkpoint, net, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics()))
+
+
+def batch_norms(nets: Sequence[nn.Module]) -> list[nn.Module]:
+    """Return all BatchNorm layers of the networks."""
+    return [m for net in nets for m in net.modules() if isinstance(m, nn.BatchNorm2d | nn.SyncBatchNorm)]
+
+
+def derive_seed(*key: int) -> int:
+    """Return a seed for PyTorch from whole numbers that name its use."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
