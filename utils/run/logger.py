@@ -48,7 +48,7 @@ class Logger:
             self._guarded(lambda: self.wandb_run.finish(exit_code=0 if kind is None else 1))
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
-        """Return what `call` returns; when it fails or hangs, warn and go on without wandb: it must never cost a run."""
+        """Return what `call` returns; when it fails or hangs, warn and go on without wandb, which costs no run."""
         outcome = _within(WANDB_PATIENCE, call)
         if not isinstance(outcome, Exception):
             return outcome
