@@ -13,7 +13,7 @@ from config import MMS, MMS_DEMO, SCGM, from_cli
     ("change", "message"),
     [
         ({"batch_size": 1}, "--batch-size must be at least 2"),
-        ({"fourier_aug": False}, "need --fourier-aug"),
+        ({"fourier_aug": False}, "every --cps-loss but plain needs --fourier-aug"),
         ({"ratio": 0}, "--ratio must be in"),
         ({"image_size": 512}, "--image-size must be"),
         ({"max_shift": 7}, "--max-shift must be"),
@@ -22,6 +22,8 @@ from config import MMS, MMS_DEMO, SCGM, from_cli
         ({"lr": float("inf")}, "--lr must be positive"),
         ({"run_name": ""}, "--run-name must name a folder of its own"),
         ({"image_size": 96, "fourier_window": 0.2}, "--fourier-window must be"),
+        ({"cps_loss": "hard"}, "--cps-loss must be one of pixel, scalar, plain"),
+        ({"fourier_mode": "AX"}, "--fourier-mode must be one of AS, AM"),
         ({"fourier_ratio": 5.0}, "--fourier-ratio must be in"),
     ],
 )

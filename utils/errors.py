@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
-# What the surroundings refuse: full disk, quota, read-only file system, missing rights, a file where a folder is due.
+# What the surroundings refuse: full disk, quota, read-only file system, missing rights, a file where a folder is due,
+# limits on open files and file sizes, and a disk or network file system that fails.
 REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
-REFUSED |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+REFUSED |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EIO, errno.ESTALE}
 
 
 class UserError(Exception):
@@ -17,7 +18,7 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """What an exception of a library says, on one line; its kind where it says nothing."""
+    """Return what an exception of a library says, on one line; its kind where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -37,7 +38,7 @@ def clear_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in REFUSED:
             raise
-        sys.exit(f"error: {error.filename or 'the output folder'}: {error.strerror}; what was saved before is intact")
+        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}; what was saved before is intact")
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
