@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from config import SCGM
 from utils.data.commands import run_data_command
 from utils.data.dataset import Case, DatasetInfo, RawDataset, missing_or_outside
 from utils.data.phantom import write_scgm
@@ -23,7 +24,7 @@ PHASE = "scan"  # the data have no phases: the one volume of a subject carries t
 
 
 def find_cases(raw: Path) -> RawDataset:
-    """Read what the file names say: subjects of `train` with four raters each, subjects of `test` without."""
+    """Find the subjects by the file names: those of `train` with four raters each, those of `test` without."""
     cases, errors = [], []
     for path in sorted(path for part in ("train", "test") for path in (raw / part).glob("*.nii*")):
         name = re.fullmatch(r"(site(\w+?)-sc\d+)-(image|mask-r\d+)(\.nii(?:\.gz)?)", path.name)
@@ -56,7 +57,7 @@ def find_cases(raw: Path) -> RawDataset:
 
 
 def majority(raters: list[np.ndarray]) -> np.ndarray:
-    """Consensus: 1 (GM) where more than half of the label maps say 1, else 2 where more than half see cord."""
+    """Return 1 (GM) where more than half of the label maps say 1, else 2 (WM) where more than half see cord."""
     votes = np.stack(raters)
     grey, cord = (2 * np.count_nonzero(voted, axis=0) > len(raters) for voted in (votes == 1, votes > 0))
     return np.where(grey, 1, np.where(cord, 2, 0)).astype(np.uint8)
@@ -70,7 +71,7 @@ def normalize(slices: np.ndarray) -> np.ndarray:
 
 
 def labeled_count(subjects: int, ratio: float) -> int:
-    """Labelled subjects of a site: ceil(n * ratio), so that no subject is half labelled."""
+    """Return how many subjects of a site are labelled: ceil(n * ratio), so that no subject is half labelled."""
     return math.ceil(round(subjects * ratio, 6))
 
 
@@ -81,7 +82,6 @@ DATASET = DatasetInfo(
     ndim=3, num_raw_labels=3, spacing=0.175,
     find_cases=find_cases, consensus=majority, normalize=normalize, labeled_count=labeled_count,
     write_phantom=write_scgm, demo_phantom={"patients": 8},
-    preview={"fourier_ratio": 0.8, "histogram_matching": False},
     download_help=(
         "SCGM is free for research after registration at http://niftyweb.cs.ucl.ac.uk/challenge (train, test).\n"
         "Then prepare it once: python scgm_dataloader.py prepare RAW --out data/scgm   (RAW holds train and test)"
@@ -90,4 +90,4 @@ DATASET = DatasetInfo(
 # fmt: on
 
 if __name__ == "__main__":
-    run_data_command(DATASET)
+    run_data_command(DATASET, SCGM)

@@ -1,16 +1,16 @@
-"""What describes a data set: its names, how its raw files become cases, its geometry and its intensities."""
+"""Description of a data set: its names, how its raw files become cases, its geometry and its intensities."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 
 class Case(NamedTuple):
-    """One scan as found among the raw files."""
+    """Files of one scan in a raw data set."""
 
     patient: str
     domain: str
@@ -21,7 +21,7 @@ class Case(NamedTuple):
 
 
 class RawDataset(NamedTuple):
-    """What looking through a raw data set gives: its scans and everything wrong with their files and tables."""
+    """Scans found in a raw data set, and what is wrong with its table and file names."""
 
     cases: list[Case]
     errors: list[str]
@@ -29,7 +29,7 @@ class RawDataset(NamedTuple):
 
 
 def missing_or_outside(path: Path, raw: Path) -> str:
-    """What forbids to read a file of the raw data set `raw`; empty where nothing does."""
+    """Return why a file of the raw data set `raw` must not be read; empty where it may."""
     if not path.is_file():
         return f"{path}: missing"
     return "" if path.resolve().is_relative_to(raw.resolve()) else f"{path}: a link that leads out of {raw}"
@@ -37,11 +37,11 @@ def missing_or_outside(path: Path, raw: Path) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """All that tells one data set from another."""
+    """Facts that tell one data set from another; settings stand in config.py."""
 
     name: str  # as in text: "M&Ms"
     key: str  # as in paths: "mms"
-    domain_kind: str  # what a domain is: "vendor", "site"
+    domain_kind: str  # name of a domain: "vendor", "site"
     domains: tuple[str, ...]
     class_names: tuple[str, ...]  # by label value; the first is the background
     ndim: int  # of a raw image: 3, or 4 with frames
@@ -51,8 +51,7 @@ class DatasetInfo:
     normalize: Callable[[np.ndarray], np.ndarray]  # slices (Z, X, Y) float32 -> float32 in [0, 1]
     labeled_count: Callable[[int, float], int]  # (patients with masks in a group, ratio) -> labelled ones
     write_phantom: Callable[..., None]
-    demo_phantom: dict[str, int]  # its size in the demo
-    preview: dict[str, Any]  # what it shows by default, as config.py sets it: fourier_ratio, histogram_matching
-    download_help: str  # where the data are had and how they are prepared
+    demo_phantom: dict[str, int]  # size of the demo's phantom, as arguments of write_phantom
+    download_help: str  # where one gets the data and how one prepares them
     consensus: Callable[[list[np.ndarray]], np.ndarray] = itemgetter(0)  # raters' maps (Z, X, Y) uint8 -> one map
     clinical: Callable[[dict], dict] | None = None  # ml by (phase, structure) -> (value, unit) by name

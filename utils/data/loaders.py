@@ -5,9 +5,9 @@ that a run resumes at any step with the very images the uninterrupted run would 
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ class SliceDataset(Dataset):
 
 
 class BatchSampler:
-    """Yields the batches from number `start` to `stop` of the whole run; iterating never changes the sampler."""
+    """Batches from number `start` to `stop` of the whole run; iterating does not change the sampler."""
 
     def __init__(self, batch_of_number: Callable[[int], np.ndarray]):
         self.batch_of_number, self.start, self.stop = batch_of_number, 0, 0
@@ -57,20 +57,20 @@ class BatchSampler:
 
 
 def labeled_batches(count: int, *, batch_size: int, seed: int, rank: int = 0) -> BatchSampler:
-    """Labelled positions, drawn with replacement."""
+    """Return batches of labelled positions, drawn with replacement."""
     return BatchSampler(lambda number: np.random.default_rng([seed, 1, number, rank]).integers(count, size=batch_size))
 
 
 def unlabeled_batches(
     count: int, *, batch_size: int, pairs: bool, seed: int, rank: int = 0, world_size: int = 1, accumulate: int = 1
 ) -> BatchSampler:
-    """Unlabelled positions: an epoch is a permutation of all images, cut into steps of whole batches.
+    """Return batches of unlabelled positions: an epoch is a permutation of all images, cut into whole steps.
 
     With `pairs` a batch holds 2 x batch_size positions: u0 and its CutMix partners u1, the same permutation rotated
-    by a random distance. So every image is used once in each, and never as its own partner; nor is any image twice
-    in a batch, over all processes, where there are images enough for that.
+    by a random distance. So every image is used once in each, and never as its own partner. If there are enough
+    images, none is twice in a batch over all processes.
     """
-    batches = count // (batch_size * world_size * accumulate) * accumulate  # an epoch
+    batches = count // (batch_size * world_size * accumulate) * accumulate  # in an epoch
     apart = min(batch_size * world_size, count // 2)  # the least distance
 
     @lru_cache(maxsize=1)
@@ -88,7 +88,7 @@ def unlabeled_batches(
 
 
 def scan_batches(data: PreparedData, rows: np.ndarray) -> list[np.ndarray]:
-    """Positions in `rows` by scan: one batch per patient and phase, slices in order."""
+    """Return the positions in `rows` by scan: one batch per patient and phase, slices in order."""
     scans: dict[tuple[str, str], list[int]] = {}
     for position, row in enumerate(rows):
         scans.setdefault((data.index["patient"][row], data.index["phase"][row]), []).append(position)
@@ -97,12 +97,11 @@ def scan_batches(data: PreparedData, rows: np.ndarray) -> list[np.ndarray]:
 
 
 class Loaders(NamedTuple):
-    """What a run reads."""
+    """Batches that a run reads, and the data they come from."""
 
     labeled: DataLoader
     unlabeled: DataLoader
-    val: DataLoader  # one batch per scan, as test
-    test: DataLoader
+    val: DataLoader  # one batch per scan
     data: PreparedData
     dataset: DatasetInfo
     split: Split
@@ -111,7 +110,7 @@ class Loaders(NamedTuple):
 
 
 def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_size: int = 1) -> Loaders:
-    """Open the prepared data of `cfg.data_root` and select what the run described by `cfg` reads."""
+    """Open the prepared data of `cfg.data_root`, split its patients, and return the loaders of one process."""
     data = PreparedData.open(cfg.data_root, dataset)
     split = split_patients(
         data,
@@ -131,8 +130,6 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
     first_domain = min(data.index["domain"][unlabeled_rows])
     labeled = SliceDataset(data, data.rows(split.labeled, with_mask=True), with_mask=True)
     unlabeled = SliceDataset(data, unlabeled_rows, with_mask=False)
-    val = SliceDataset(data, data.rows(split.validation, with_mask=True), with_mask=True)
-    test = SliceDataset(data, data.rows(split.held_out, with_mask=True), with_mask=True)
     labeled_sampler = labeled_batches(len(labeled), batch_size=cfg.batch_size, seed=cfg.seed, rank=rank)
     unlabeled_sampler = unlabeled_batches(
         len(unlabeled),
@@ -146,8 +143,7 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
     return Loaders(
         batch_loader(labeled, labeled_sampler, cfg.workers),
         batch_loader(unlabeled, unlabeled_sampler, cfg.workers),
-        batch_loader(val, scan_batches(data, val.rows)[rank::world_size], 0),
-        batch_loader(test, scan_batches(data, test.rows)[rank::world_size], 0),
+        scan_loader(data, split.validation, rank=rank, world_size=world_size),
         data,
         dataset,
         split,
@@ -156,14 +152,24 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
     )
 
 
-def batch_loader(dataset: SliceDataset, batches: Any, workers: int) -> DataLoader:
-    """A loader of whole batches: `batches` yields the positions of each."""
-    workers = min(workers, os.cpu_count() or 1)  # more only slow each other down, and PyTorch warns of them
+def batch_loader(dataset: SliceDataset, batches: Iterable[np.ndarray], workers: int) -> DataLoader:
+    """Return a loader of whole batches, whose positions in the data set `batches` yields."""
     # sampler= (not batch_sampler=) with batch_size=None hands the positions to the dataset as one request.
     return DataLoader(
         dataset,
         sampler=batches,
         batch_size=None,
-        num_workers=workers,
+        num_workers=min(workers, usable_cores()),  # more only slow each other down, and PyTorch warns of them
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def scan_loader(data: PreparedData, patients: Sequence[str], *, rank: int = 0, world_size: int = 1) -> DataLoader:
+    """Return a loader of all scans with masks of `patients`, a batch per scan; each process reads its share of them."""
+    dataset = SliceDataset(data, data.rows(list(patients), with_mask=True), with_mask=True)
+    return batch_loader(dataset, scan_batches(data, dataset.rows)[rank::world_size], 0)
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

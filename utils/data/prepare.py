@@ -1,4 +1,4 @@
-"""From raw volumes to memory-mapped arrays: every file checked, all problems reported at once, in parallel."""
+"""Conversion of raw scans to memory-mapped arrays: every file is checked, and all problems are reported at once."""
 
 import csv
 import hashlib
@@ -30,20 +30,20 @@ QUANTILES = 256  # points of a slice's quantile curve
 
 
 class Report(NamedTuple):
-    """What the files of one scan gave; the table's own problems are reported as one without a case."""
+    """Result of one scan; the problems of the table and of file names stand in a report without a case."""
 
     errors: list[str]
     warnings: list[str]
-    rows: list[dict[str, Any]]  # of index.csv
+    rows: list[dict[str, Any]]  # its part of index.csv
     outside: tuple[int, int] = (0, 0)  # labelled voxels outside the field of view, and all
-    digest: bytes = b""  # of all that was converted
+    digest: bytes = b""  # SHA-256 of everything written
 
 
 Reports = list[tuple[Case | None, Report]]
 
 
 def check_dataset(raw: Path, dataset: DatasetInfo, *, workers: int) -> bool:
-    """Read every file of a raw data set and print every problem; True when there is no error."""
+    """Read every file of a raw data set and print every problem; return True if there is no error."""
     return _summarise(raw, dataset, _process(raw, dataset, workers=workers, out=None))
 
 
@@ -51,7 +51,7 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
     """Check `raw` and convert it into the folder `out`, which appears only when it is complete.
 
     Raises:
-        UserError: `out` exists, the disk is too small or read-only, or a file has a problem (all are printed).
+        UserError: `out` exists, the disk is too small or read-only, or a file has an error (all are printed).
     """
     if out.exists():
         raise UserError(f"{out} exists already: remove it, or choose another --out")
@@ -76,7 +76,7 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
 
 
 def _process(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path | None) -> Reports:
-    """Check every scan and, with `out`, convert it; each worker holds one scan in memory."""
+    """Check every scan and, if `out` is given, convert it; each worker holds one scan in memory."""
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1 process must do the work")
     if not raw.is_dir():
@@ -99,14 +99,14 @@ def _process(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path | None)
             pool.shutdown(cancel_futures=True)
             raise
     # In the order of the cases, which is the order of their slices in the arrays.
-    place = {case.patient: number for number, case in enumerate(found.cases)}
-    return sorted(reports, key=lambda pair: place[pair[0].patient] if pair[0] else -1)
+    order = {case.patient: number for number, case in enumerate(found.cases)}
+    return sorted(reports, key=lambda pair: order[pair[0].patient] if pair[0] else -1)
 
 
 def _allocate(cases: list[Case], out: Path) -> list[tuple[int, int]] | None:
     """Create the arrays for all slices that the headers promise.
 
-    Returns the first slice and the first mask of each case, or None when a header is bad.
+    Returns the first slice and the first mask of each case, or None if a header is damaged.
     """
     offsets, slices, masks = [], 0, 0
     for case in cases:
@@ -132,7 +132,7 @@ def _allocate(cases: list[Case], out: Path) -> list[tuple[int, int]] | None:
 
 
 def process_case(case: Case, dataset: DatasetInfo, target: tuple[Path, tuple[int, int]] | None) -> Report:
-    """Check the files of one scan and, with `target` (folder, first slice and mask), convert it."""
+    """Check the files of one scan and, if `target` (folder, first slice and mask) is given, convert it."""
     errors: list[str] = []
     volumes: list[Volume] = []
     for path in (case.image, *case.masks):
@@ -207,15 +207,15 @@ def _convert(
             write_volume(path, np.ascontiguousarray(np.moveaxis(truth[phase], 0, 2)), like=image)
         for z in range(depth):
             mask = mask_row + z if phase else -1
-            place = (case.patient, case.domain, case.group, phase, frame, z, mask, *plane.shape, *plane.zooms)
-            report.rows.append(dict(zip(INDEX_COLUMNS, place, strict=True)))
+            row_values = (case.patient, case.domain, case.group, phase, frame, z, mask, *plane.shape, *plane.zooms)
+            report.rows.append(dict(zip(INDEX_COLUMNS, row_values, strict=True)))
         row, mask_row = row + depth, mask_row + depth * bool(phase)
     digest.update(repr(report.rows).encode() + image.affine.tobytes())
     return report._replace(digest=digest.digest())
 
 
 def quantile_curves(canvas: np.ndarray) -> np.ndarray:
-    """Quantile curve of every image over the field of view: (N, C, C) float16 >= 0 -> (N, QUANTILES) float32."""
+    """Return each image's quantiles over the field of view: (N, C, C) float16 >= 0 -> (N, QUANTILES) float32."""
     margin = (CANVAS_PX - FIELD_PX) // 2
     bits = canvas[:, margin:-margin, margin:-margin].reshape(len(canvas), -1).view(np.int16)
     # Non-negative float16 have the order of their bits, and 16-bit integers a radix sort: 8 times as fast.
@@ -227,7 +227,8 @@ def quantile_curves(canvas: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(lower + (upper - lower) * (position - low).astype(np.float32))
 
 
-def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: list[tuple[Case | None, Report]]) -> None:
+def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: Reports) -> None:
+    """Write index.csv and dataset.json."""
     rows = [row for _, report in reports for row in report.rows]
     with open(out / "index.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, INDEX_COLUMNS)
@@ -249,8 +250,8 @@ def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: list[tuple
     (out / "dataset.json").write_text(json.dumps(info, indent=2) + "\n")
 
 
-def _summarise(raw: Path, dataset: DatasetInfo, reports: list[tuple[Case | None, Report]]) -> bool:
-    """Print every problem and what was found; True when there is no error."""
+def _summarise(raw: Path, dataset: DatasetInfo, reports: Reports) -> bool:
+    """Print every problem and what was found; return True if there is no error."""
     errors = [text for _, report in reports for text in report.errors]
     warnings = [text for _, report in reports for text in report.warnings]
     for kind, texts in (("error", errors), ("warning", warnings)):

@@ -1,8 +1,8 @@
 """NIfTI volumes: reading that validates, writing, and the way between native grid and canvas."""
 
 import gzip
+import io
 import math
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +13,9 @@ import nibabel as nib
 import numpy as np
 
 from utils.errors import UserError
+from utils.files import atomic_write
 
-LARGEST = 1e30  # of a voxel: differences and products of such stay within float32
+LARGEST = 1e30  # absolute value of a voxel: differences and products of such stay within float32
 MAX_DEFLATE_RATIO = 1032  # zlib's densest possible compression: more data than this a file cannot hold
 
 
@@ -28,7 +29,7 @@ class Volume(NamedTuple):
 
     @property
     def warning(self) -> str | None:
-        """What is odd about the geometry but no error: affine columns whose norm is not the voxel size."""
+        """Oddity of the geometry that is no error: affine columns whose norm is not the voxel size."""
         norms = np.linalg.norm(self.affine[:3, :3], axis=0)
         if np.allclose(norms, self.zooms, rtol=0.01):
             return None
@@ -58,10 +59,8 @@ def read_volume(path: Path, ndim: int | Sequence[int] = (3, 4)) -> Volume:
         raise UserError(f"{path}: cannot be read whole ({error}); copy or download it again") from error
     if len(content) < size:
         raise UserError(f"{path}: {len(content)} bytes, but its header promises {size}; copy or download it again")
-    image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     try:
-        image = image_class.from_bytes(content)
-        array = np.asanyarray(image.dataobj)
+        array, affine = header.data_from_fileobj(io.BytesIO(content)), header.get_best_affine()
     except Exception as error:  # nibabel raises a dozen kinds for what a header can hold
         raise UserError(f"{path}: not a valid NIfTI file ({error})") from error
     if array.dtype.kind not in "biuf":
@@ -69,10 +68,9 @@ def read_volume(path: Path, ndim: int | Sequence[int] = (3, 4)) -> Volume:
     if bad := 0 if array.dtype.kind != "f" else np.count_nonzero(~(np.abs(array) <= LARGEST)):
         slope = header["scl_slope"]
         raise UserError(f"{path}: {bad} voxels are NaN, infinite or above {LARGEST:g} (the header scales by {slope})")
-    affine = image.affine
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise UserError(f"{path}: the affine (sform or qform) is NaN or singular")
-    return Volume(array, image.header, affine, tuple(float(z) for z in image.header.get_zooms()[:3]))
+    return Volume(array, header, affine, tuple(float(z) for z in header.get_zooms()[:3]))
 
 
 def _open(path: Path) -> BinaryIO:
@@ -80,13 +78,13 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _is_packed(path: Path) -> bool:
-    """Whether the file begins as gzip does, whatever its name."""
+    """Return True if the file begins as gzip does, whatever its name."""
     with open(path, "rb") as file:
         return file.read(2) == b"\x1f\x8b"
 
 
 def read_shape(path: Path) -> tuple[int, ...]:
-    """The shape by the header alone, without reading the voxels; raises UserError as `read_volume` does."""
+    """Return the shape that the header gives, without reading the voxels; raises UserError as `read_volume` does."""
     try:
         with _open(path) as file:
             header, _ = _parse_header(path, file.read(540), [3, 4])
@@ -96,7 +94,7 @@ def read_shape(path: Path) -> tuple[int, ...]:
 
 
 def _parse_header(path: Path, head: bytes, allowed: list[int]) -> tuple[nib.Nifti1Header, int]:
-    """Parse and check the header; returns it with the length in bytes of the file it describes."""
+    """Parse and check the header; return it with the length in bytes of the file it describes."""
     sizes = {int.from_bytes(head[:4], order) for order in ("little", "big")}
     found = next((c for c in (nib.Nifti1Header, nib.Nifti2Header) if c.sizeof_hdr in sizes), None)
     if found is None or len(head) < found.sizeof_hdr:
@@ -128,18 +126,18 @@ def _parse_header(path: Path, head: bytes, allowed: list[int]) -> tuple[nib.Nift
 
 
 def frame_count(volume: Volume) -> int:
-    """Frames of a 3D (one) or 4D volume."""
+    """Return the number of frames of a 4D volume; 1 for a 3D volume."""
     return volume.array.shape[3] if volume.array.ndim == 4 else 1
 
 
 def frame_slices(volume: Volume, frame: int) -> np.ndarray:
-    """One frame of a 3D or 4D volume as slices: (Z, X, Y)."""
+    """Return one frame of a 3D or 4D volume as slices: (Z, X, Y)."""
     array = volume.array[..., frame] if volume.array.ndim == 4 else volume.array
     return np.moveaxis(array, 2, 0)
 
 
 def write_volume(path: Path, array: np.ndarray, like: Volume, description: str = "") -> None:
-    """Write `array` in the grid of `like`: its affine, zooms, qform and sform codes; through a temporary file.
+    """Write `array` in the voxel grid of `like`: its affine, zooms, qform and sform codes.
 
     `description` goes into the header, cut to the 79 characters that it holds.
     """
@@ -150,23 +148,16 @@ def write_volume(path: Path, array: np.ndarray, like: Volume, description: str =
     header["cal_min"] = header["cal_max"] = 0  # display window of the scan, not of this map
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     image = image_class(array, None, header)  # affine None: the header's own qform and sform stay to the bit
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
+    with atomic_write(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            nib.save(image, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+        nib.save(image, temporary)
 
 
 def radiological(array: np.ndarray, like: Volume) -> np.ndarray:
-    """Turn slices as a radiologist looks at them, where the scan says how its axes lie.
+    """Turn slices as a radiologist looks at them, if the scan says how its axes lie.
 
-    (..., X, Y) in the grid of `like` -> (..., X', Y'): X' from the patient's right to left (or front to back), Y' from
-    front to back (or head to feet).
+    (..., X, Y) in the voxel grid of `like` -> (..., X', Y'): X' from the patient's right to left (or front to back),
+    Y' from front to back (or head to feet).
     """
     if not (like.header["sform_code"] or like.header["qform_code"]):
         return array
@@ -178,10 +169,10 @@ def radiological(array: np.ndarray, like: Volume) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PlaneMap:
-    """The way between the in-plane grid of a scan and a square canvas on one centre.
+    """Resampling between the slices of a scan and a square canvas on the same centre.
 
-    Both directions interpolate separably; the outside is 0. `shape`, `zooms` and `center` are of the scan's first
-    two axes, in voxels, mm and voxels; `center` None is the image's centre.
+    Both directions interpolate along one axis after the other; the outside is 0. `shape`, `zooms` and `center` belong
+    to the scan's first two axes, in voxels, mm and voxels; `center` None is the centre of the slice.
     """
 
     shape: tuple[int, int]
@@ -191,21 +182,21 @@ class PlaneMap:
     center: tuple[float, float] | None = None
 
     def to_canvas(self, array: np.ndarray) -> np.ndarray:
-        """(..., X, Y) -> (..., size, size): labels (uint8) by nearest neighbour, else bilinear in float32."""
+        """Resample (..., X, Y) to (..., size, size): labels (uint8) by nearest neighbour, else bilinear in float32."""
         for axis in (0, 1):
             position = self._center(axis) + self._offsets(self.size) * self.spacing / self.zooms[axis]
             array = _sample(array, position, axis - 2)
         return array
 
     def to_native(self, array: np.ndarray) -> np.ndarray:
-        """(..., size, size) -> (..., X, Y), as `to_canvas`."""
+        """Resample (..., size, size) to (..., X, Y), as `to_canvas` does."""
         for axis in (0, 1):
             distance = (np.arange(self.shape[axis]) - self._center(axis)) * self.zooms[axis]
             array = _sample(array, (self.size - 1) / 2 + distance / self.spacing, axis - 2)
         return array
 
     def inside(self) -> np.ndarray:
-        """Voxels of the native plane that lie on the canvas: (X, Y) bool."""
+        """Return the voxels of a slice that lie on the canvas: (X, Y) bool."""
         return self.to_native(np.ones((self.size, self.size), np.uint8)) > 0
 
     def _center(self, axis: int) -> float:
