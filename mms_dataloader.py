@@ -10,6 +10,7 @@ import codecs
 import csv
 import io
 import math
+import os
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -20,7 +21,7 @@ import openpyxl
 
 from config import MMS
 from utils.data.commands import run_data_command
-from utils.data.dataset import Case, DatasetInfo, RawDataset, missing_or_outside
+from utils.data.dataset import Case, DatasetInfo, RawDataset, missing_or_outside, nifti_path
 from utils.data.phantom import write_mms
 from utils.evaluation.metrics import cardiac_figures
 
@@ -45,7 +46,8 @@ UNKNOWN = TableRow("unknown", "", {}, [])
 def find_cases(raw: Path) -> RawDataset:
     """Match the folders of OpenDataset with the info table; nothing is read but the table."""
     base = raw / "OpenDataset" if (raw / "OpenDataset").is_dir() else raw
-    beside = raw.parent if raw.name == "OpenDataset" else raw
+    location = Path(os.path.abspath(raw))  # which has a name and a parent, even where `raw` is "."
+    beside = location.parent if location.name == "OpenDataset" else raw
     tables = {path for folder in (beside, base) for path in folder.glob("[!.]*")}
     table, errors, warnings = _read_table(sorted(p for p in tables if p.suffix.lower() in (".csv", ".xlsx")), raw)
     folders_of: dict[str, list[Path]] = defaultdict(list)
@@ -63,7 +65,7 @@ def find_cases(raw: Path) -> RawDataset:
         if not CODE.fullmatch(code):
             errors.append(f"{folders[0]}: a patient's folder is named by letters, digits, _ and -")
         for folder in folders:  # the files are checked whatever the table says, so that one pass names every problem
-            case, problems = _case(folder, raw, table.get(code, UNKNOWN), known=code in table)
+            case, problems = _case(folder, base, table.get(code, UNKNOWN), known=code in table)
             cases += [case] if case else []
             errors += problems
     missing = sorted(set(table) - set(folders_of))
@@ -72,12 +74,12 @@ def find_cases(raw: Path) -> RawDataset:
     return RawDataset(cases, errors, warnings)
 
 
-def _case(folder: Path, raw: Path, row: TableRow, *, known: bool) -> tuple[Case | None, list[str]]:
+def _case(folder: Path, base: Path, row: TableRow, *, known: bool) -> tuple[Case | None, list[str]]:
     """Return the scan of a patient's folder, of the files that are there (None without an image), and its problems."""
-    image, mask = (folder / f"{folder.name}_sa{suffix}.nii.gz" for suffix in ("", "_gt"))
+    image, mask = (nifti_path(folder, f"{folder.name}_sa{suffix}") for suffix in ("", "_gt"))
     labeled = folder.parent.name != "Unlabeled"
     files = [image, mask] if labeled else [image]  # the masks in Unlabeled are empty
-    problems = {path: missing_or_outside(path, raw) for path in files}
+    problems = {path: missing_or_outside(path, base) for path in files}
     masks = tuple(path for path in files[1:] if not problems[path])
     # Vendor B stands in two centres, and labelled patients are counted in each.
     group = f"B{row.centre}" if row.vendor == "B" else row.vendor

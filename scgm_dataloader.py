@@ -14,7 +14,7 @@ import numpy as np
 
 from config import SCGM
 from utils.data.commands import run_data_command
-from utils.data.dataset import Case, DatasetInfo, RawDataset, missing_or_outside
+from utils.data.dataset import Case, DatasetInfo, RawDataset, missing_or_outside, nifti_path
 from utils.data.phantom import write_scgm
 
 SITES = ("1", "2", "3", "4")
@@ -26,26 +26,26 @@ PHASE = "scan"  # the data have no phases: the one volume of a subject carries t
 def find_cases(raw: Path) -> RawDataset:
     """Find the subjects by the file names: those of `train` with four raters each, those of `test` without."""
     cases, errors = [], []
-    for path in sorted(path for part in ("train", "test") for path in (raw / part).glob("*.nii*")):
-        name = re.fullmatch(r"(site(\w+?)-sc\d+)-(image|mask-r\d+)(\.nii(?:\.gz)?)", path.name)
+    for path in sorted(path for part in ("train", "test") for path in (raw / part).glob("[!.]*.nii*")):
+        name = re.fullmatch(r"(site(\w+?)-sc\d+)-(image|mask-r\d+)\.nii(?:\.gz)?", path.name)
         if not name:
             errors.append(f"{path}: expected a name like site1-sc01-image.nii.gz or site1-sc01-mask-r1.nii.gz")
             continue
-        subject, site, kind, suffix = name.groups()
+        subject, site, kind = name.groups()
         if site not in SITES:
             errors.append(f"{path}: unknown site {site!r}, expected one of {', '.join(SITES)}")
-        elif problem := missing_or_outside(path, raw):
+        elif problem := missing_or_outside(path, path.parent):
             errors.append(problem)
         elif kind not in KINDS:
             errors.append(f"{path}: a rater beside {', '.join(map(str, RATERS))}")
         elif kind != "image":
-            image = path.with_name(f"{subject}-image{suffix}")
+            image = nifti_path(path.parent, f"{subject}-image")
             errors += [] if image.is_file() else [f"{path}: a mask without its image {image.name}"]
         else:
-            masks = [path.with_name(f"{subject}-mask-r{rater}{suffix}") for rater in RATERS]
+            masks = [nifti_path(path.parent, f"{subject}-mask-r{rater}") for rater in RATERS]
             masks = masks if path.parent.name == "train" else []
             errors += [f"{mask}: missing; an image in train needs all raters" for mask in masks if not mask.exists()]
-            masks = [mask for mask in masks if not missing_or_outside(mask, raw)]
+            masks = [mask for mask in masks if not missing_or_outside(mask, mask.parent)]
             cases.append(Case(subject, site, site, path, tuple(masks), {PHASE: 0} if masks else {}))
     names = [case.patient for case in cases]
     errors += [f"subject {name} is there more than once" for name in sorted({n for n in names if names.count(n) > 1})]

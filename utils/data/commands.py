@@ -80,4 +80,5 @@ def make_demo_data(data_root: str, dataset: DatasetInfo) -> None:
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{root.name}_raw_", dir=root.parent) as raw:
         dataset.write_phantom(Path(raw), **dataset.demo_phantom)
-        prepare_dataset(Path(raw), root, dataset, workers=usable_cores())
+        if not root.exists():  # another demo may have made it in the meantime
+            prepare_dataset(Path(raw), root, dataset, workers=usable_cores())

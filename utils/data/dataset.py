@@ -28,11 +28,19 @@ class RawDataset(NamedTuple):
     warnings: list[str]
 
 
-def missing_or_outside(path: Path, raw: Path) -> str:
-    """Return why a file of the raw data set `raw` must not be read; empty where it may."""
+def nifti_path(folder: Path, stem: str) -> Path:
+    """Return the path of STEM.nii.gz in a folder, or of STEM.nii if only that is there."""
+    packed, plain = folder / f"{stem}.nii.gz", folder / f"{stem}.nii"
+    return plain if plain.exists() and not packed.exists() else packed
+
+
+def missing_or_outside(path: Path, base: Path) -> str:
+    """Return why a file below the folder `base` must not be read; empty where it may. `base` itself can be a link."""
     if not path.is_file():
         return f"{path}: missing"
-    return "" if path.resolve().is_relative_to(raw.resolve()) else f"{path}: a link that leads out of {raw}"
+    if path.resolve().is_relative_to(base.resolve()):
+        return ""
+    return f"{path}: a link that leads out of {base}: put a copy of the file in its place, or link {base} as a whole"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,11 @@ that a run resumes at any step with the very images the uninterrupted run would 
 """
 
 import os
+import shutil
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +20,10 @@ from config import Config
 from utils.data.dataset import DatasetInfo
 from utils.data.prepared import PreparedData, Split, split_patients
 from utils.errors import UserError
+
+SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over their batches, on Linux
+PREFETCH = 2  # batches that each worker reads ahead
+STALL_S = 300  # seconds without a batch after which the workers count as stalled
 
 
 class SliceDataset(Dataset):
@@ -130,6 +137,12 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
     first_domain = min(data.index["domain"][unlabeled_rows])
     labeled = SliceDataset(data, data.rows(split.labeled, with_mask=True), with_mask=True)
     unlabeled = SliceDataset(data, unlabeled_rows, with_mask=False)
+    for part, rows in (("labelled", labeled.rows), ("validation", data.rows(split.validation, with_mask=True))):
+        if not any(data.masks[number].any() for number in data.index["mask"][rows]):
+            raise UserError(
+                f"the masks of all {part} patients in {data.root} are empty: nothing can be learnt or measured. Check "
+                f"the masks, and prepare the data again: {', '.join(sorted(set(data.index['patient'][rows])))}"
+            )
     labeled_sampler = labeled_batches(len(labeled), batch_size=cfg.batch_size, seed=cfg.seed, rank=rank)
     unlabeled_sampler = unlabeled_batches(
         len(unlabeled),
@@ -140,9 +153,14 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
         world_size=world_size,
         accumulate=cfg.accumulate,
     )
+    workers = min(cfg.workers, usable_cores())  # more only slow each other down
+    row_bytes = [sum(tensor.nbytes for tensor in dataset[[0]].values()) for dataset in (labeled, unlabeled)]
+    batch_bytes = cfg.batch_size * (row_bytes[0] + row_bytes[1] * (1 + cfg.cutmix))
+    if not shared_memory_suffices(batch_bytes, workers * world_size, warn=rank == 0):
+        workers = 0
     return Loaders(
-        batch_loader(labeled, labeled_sampler, cfg.workers),
-        batch_loader(unlabeled, unlabeled_sampler, cfg.workers),
+        batch_loader(labeled, labeled_sampler, workers),
+        batch_loader(unlabeled, unlabeled_sampler, workers),
         scan_loader(data, split.validation, rank=rank, world_size=world_size),
         data,
         dataset,
@@ -154,14 +172,38 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
 
 def batch_loader(dataset: SliceDataset, batches: Iterable[np.ndarray], workers: int) -> DataLoader:
     """Return a loader of whole batches, whose positions in the data set `batches` yields."""
+    parallel = {"timeout": STALL_S, "prefetch_factor": PREFETCH, "worker_init_fn": ignore_signals} if workers else {}
     # sampler= (not batch_sampler=) with batch_size=None hands the positions to the dataset as one request.
     return DataLoader(
         dataset,
         sampler=batches,
         batch_size=None,
-        num_workers=min(workers, usable_cores()),  # more only slow each other down, and PyTorch warns of them
+        num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        **parallel,
     )
+
+
+def shared_memory_suffices(batch_bytes: int, workers: int, *, warn: bool) -> bool:
+    """Return True if the batches that `workers` read ahead fit into shared memory; if not, print a warning.
+
+    Without this question a worker waits for ever or dies of a bus error. Docker gives a container 64 MB.
+    """
+    need = batch_bytes * (PREFETCH + 1) * workers  # one more is in the hands of the worker or the training process
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else need
+    if need > free and warn:
+        print(
+            f"warning: the data workers need {need / 1e6:.0f} MB of shared memory, {SHARED_MEMORY} has "
+            f"{free / 1e6:.0f} MB free: the training process reads the data itself, which is slower. Give a container "
+            f"more (docker run --shm-size {need / 1e9 + 1:.0f}g), or choose fewer --workers"
+        )
+    return need <= free
+
+
+def ignore_signals(_worker: int = 0) -> None:
+    """Leave signals to the training process: it saves its state, then ends its workers, which also end with it."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def scan_loader(data: PreparedData, patients: Sequence[str], *, rank: int = 0, world_size: int = 1) -> DataLoader:

@@ -21,7 +21,18 @@ from tqdm import tqdm
 from utils.data.dataset import Case, DatasetInfo
 from utils.data.phantom import PHANTOM_NOTE
 from utils.data.prepared import FORMAT_VERSION, INDEX_COLUMNS
-from utils.data.volume import PlaneMap, Volume, frame_count, frame_slices, read_shape, read_volume, write_volume
+from utils.data.volume import (
+    PlaneMap,
+    Volume,
+    frame_count,
+    frame_slices,
+    implausible,
+    mask_in_grid,
+    read_shape,
+    read_volume,
+    whole_numbers,
+    write_volume,
+)
 from utils.errors import UserError
 from utils.files import LOCK, folder_lock
 from utils.method.augment import CANVAS_PX, FIELD_PX
@@ -53,11 +64,11 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
     Raises:
         UserError: `out` exists, the disk is too small or read-only, or a file has an error (all are printed).
     """
-    if out.exists():
-        raise UserError(f"{out} exists already: remove it, or choose another --out")
     unfinished = out.with_name(out.name + ".partial")
     with folder_lock(unfinished):
         try:
+            if out.exists():  # asked under the lock: another process may have made it just now
+                raise UserError(f"{out} exists already: remove it, or choose another --out")
             for left in unfinished.glob("*"):  # by a process that was killed
                 if left.name != LOCK:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -83,7 +94,7 @@ def _process(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path | None)
         raise UserError(f"{raw}: no such folder\n{dataset.download_help}")
     found = dataset.find_cases(raw)
     reports: Reports = [(None, Report(found.errors, found.warnings, []))]
-    offsets = _allocate(found.cases, out) if out and not found.errors else None
+    offsets = _allocate(found.cases, dataset.ndim, out) if out and not found.errors else None
     ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process alone: it ends the workers
     with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore_interrupt) as pool:
         jobs = {}
@@ -103,7 +114,7 @@ def _process(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path | None)
     return sorted(reports, key=lambda pair: order[pair[0].patient] if pair[0] else -1)
 
 
-def _allocate(cases: list[Case], out: Path) -> list[tuple[int, int]] | None:
+def _allocate(cases: list[Case], ndim: int, out: Path) -> list[tuple[int, int]] | None:
     """Create the arrays for all slices that the headers promise.
 
     Returns the first slice and the first mask of each case, or None if a header is damaged.
@@ -112,11 +123,11 @@ def _allocate(cases: list[Case], out: Path) -> list[tuple[int, int]] | None:
     for case in cases:
         offsets.append((slices, masks))
         try:
-            shape = read_shape(case.image)
+            shape = read_shape(case.image, ndim)
         except UserError:
             return None  # the scan's own check will say why
         slices += math.prod(shape[2:])
-        masks += shape[2] * len(case.phases) if len(shape) > 2 else 0
+        masks += shape[2] * len(case.phases)
     need = slices * (CANVAS_PX**2 * 2 + QUANTILES * 4) + masks * CANVAS_PX**2
     free = shutil.disk_usage(out).free
     if need > 0.98 * free:
@@ -144,14 +155,17 @@ def process_case(case: Case, dataset: DatasetInfo, target: tuple[Path, tuple[int
         return Report(errors, [], [])
     image, *masks = volumes
     warnings = [f"{case.image}: {image.warning}"] if image.warning else []
-    for path, mask in zip(case.masks, masks, strict=True):
-        if mask.array.shape != image.array.shape:
-            errors.append(f"{path}: shape {mask.array.shape} differs from the image's {image.array.shape}")
-        unknown = np.setdiff1d(mask.array, range(dataset.num_raw_labels))
-        if unknown.size:
-            errors.append(f"{path}: labels {unknown[:5].tolist()} outside 0..{dataset.num_raw_labels - 1}")
-        if not np.allclose(mask.affine, image.affine, atol=1e-3):
-            warnings.append(f"{path}: its affine differs from the image's by more than 1e-3")
+    errors = [f"{case.image}: {reason}" for reason in implausible(image)]
+    for number, path in enumerate(case.masks):
+        try:
+            mask = whole_numbers(masks[number])
+            if mask.array.min() < 0 or mask.array.max() >= dataset.num_raw_labels:
+                unknown = np.setdiff1d(mask.array, range(dataset.num_raw_labels))
+                errors.append(f"{path}: labels {unknown[:5].tolist()} outside 0..{dataset.num_raw_labels - 1}")
+            masks[number] = mask = mask_in_grid(mask, image)
+            warnings += [f"{path}: {mask.note}"] if mask.note else []
+        except UserError as error:
+            errors.append(f"{path}: {error}")
     for phase, frame in case.phases.items():
         if frame >= frame_count(image):
             errors.append(f"{case.image}: {phase} is frame {frame}, but the file holds 0..{frame_count(image) - 1}")
@@ -172,6 +186,9 @@ def process_case(case: Case, dataset: DatasetInfo, target: tuple[Path, tuple[int
     field = replace(plane, size=FIELD_PX).inside()
     structures = np.array([(label > 0) & (label < len(dataset.class_names)) for label in truth.values()], bool)
     outside = (np.count_nonzero(structures & ~field), np.count_nonzero(structures)) if truth else (0, 0)
+    if outside[0] > 0.01 * outside[1]:
+        share = 100 * outside[0] / outside[1]
+        warnings.append(f"{case.image}: {share:.1f} % of its labelled voxels lie outside the network's field of view")
     report = Report(errors, warnings, [], outside)
     return _convert(case, dataset, image, truth, plane, *target, report) if target else report
 
@@ -239,7 +256,7 @@ def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: Reports) -
         "format": FORMAT_VERSION,
         "dataset": dataset.key,
         "source": str(raw),
-        "phantom": (raw / PHANTOM_NOTE).exists(),
+        "phantom": any((folder / PHANTOM_NOTE).exists() for folder in (raw, raw.absolute().parent)),  # or OpenDataset
         "spacing_mm": dataset.spacing,
         "canvas_px": CANVAS_PX,
         "field_px": FIELD_PX,

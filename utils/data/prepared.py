@@ -47,8 +47,11 @@ class PreparedData:
         """Open the folder `root`; raise UserError if it is missing, damaged, or of another data set or format."""
         root = Path(root)
         if not (root / "dataset.json").is_file():
+            where = "" if root.is_absolute() else f" of {Path.cwd()}: if they lie elsewhere, name them by --data-root"
             demo = f"Or try the demo, which needs no data: python {dataset.key}_train.py --demo"
-            raise UserError(f"no prepared {dataset.name} data in the folder {root}\n{dataset.download_help}\n{demo}")
+            raise UserError(
+                f"no prepared {dataset.name} data in the folder {root}{where}\n{dataset.download_help}\n{demo}"
+            )
         try:
             info = json.loads((root / "dataset.json").read_text())
             if info["dataset"] != dataset.key:

@@ -11,6 +11,7 @@ from utils.data.dataset import DatasetInfo
 from utils.data.loaders import SliceDataset
 from utils.data.prepared import PreparedData
 from utils.data.volume import radiological, read_volume
+from utils.errors import UserError
 from utils.method.augment import FIELD_PX, Augmentation, canvas_to_view, cutmix_mask
 from utils.plots import plot_preview
 
@@ -49,6 +50,8 @@ def _choose_rows(data: PreparedData, count: int, rng: np.random.Generator) -> np
     """Draw index rows of slices that have a label, from one domain after the other: (count,)."""
     mask_of = data.index["mask"]
     labeled = np.array([row for row in np.flatnonzero(mask_of >= 0) if data.masks[mask_of[row]].any()])
+    if not len(labeled):
+        raise UserError(f"no slice in {data.root} has a label: there is nothing to show")
     domain = data.index["domain"][labeled]
     domains = sorted(set(domain))
     return np.array([rng.choice(labeled[domain == domains[i % len(domains)]]) for i in range(count)])
