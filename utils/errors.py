@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import multiprocessing
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -38,7 +39,8 @@ def clear_errors() -> Iterator[None]:
     except RuntimeError as error:
         if not str(error).startswith("DataLoader"):  # PyTorch has no class of its own for stalled or dead workers
             raise
-        for worker in multiprocessing.active_children():  # a stalled one would be waited for
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch reports every worker that is killed here
+        for worker in multiprocessing.active_children():  # Python would wait at its end for a stalled one
             worker.kill()
         sys.exit(
             f"error: a process that reads the data stalled or died ({first_line(error)}). Check the disk of the data "

@@ -170,11 +170,21 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
     )
 
 
+class BatchLoader(DataLoader):
+    """A DataLoader that reports every death of a worker as a RuntimeError "DataLoader worker ..."."""
+
+    def __iter__(self) -> Iterator:
+        try:
+            yield from super().__iter__()
+        except (ConnectionError, EOFError) as error:  # a worker died while it handed over a batch
+            raise RuntimeError(f"DataLoader worker died: {error!r}") from error
+
+
 def batch_loader(dataset: SliceDataset, batches: Iterable[np.ndarray], workers: int) -> DataLoader:
     """Return a loader of whole batches, whose positions in the data set `batches` yields."""
     parallel = {"timeout": STALL_S, "prefetch_factor": PREFETCH, "worker_init_fn": ignore_signals} if workers else {}
     # sampler= (not batch_sampler=) with batch_size=None hands the positions to the dataset as one request.
-    return DataLoader(
+    return BatchLoader(
         dataset,
         sampler=batches,
         batch_size=None,
