@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import config
 import mms_dataloader
 from utils.data import commands
 from utils.data.loaders import build_loaders
@@ -121,9 +122,9 @@ def test_preview_overwrites_no_other_picture(mms_root, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["x", "preview", "--data", str(mms_root), "--out", "photo.png"])
     with pytest.raises(SystemExit, match=r"photo\.png is there"):
-        commands.run_data_command(MMS)
+        commands.run_data_command(MMS, config.MMS)
     assert (tmp_path / "photo.png").read_bytes() == b"holiday"
     for seed in ("0", "1"):  # its own picture it does
         monkeypatch.setattr("sys.argv", ["x", "preview", "--data", str(mms_root), "--out", "p.png", "--seed", seed])
-        commands.run_data_command(MMS)
+        commands.run_data_command(MMS, config.MMS)
     assert np.frombuffer((tmp_path / "p.png").read_bytes()[:4], "S4")[0][1:] == b"PNG"

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import multiprocessing
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -34,6 +36,16 @@ def clear_errors() -> Iterator[None]:
             f"error: out of GPU memory ({first_line(error)})\n"
             "Use --checkpoint-activations, --precision bf16, or a smaller --image-size or --batch-size (with "
             "--accumulate the step stays as large)."
+        )
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader"):  # PyTorch has no class of its own for stalled or dead workers
+            raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch reports every worker that is killed here
+        for worker in multiprocessing.active_children():  # Python would wait at its end for a stalled one
+            worker.kill()
+        sys.exit(
+            f"error: a process that reads the data stalled or died ({first_line(error)}). Check the disk of the data "
+            "and the memory, or use --workers 0; what was saved before is intact"
         )
     except OSError as error:
         if error.errno not in REFUSED:

@@ -19,7 +19,7 @@ RECORD = ".semidg-files"  # in such a folder: the files that this program made t
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it replaces `path`, flushed to the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".tmp-{path.name}")  # libraries know a format by the suffix
     try:
         temporary.unlink(missing_ok=True)
         temporary.touch()
