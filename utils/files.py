@@ -21,6 +21,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it replaces `path`, flushed to the disk."""
     temporary = path.with_name(f".tmp-{path.name}")  # libraries know a format by the suffix
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode  # by the user's umask, which not every library follows

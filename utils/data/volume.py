@@ -250,7 +250,6 @@ def write_volume(path: Path, array: np.ndarray, like: Volume, description: str =
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     image = image_class(array, None, header)  # affine None: the header's own qform and sform stay to the bit
     with atomic_write(path) as temporary:
-        path.parent.mkdir(parents=True, exist_ok=True)
         nib.save(image, temporary)
 
 
