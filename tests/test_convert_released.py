@@ -218,7 +218,7 @@ def call(module, attribute, *arguments):
 
 def archive(path, content, records=(), folder="archive", **options):
     with zipfile.ZipFile(path, "w", **options) as file:
-        for record, data in {"data.pkl": b"\x80\x02" + content + b".", **dict(records)}.items():
+        for record, data in {"version": b"3\n", "data.pkl": b"\x80\x02" + content + b".", **dict(records)}.items():
             file.writestr(f"{folder}/{record}", data)
     return path
 
