@@ -108,17 +108,18 @@ def _check_pickle(content: bytes) -> None:
     """Refuse names that a released network does not hold, and what torch.load would not bound.
 
     torch.load hashes or prints what it is given, so that deep tuples overflow the C stack, and containers or long texts
-    which the pickle repeats unfold to more than memory and time allow. What cannot unfold may be repeated: short texts,
-    names, and modules, which print as an address.
+    which the pickle repeats unfold to more than memory and time allow. What cannot unfold may be repeated: names, short
+    texts, tuples of few numbers (as a literal in the network's code), and modules, which print as an address.
     """
     if len(content) > PICKLE_LIMIT:
         raise ValueError("too large a pickle")
     names = MODULES | VALUES
-    memo, below, top, tuples = {}, "", "", 0  # the last two objects: a name, StandIn or the instruction that made it
+    numbers = {"BININT", "BININT1", "BININT2", "BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE"}
+    memo, past, tuples = {}, ["", ""], 0  # past: what each instruction left on the stack; a name or a kind of object
     for opcode, value, _ in pickletools.genops(content):
         made = opcode.name
         if made.endswith("PUT"):
-            memo[value] = top
+            memo[value] = past[-1]
             continue
         if made == "GLOBAL":
             made = value
@@ -126,14 +127,16 @@ def _check_pickle(content: bytes) -> None:
                 raise ValueError(f"it names {value.replace(' ', '.')[:80]!a}")
         elif made.endswith("GET"):
             made = memo[value]
-            if made not in names and made not in ("BINUNICODE", StandIn):
+            if made not in names and made not in ("BINUNICODE", "module", "numbers"):
                 raise ValueError("it repeats an object")
-        elif made == "NEWOBJ" and below in MODULES and top == "EMPTY_TUPLE":
-            made = StandIn
+        elif made == "NEWOBJ" and past[-1] == "EMPTY_TUPLE" and past[-2] in MODULES:
+            made = "module"
+        elif made in ("TUPLE1", "TUPLE2", "TUPLE3") and numbers.issuperset(past[-int(made[-1]) :]):
+            made = "numbers"
         tuples += opcode.name.startswith("TUPLE")
         if tuples > TUPLE_LIMIT or len(str(value)) > TEXT_LIMIT:
             raise ValueError("more tuples or a longer text than a network has")
-        below, top = top, made
+        past.append(made)
 
 
 def _flatten(root: Any) -> dict[str, Any]:
