@@ -366,6 +366,17 @@ def test_storages_of_another_size_than_declared(tmp_path):
     refuse(archive(tmp_path / "none.pt", content, records), "data/0")
 
 
+def test_a_tensor_gets_no_memory_of_its_own(tmp_path):
+    """With () as its state torch.load gives a tensor a storage that grows to any size, and does not fill it."""
+    torch.save({"weight": torch.ones(4)}, tmp_path / "net.pt")
+    content, records = records_of(tmp_path / "net.pt")
+    start, end = content.index(b"ctorch._utils"), content.rindex(b"R") + 1
+    fresh = content[start:end] + b")b"
+    grown = content[start:end] + b"(" + fresh + b"K\x00J" + struct.pack("<i", 1 << 30) + b"\x85K\x01\x85tb"
+    for tensor in (fresh, grown):
+        refuse(archive(tmp_path / "evil.pt", b"}" + text("weight") + tensor + b"s", records), "not in it")
+
+
 def test_a_shape_without_memory_never_gets_any(build_tiny, tmp_path):
     """Stride 0: 4 bytes that claim to be exabytes. The view is free; the network's shape then refuses it."""
     torch.save({"classifier.weight": declared(size=(1 << 60,), stride=(0,))}, tmp_path / "huge.pt")

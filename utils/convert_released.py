@@ -71,6 +71,8 @@ def read_released(path: Path) -> dict[str, torch.Tensor]:
             state = _flatten(torch.load(archive, map_location="cpu", weights_only=True))
         if not state or any(type(value) not in (torch.Tensor, nn.Parameter) for value in state.values()):
             raise ValueError("it does not map names to tensors")
+        if any(value.untyped_storage().resizable() for value in state.values()):
+            raise ValueError("a tensor whose numbers are not in it")  # but in fresh memory, as large as it declares
     except Exception as error:  # damaged files raise a dozen kinds
         reason = (str(error).splitlines() or [""])[0][:200]
         if isinstance(error, pickle.UnpicklingError):  # whose text advises weights_only=False
