@@ -6,8 +6,8 @@ python mms_train.py --help
 
 import math
 import sys
-from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Literal, get_args, get_origin
 
 import tyro
 
@@ -87,7 +87,7 @@ class Config:
             ),
             "--fourier-ratio must be in [0, 1]": 0 <= self.fourier_ratio <= 1,
             "--fourier-alpha must be in [0, 1]": 0 <= self.fourier_alpha <= 1,
-            "--cps-loss pixel and scalar need --fourier-aug (without it: --cps-loss plain)": (
+            "every --cps-loss but plain needs --fourier-aug": (
                 self.fourier_aug or self.cps_loss == "plain" or self.cps_weight == 0
             ),
             "--num-epoch must be at least 1": self.num_epoch >= 1,
@@ -99,6 +99,12 @@ class Config:
         counts = ("seed", "val_patients", "save_every", "workers")
         for name in (*counts, "cps_weight", "cps_warmup", "cps_ramp", "weight_decay"):
             rules[f"--{name.replace('_', '-')} must not be negative"] = getattr(self, name) >= 0
+        for field in fields(self):
+            choices = get_args(field.type) if get_origin(field.type) is Literal else ()
+            names = ", ".join(map(str, choices))
+            rules[f"--{field.name.replace('_', '-')} must be one of {names}"] = (
+                not choices or getattr(self, field.name) in choices
+            )
         for rule, holds in rules.items():
             if not holds:
                 sys.exit(f"error: {rule}")

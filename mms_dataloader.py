@@ -10,6 +10,7 @@ import codecs
 import csv
 import io
 import math
+import os
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -18,8 +19,9 @@ from typing import NamedTuple
 import numpy as np
 import openpyxl
 
+from config import MMS
 from utils.data.commands import run_data_command
-from utils.data.dataset import Case, DatasetInfo, RawDataset, missing_or_outside
+from utils.data.dataset import Case, DatasetInfo, RawDataset, missing_or_outside, nifti_path
 from utils.data.phantom import write_mms
 from utils.evaluation.metrics import cardiac_figures
 
@@ -44,39 +46,40 @@ UNKNOWN = TableRow("unknown", "", {}, [])
 def find_cases(raw: Path) -> RawDataset:
     """Match the folders of OpenDataset with the info table; nothing is read but the table."""
     base = raw / "OpenDataset" if (raw / "OpenDataset").is_dir() else raw
-    beside = raw.parent if raw.name == "OpenDataset" else raw
-    tables = {path for place in (beside, base) for path in place.glob("[!.]*")}
+    location = Path(os.path.abspath(raw))  # which has a name and a parent, even where `raw` is "."
+    beside = location.parent if location.name == "OpenDataset" else raw
+    tables = {path for folder in (beside, base) for path in folder.glob("[!.]*")}
     table, errors, warnings = _read_table(sorted(p for p in tables if p.suffix.lower() in (".csv", ".xlsx")), raw)
-    folders: dict[str, list[Path]] = defaultdict(list)
+    folders_of: dict[str, list[Path]] = defaultdict(list)
     for part in PARTS:
         for folder in sorted((base / part).glob("[!.]*/")):
-            folders[folder.name].append(folder)
-    if not folders:
+            folders_of[folder.name].append(folder)
+    if not folders_of:
         errors.append(f"{base}: no patient folders in {', '.join(PARTS)}")
     cases = []
-    for code, places in sorted(folders.items()):
-        if len(places) > 1:
-            errors.append(f"patient {code} is there {len(places)} times: {', '.join(map(str, places))}")
+    for code, folders in sorted(folders_of.items()):
+        if len(folders) > 1:
+            errors.append(f"patient {code} is there {len(folders)} times: {', '.join(map(str, folders))}")
         elif table and code not in table:
-            errors.append(f"{places[0]}: patient {code} is not in the info table")
+            errors.append(f"{folders[0]}: patient {code} is not in the info table")
         if not CODE.fullmatch(code):
-            errors.append(f"{places[0]}: a patient's folder is named by letters, digits, _ and -")
-        for folder in places:  # the files are checked whatever the table says, so that one pass names every problem
-            case, problems = _case(folder, raw, table.get(code, UNKNOWN), known=code in table)
+            errors.append(f"{folders[0]}: a patient's folder is named by letters, digits, _ and -")
+        for folder in folders:  # the files are checked whatever the table says, so that one pass names every problem
+            case, problems = _case(folder, base, table.get(code, UNKNOWN), known=code in table)
             cases += [case] if case else []
             errors += problems
-    missing = sorted(set(table) - set(folders))
+    missing = sorted(set(table) - set(folders_of))
     if missing:
         warnings.append(f"{len(missing)} patients of the info table are not on disk: {', '.join(missing[:10])}")
     return RawDataset(cases, errors, warnings)
 
 
-def _case(folder: Path, raw: Path, row: TableRow, *, known: bool) -> tuple[Case | None, list[str]]:
+def _case(folder: Path, base: Path, row: TableRow, *, known: bool) -> tuple[Case | None, list[str]]:
     """Return the scan of a patient's folder, of the files that are there (None without an image), and its problems."""
-    image, mask = (folder / f"{folder.name}_sa{suffix}.nii.gz" for suffix in ("", "_gt"))
+    image, mask = (nifti_path(folder, f"{folder.name}_sa{suffix}") for suffix in ("", "_gt"))
     labeled = folder.parent.name != "Unlabeled"
     files = [image, mask] if labeled else [image]  # the masks in Unlabeled are empty
-    problems = {path: missing_or_outside(path, raw) for path in files}
+    problems = {path: missing_or_outside(path, base) for path in files}
     masks = tuple(path for path in files[1:] if not problems[path])
     # Vendor B stands in two centres, and labelled patients are counted in each.
     group = f"B{row.centre}" if row.vendor == "B" else row.vendor
@@ -88,7 +91,7 @@ def _case(folder: Path, raw: Path, row: TableRow, *, known: bool) -> tuple[Case 
 
 
 def _read_table(paths: list[Path], raw: Path) -> tuple[dict[str, TableRow], list[str], list[str]]:
-    """Read the info table by its header; returns rows by patient code, errors and warnings."""
+    """Read the info table by its header; return its rows by patient code, errors and warnings."""
     found, others = {}, []
     for path in paths:
         rows = _table_rows(path)
@@ -164,7 +167,7 @@ def normalize(slices: np.ndarray) -> np.ndarray:
 
 
 def labeled_count(patients: int, ratio: float) -> int:
-    """Labelled patients of a group: ceil(N * ratio + 1) (the protocol of DGNet, Liu et al. 2021)."""
+    """Return how many patients of a group are labelled: ceil(N * ratio + 1) (protocol of DGNet, Liu et al. 2021)."""
     return math.ceil(round(patients * ratio + 1, 6))  # rounded, or 0.07 * 100 would count as more than 7
 
 
@@ -175,7 +178,6 @@ DATASET = DatasetInfo(
     ndim=4, num_raw_labels=4, spacing=1.1,
     find_cases=find_cases, normalize=normalize, labeled_count=labeled_count, clinical=cardiac_figures,
     write_phantom=write_mms, demo_phantom={"patients": 6, "frames": 4},
-    preview={"fourier_ratio": 1.0, "histogram_matching": True},
     download_help=(
         "M&Ms is free for research after registration at https://www.ub.edu/mnms (OpenDataset and its info table).\n"
         "Then prepare it once: python mms_dataloader.py prepare RAW --out data/mms   (RAW holds OpenDataset)"
@@ -184,4 +186,4 @@ DATASET = DatasetInfo(
 # fmt: on
 
 if __name__ == "__main__":
-    run_data_command(DATASET)
+    run_data_command(DATASET, MMS)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from config import SCGM
 from utils.data.commands import run_data_command
-from utils.data.dataset import Case, DatasetInfo, RawDataset, missing_or_outside
+from utils.data.dataset import Case, DatasetInfo, RawDataset, missing_or_outside, nifti_path
 from utils.data.phantom import write_scgm
 
 SITES = ("1", "2", "3", "4")
@@ -23,28 +24,28 @@ PHASE = "scan"  # the data have no phases: the one volume of a subject carries t
 
 
 def find_cases(raw: Path) -> RawDataset:
-    """Read what the file names say: subjects of `train` with four raters each, subjects of `test` without."""
+    """Find the subjects by the file names: those of `train` with four raters each, those of `test` without."""
     cases, errors = [], []
-    for path in sorted(path for part in ("train", "test") for path in (raw / part).glob("*.nii*")):
-        name = re.fullmatch(r"(site(\w+?)-sc\d+)-(image|mask-r\d+)(\.nii(?:\.gz)?)", path.name)
+    for path in sorted(path for part in ("train", "test") for path in (raw / part).glob("[!.]*.nii*")):
+        name = re.fullmatch(r"(site(\w+?)-sc\d+)-(image|mask-r\d+)\.nii(?:\.gz)?", path.name)
         if not name:
             errors.append(f"{path}: expected a name like site1-sc01-image.nii.gz or site1-sc01-mask-r1.nii.gz")
             continue
-        subject, site, kind, suffix = name.groups()
+        subject, site, kind = name.groups()
         if site not in SITES:
             errors.append(f"{path}: unknown site {site!r}, expected one of {', '.join(SITES)}")
-        elif problem := missing_or_outside(path, raw):
+        elif problem := missing_or_outside(path, path.parent):
             errors.append(problem)
         elif kind not in KINDS:
             errors.append(f"{path}: a rater beside {', '.join(map(str, RATERS))}")
         elif kind != "image":
-            image = path.with_name(f"{subject}-image{suffix}")
+            image = nifti_path(path.parent, f"{subject}-image")
             errors += [] if image.is_file() else [f"{path}: a mask without its image {image.name}"]
         else:
-            masks = [path.with_name(f"{subject}-mask-r{rater}{suffix}") for rater in RATERS]
+            masks = [nifti_path(path.parent, f"{subject}-mask-r{rater}") for rater in RATERS]
             masks = masks if path.parent.name == "train" else []
             errors += [f"{mask}: missing; an image in train needs all raters" for mask in masks if not mask.exists()]
-            masks = [mask for mask in masks if not missing_or_outside(mask, raw)]
+            masks = [mask for mask in masks if not missing_or_outside(mask, mask.parent)]
             cases.append(Case(subject, site, site, path, tuple(masks), {PHASE: 0} if masks else {}))
     names = [case.patient for case in cases]
     errors += [f"subject {name} is there more than once" for name in sorted({n for n in names if names.count(n) > 1})]
@@ -56,7 +57,7 @@ def find_cases(raw: Path) -> RawDataset:
 
 
 def majority(raters: list[np.ndarray]) -> np.ndarray:
-    """Consensus: 1 (GM) where more than half of the label maps say 1, else 2 where more than half see cord."""
+    """Return 1 (GM) where more than half of the label maps say 1, else 2 (WM) where more than half see cord."""
     votes = np.stack(raters)
     grey, cord = (2 * np.count_nonzero(voted, axis=0) > len(raters) for voted in (votes == 1, votes > 0))
     return np.where(grey, 1, np.where(cord, 2, 0)).astype(np.uint8)
@@ -70,7 +71,7 @@ def normalize(slices: np.ndarray) -> np.ndarray:
 
 
 def labeled_count(subjects: int, ratio: float) -> int:
-    """Labelled subjects of a site: ceil(n * ratio), so that no subject is half labelled."""
+    """Return how many subjects of a site are labelled: ceil(n * ratio), so that no subject is half labelled."""
     return math.ceil(round(subjects * ratio, 6))
 
 
@@ -81,7 +82,6 @@ DATASET = DatasetInfo(
     ndim=3, num_raw_labels=3, spacing=0.175,
     find_cases=find_cases, consensus=majority, normalize=normalize, labeled_count=labeled_count,
     write_phantom=write_scgm, demo_phantom={"patients": 8},
-    preview={"fourier_ratio": 0.8, "histogram_matching": False},
     download_help=(
         "SCGM is free for research after registration at http://niftyweb.cs.ucl.ac.uk/challenge (train, test).\n"
         "Then prepare it once: python scgm_dataloader.py prepare RAW --out data/scgm   (RAW holds train and test)"
@@ -90,4 +90,4 @@ DATASET = DatasetInfo(
 # fmt: on
 
 if __name__ == "__main__":
-    run_data_command(DATASET)
+    run_data_command(DATASET, SCGM)

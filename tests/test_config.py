@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-import mms_dataloader
-import scgm_dataloader
 from config import MMS, MMS_DEMO, SCGM, from_cli
 
 
@@ -13,7 +11,7 @@ from config import MMS, MMS_DEMO, SCGM, from_cli
     ("change", "message"),
     [
         ({"batch_size": 1}, "--batch-size must be at least 2"),
-        ({"fourier_aug": False}, "need --fourier-aug"),
+        ({"fourier_aug": False}, "every --cps-loss but plain needs --fourier-aug"),
         ({"ratio": 0}, "--ratio must be in"),
         ({"image_size": 512}, "--image-size must be"),
         ({"max_shift": 7}, "--max-shift must be"),
@@ -22,6 +20,8 @@ from config import MMS, MMS_DEMO, SCGM, from_cli
         ({"lr": float("inf")}, "--lr must be positive"),
         ({"run_name": ""}, "--run-name must name a folder of its own"),
         ({"image_size": 96, "fourier_window": 0.2}, "--fourier-window must be"),
+        ({"cps_loss": "hard"}, "--cps-loss must be one of pixel, scalar, plain"),
+        ({"fourier_mode": "AX"}, "--fourier-mode must be one of AS, AM"),
         ({"fourier_ratio": 5.0}, "--fourier-ratio must be in"),
     ],
 )
@@ -47,6 +47,4 @@ def test_settings_of_the_paper():
     assert (MMS.lr, MMS.weight_decay, MMS.num_epoch, MMS.batch_size, MMS.image_size) == (1e-4, 0.01, 50, 32, 288)
     assert (MMS.cps_weight, MMS.fourier_ratio, MMS.cps_warmup, MMS.dice_background) == (3.0, 1.0, 0, True)
     assert (SCGM.cps_weight, SCGM.fourier_ratio, SCGM.cps_warmup, SCGM.dice_background) == (1.5, 0.8, 4, False)
-    for cfg, dataset in ((MMS, mms_dataloader.DATASET), (SCGM, scgm_dataloader.DATASET)):
-        assert dataset.preview == {name: getattr(cfg, name) for name in ("fourier_ratio", "histogram_matching")}
     assert (SCGM.flip, SCGM.blur, SCGM.histogram_matching, SCGM.ratio) == (False, False, False, 0.2)

@@ -13,10 +13,10 @@ import torch
 
 import mms_dataloader
 from utils.data.loaders import build_loaders
-from utils.distributed import Process, choose_device
-from utils.engine import Trainer
+from utils.distributed import Process, choose_device, process_group
 from utils.errors import UserError
 from utils.run.checkpoint import load_checkpoint, load_networks
+from utils.trainer import Trainer
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 
@@ -40,6 +40,21 @@ def short(mms_root, tmp_path):
 def test_unknown_device_is_named(name):
     with pytest.raises(UserError, match=f"--device {name}: no such device; choose auto, cpu, cuda"):
         choose_device(name)
+
+
+def test_gpus_that_are_not_there_are_named(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert choose_device("cuda:1") == choose_device("auto", 1) == torch.device("cuda", 1)
+    for name, rank in (("cuda:7", 0), ("cuda", 2), ("auto", 3)):
+        with pytest.raises(UserError, match=r"this machine has 2 GPUs, numbered from 0.*--nproc-per-node"):
+            choose_device(name, rank)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with (
+        pytest.raises(UserError, match="several processes take a GPU each; use --device cuda"),
+        process_group("cuda:0"),
+    ):
+        pass
 
 
 def test_two_processes_train_as_one(short, tmp_path, mms_config, build_tiny):

@@ -1,5 +1,7 @@
 """Nothing of the user's is deleted or overwritten: only what this program noted as its own."""
 
+import errno
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 
+import config
 import mms_dataloader
 from utils.data import commands
 from utils.data.loaders import build_loaders
 from utils.distributed import Process
 from utils.engine import fit
-from utils.errors import UserError
+from utils.errors import UserError, clear_errors
 from utils.evaluation.commands import load_run
 from utils.evaluation.results import evaluate_run
-from utils.files import OutputFolder
+from utils.files import OutputFolder, folder_lock
 
 MMS = mms_dataloader.DATASET
 CPU = torch.device("cpu")
@@ -33,6 +36,36 @@ def test_only_what_was_claimed_is_overwritten_and_removed(tmp_path):
     again.remove_stale()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".semidg-files", "a.txt", "mine.txt"]
     assert OutputFolder(tmp_path).made == {"a.txt"}
+
+
+def test_record_with_a_way_out_of_the_folder_is_not_followed(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "precious.txt").write_text("mine")
+    (tmp_path / "out/.semidg-files").write_text(f"../precious.txt\n{tmp_path}/precious.txt\n")
+    OutputFolder(tmp_path / "out").remove_stale()
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EAGAIN, errno.EACCES])
+def test_file_systems_without_locks_are_served(tmp_path, monkeypatch, capsys, number):
+    """As some Lustre and NFS mounts answer; "in use" is said only when it is."""
+
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    if number in (errno.EAGAIN, errno.EACCES):
+        with pytest.raises(UserError, match="in use by another process"), folder_lock(tmp_path):
+            pass
+    else:
+        with folder_lock(tmp_path):
+            assert "knows no locks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EFBIG, errno.EIO, errno.ESTALE])
+def test_limits_and_failing_disks_are_a_message(number):
+    with pytest.raises(SystemExit, match=r"error: scan\.nii: .*what was saved before is intact"), clear_errors():
+        raise OSError(number, os.strerror(number), "scan.nii")
 
 
 def test_demo_leaves_raw_data_of_the_user_alone(tmp_path):
@@ -89,9 +122,9 @@ def test_preview_overwrites_no_other_picture(mms_root, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["x", "preview", "--data", str(mms_root), "--out", "photo.png"])
     with pytest.raises(SystemExit, match=r"photo\.png is there"):
-        commands.run_data_command(MMS)
+        commands.run_data_command(MMS, config.MMS)
     assert (tmp_path / "photo.png").read_bytes() == b"holiday"
     for seed in ("0", "1"):  # its own picture it does
         monkeypatch.setattr("sys.argv", ["x", "preview", "--data", str(mms_root), "--out", "p.png", "--seed", seed])
-        commands.run_data_command(MMS)
+        commands.run_data_command(MMS, config.MMS)
     assert np.frombuffer((tmp_path / "p.png").read_bytes()[:4], "S4")[0][1:] == b"PNG"

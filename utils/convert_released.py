@@ -2,18 +2,18 @@
 
 python -m utils.convert_released L.pt R.pt --out runs/released_D --dataset mms --test-domain D --data data/mms
 
-A pickle is a program. This reader runs none of it: it knows the few instructions that `torch.save` writes, and every
-name that a released network holds becomes a stand-in that only keeps what it is given. Any other name is refused
-(https://docs.python.org/3/library/pickle.html#restricting-globals).
+A pickle is a program. Before `torch.load(weights_only=True)` reads one, every name in it is compared with the few
+that a released network holds, and each class among them becomes a stand-in that only keeps its attributes.
 """
 
 import io
 import pickle
+import pickletools
 import re
 import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -32,100 +32,34 @@ from utils.run.checkpoint import provenance, save_networks
 DATASETS = {"mms": (MMS, mms_dataloader.DATASET), "scgm": (SCGM, scgm_dataloader.DATASET)}
 SELECTION = "the method's released weights, converted: neither trained nor selected here"
 FILE_LIMIT = 1 << 30  # bytes; a released network has 162 MB
-PICKLE_LIMIT = 1 << 20  # bytes of the file's pickle, which holds no weights; a released network has 0.1 MB
-DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
-          "LongStorage": torch.int64}  # fmt: skip
-GLOBALS = frozenset({
-    ("network.deeplabv3p", "SingleNetwork"), ("network.deeplabv3p", "Head"), ("network.deeplabv3p", "ASPP"),
-    ("network.deeplabv3p", "Normalize"), ("network.resnet", "ResNet"), ("network.resnet", "Bottleneck"),
-    ("torch.nn.modules.activation", "LeakyReLU"), ("torch.nn.modules.activation", "ReLU"),
-    ("torch.nn.modules.batchnorm", "BatchNorm2d"), ("torch.nn.modules.batchnorm", "SyncBatchNorm"),
-    ("torch.nn.modules.container", "ModuleList"), ("torch.nn.modules.container", "Sequential"),
-    ("torch.nn.modules.conv", "Conv2d"), ("torch.nn.modules.dropout", "Dropout2d"),
-    ("torch.nn.modules.loss", "CrossEntropyLoss"), ("torch.nn.modules.pooling", "MaxPool2d"),
-    ("torch.nn.parallel.data_parallel", "DataParallel"), ("torch", "device"), ("torch", "Size"),
-    ("torch", "FloatStorage"), ("torch", "DoubleStorage"), ("torch", "HalfStorage"), ("torch", "LongStorage"),
-    ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter"),
-    ("collections", "OrderedDict"), ("builtins", "set"), ("__builtin__", "set"),  # protocol 2 says it as Python 2
+PICKLE_LIMIT = 1 << 18  # bytes of the file's pickle, which holds no weights; a released network has 0.1 MB
+TEXT_LIMIT = 100  # characters of a text in the pickle; a released network has 32
+TUPLE_LIMIT = 1 << 14  # a released network has 2,200
+MODULES = frozenset({  # "module name", without prefixes or patterns
+    "network.deeplabv3p SingleNetwork", "network.deeplabv3p Head", "network.deeplabv3p ASPP",
+    "network.deeplabv3p Normalize", "network.resnet ResNet", "network.resnet Bottleneck",
+    "torch.nn.modules.activation LeakyReLU", "torch.nn.modules.activation ReLU",
+    "torch.nn.modules.batchnorm BatchNorm2d", "torch.nn.modules.batchnorm SyncBatchNorm",
+    "torch.nn.modules.container ModuleList", "torch.nn.modules.container Sequential",
+    "torch.nn.modules.conv Conv2d", "torch.nn.modules.dropout Dropout2d", "torch.nn.modules.loss CrossEntropyLoss",
+    "torch.nn.modules.pooling MaxPool2d", "torch.nn.parallel.data_parallel DataParallel",
 })  # fmt: skip
-OPCODES = (  # of protocol 2, as far as torch.save writes them
-    "PROTO STOP MARK GLOBAL REDUCE BUILD NEWOBJ BINPERSID NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
-    "BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS SETITEM SETITEMS BINPUT LONG_BINPUT "
-    "BINGET LONG_BINGET"
-)
+VALUES = frozenset({  # torch.load makes these itself; it knows more names, which no released network holds
+    "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch FloatStorage", "torch DoubleStorage",
+    "torch HalfStorage", "torch LongStorage", "torch Size", "torch device", "collections OrderedDict", "builtins set",
+    "__builtin__ set",  # as protocol 2 writes it
+})  # fmt: skip
 
 
-class Inert:
-    """Stands for whatever the pickle names: keeps arguments and state, does nothing."""
-
-    path = ""
-    args: tuple = ()
-    state: Any = None
-
-    def __init__(self, *args: Any):
-        if len(args) > 7:  # what a tensor takes; a long tuple given again and again would fill the memory
-            raise ValueError(f"{self.path} with {len(args)} arguments")
-        self.args = args
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class InertDict(dict):
-    """Stands for dict and OrderedDict. Simple keys only: hashing a deeply nested tuple would overflow the C stack."""
-
-    def __init__(self) -> None:
-        super().__init__()
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        if type(key) not in (str, int):
-            raise ValueError(f"a dictionary's key of type {type(key).__name__}")
-        super().__setitem__(key, value)
-
-    def __setstate__(self, state: Any) -> None:
-        """State dicts carry version numbers of their modules: not needed."""
-
-
-STAND_INS = {pair: type(pair[1], (Inert,), {"path": ".".join(pair)}) for pair in GLOBALS}
-STAND_INS["collections", "OrderedDict"] = InertDict
-
-
-class Storage(NamedTuple):
-    """Where a tensor's numbers lie in the file."""
-
-    dtype: torch.dtype
-    key: str
-    numel: int
-
-
-# Python's own implementation, not the C one: its instructions can be chosen, and a huge memo index takes no memory.
-class Reader(pickle._Unpickler):
-    """Reads one pickle into plain values and stand-ins."""
-
-    def _refuse(self) -> None:
-        raise ValueError("an instruction that torch.save does not write")
-
-    dispatch = dict.fromkeys(range(256), _refuse)
-    dispatch |= {code: pickle._Unpickler.dispatch[code] for name in OPCODES.split() for code in getattr(pickle, name)}
-    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(InertDict())
-
-    def find_class(self, module: str, name: str) -> type:
-        if (module, name) not in GLOBALS:
-            raise ValueError(f"it names {f'{module}.{name}'[:80]!a}")
-        return STAND_INS[module, name]
-
-    def persistent_load(self, pid: Any) -> Storage:
-        match pid:
-            case ("storage", type() as kind, str(key), str(), int(numel)):
-                return Storage(DTYPES[kind.__name__], key, numel)
-        raise ValueError("a reference to something else than a storage")
+class StandIn:
+    """Stands for every module: takes no arguments, keeps its attributes and does nothing."""
 
 
 def read_released(path: Path) -> dict[str, torch.Tensor]:
-    """The parameters and buffers, by name, of a pickled module or of a plain state dict.
+    """Return the parameters and buffers, by name, of a pickled module or of a plain state dict.
 
-    Reads the zip format (torch.serialization._save). The release trains with torch.cuda.amp, which came with it in
-    PyTorch 1.6. Tensors are views of what the file holds: no shape that it declares takes memory before it is copied.
+    The file has the zip format of PyTorch 1.6 or later, which torch.cuda.amp, used by the release, came with. Tensors
+    are dense and on the CPU; those that shared a storage still do, so no shape takes memory before it is copied.
 
     Raises:
         UserError: the file is missing, damaged or anything else. Nothing was executed, nothing written.
@@ -133,72 +67,102 @@ def read_released(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; give both networks of a release, l_NAME.pt and r_NAME.pt")
     try:
-        content = _read_archive(path)
-        state = {key: _tensor(record, content) for key, record in _flatten(_read_pickle(content)).items()}
-        if not state:
-            raise ValueError("no tensors in it")
+        archive = _checked_archive(path)
+        with torch.serialization.safe_globals([(StandIn, name.replace(" ", ".")) for name in MODULES]):
+            state = _flatten(torch.load(archive, map_location="cpu", weights_only=True))
+        if not state or any(type(value) not in (torch.Tensor, nn.Parameter) for value in state.values()):
+            raise ValueError("it does not map names to tensors")
+        if any(value.untyped_storage().resizable() for value in state.values()):
+            raise ValueError("a tensor whose numbers are not in it")  # but in fresh memory, as large as it declares
     except Exception as error:  # damaged files raise a dozen kinds
         reason = (str(error).splitlines() or [""])[0][:200]
+        if isinstance(error, pickle.UnpicklingError):  # whose text advises weights_only=False
+            reason = "an instruction that torch.save does not write"
+        reason = re.sub(r"[^ -~]", "?", reason)  # the file's own characters could steer the terminal
         raise UserError(
             f"{path}: refused, damaged or no released network ({type(error).__name__}: {reason}); nothing in it was run"
         ) from error
     wrapped = all(key.startswith("module.") for key in state)  # by DataParallel
-    return {key.removeprefix("module.") if wrapped else key: value for key, value in state.items()}
+    return {key.removeprefix("module.") if wrapped else key: value.detach() for key, value in state.items()}
 
 
-def _read_archive(path: Path) -> dict[str, bytearray]:
-    """Records of the archive by name below its one folder; nothing is unpacked to the disk."""
-    with zipfile.ZipFile(path) as archive:
+def _checked_archive(path: Path) -> io.BytesIO:
+    """Return the file's records after their check, packed anew: torch.load reads what was checked and nothing else."""
+    checked = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(checked, "w") as copy:
         files = archive.infolist()
         names = [re.fullmatch(r"([^/\\]+)/(data\.pkl|version|byteorder|\.?data/\w+|\.\w+)", f.filename) for f in files]
         if not all(names) or len({name[1] for name in names}) != 1:
             raise ValueError("other files than torch.save writes")
         # Records that are packed, or lie over one another, would unfold to more than the file's size.
-        if sum(f.file_size for f in files) > min(path.stat().st_size, FILE_LIMIT):
+        size = sum(file.file_size for file in files)
+        if any(file.compress_type for file in files) or size > min(path.stat().st_size, FILE_LIMIT):
             raise ValueError("compressed or too large")
-        return {name[2]: bytearray(archive.read(file)) for name, file in zip(names, files, strict=True)}
+        for name, file in zip(names, files, strict=True):
+            record = archive.read(file)
+            if name[2] == "data.pkl":
+                _check_pickle(record)
+            copy.writestr(f"archive/{name[2]}", record)
+    checked.seek(0)
+    return checked
 
 
-def _read_pickle(content: dict[str, bytearray]) -> Any:
-    if len(content["data.pkl"]) > PICKLE_LIMIT or content.get("byteorder", b"little") != b"little":
-        raise ValueError("too large a pickle, or big-endian numbers")
-    return Reader(io.BytesIO(content["data.pkl"])).load()
+def _check_pickle(content: bytes) -> None:
+    """Refuse names that a released network does not hold, and what torch.load would not bound.
+
+    torch.load hashes or prints what it is given, so that deep tuples overflow the C stack, and containers or long texts
+    which the pickle repeats unfold to more than memory and time allow. What cannot unfold may be repeated: names, short
+    texts, tuples of few numbers (as a literal in the network's code), and modules, which print as an address.
+    """
+    if len(content) > PICKLE_LIMIT:
+        raise ValueError("too large a pickle")
+    names = MODULES | VALUES
+    numbers = {"BININT", "BININT1", "BININT2", "BINFLOAT", "NONE", "NEWTRUE", "NEWFALSE"}
+    memo, past, tuples = {}, ["", ""], 0  # past: what each instruction left on the stack; a name or a kind of object
+    for opcode, value, _ in pickletools.genops(content):
+        made = opcode.name
+        if made.endswith("PUT"):
+            memo[value] = past[-1]
+            continue
+        if made == "GLOBAL":
+            made = value
+            if value not in names:
+                raise ValueError(f"it names {value.replace(' ', '.')[:80]!a}")
+        elif made.endswith("GET"):
+            made = memo[value]
+            if made not in names and made not in ("BINUNICODE", "module", "numbers"):
+                raise ValueError("it repeats an object")
+        elif made == "NEWOBJ" and past[-1] == "EMPTY_TUPLE" and past[-2] in MODULES:
+            made = "module"
+        elif made in ("TUPLE1", "TUPLE2", "TUPLE3") and numbers.issuperset(past[-int(made[-1]) :]):
+            made = "numbers"
+        tuples += opcode.name.startswith("TUPLE")
+        if tuples > TUPLE_LIMIT or len(str(value)) > TEXT_LIMIT:
+            raise ValueError("more tuples or a longer text than a network has")
+        past.append(made)
 
 
 def _flatten(root: Any) -> dict[str, Any]:
-    """Parameters and buffers by dotted name of a tree of stand-ins for modules; a state dict as it is."""
-    if isinstance(root, InertDict):
-        return {_key("", name): value for name, value in root.items()}
+    """Return parameters and buffers by dotted name of a tree of stand-ins for modules; a state dict as it is."""
+    if isinstance(root, dict):
+        return {_key("", name): value for name, value in dict.items(root)}
     found, modules, seen = {}, [("", root)], set()
     while modules:
         prefix, module = modules.pop()
         if id(module) in seen:  # a tree that shares its branches may be too large to walk
             raise ValueError("a module in two places")
         seen.add(id(module))
-        members = module.state
-        modules += [(_key(prefix, name) + ".", m) for name, m in members["_modules"].items() if m is not None]
-        for kind in ("_parameters", "_buffers"):
-            found |= {_key(prefix, name): value for name, value in members[kind].items() if value is not None}
+        # dict.items, as the file may have given a dictionary its own "items".
+        children, *tensors = [dict.items(vars(module)[kind]) for kind in ("_modules", "_parameters", "_buffers")]
+        modules += [(_key(prefix, name) + ".", child) for name, child in children if child is not None]
+        found |= {_key(prefix, name): value for items in tensors for name, value in items if value is not None}
     return found
 
 
 def _key(prefix: str, name: str) -> str:
-    if not re.fullmatch(r"[\w.]{1,200}", key := f"{prefix}{name}"):
+    if not re.fullmatch(rf"[\w.]{{1,{TEXT_LIMIT}}}", key := f"{prefix}{name}"):
         raise ValueError("no names of parameters")
     return key
-
-
-def _tensor(record: Any, content: dict[str, bytearray]) -> torch.Tensor:
-    """The tensor that a stand-in for its rebuilding describes, as a view of its storage."""
-    if isinstance(record, Inert) and record.path == "torch._utils._rebuild_parameter":
-        record = record.args[0]
-    if not isinstance(record, Inert) or record.path != "torch._utils._rebuild_tensor_v2":
-        raise ValueError("it does not map names to tensors")
-    storage, offset, size, stride = record.args[:4]
-    numbers = content[f"data/{storage.key}"]
-    if len(numbers) != storage.numel * storage.dtype.itemsize:
-        raise ValueError(f"storage {storage.key!a} is of another size than declared")
-    return torch.frombuffer(numbers, dtype=storage.dtype).as_strided(size, stride, offset)  # which checks the bounds
 
 
 def load_released(net: nn.Module, path: Path) -> None:

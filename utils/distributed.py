@@ -25,7 +25,7 @@ class Process(NamedTuple):
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the log and the checkpoints."""
+        """True in the one process that writes the log and the checkpoints."""
         return self.rank == 0
 
 
@@ -35,6 +35,8 @@ def process_group(device: str) -> Iterator[Process]:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield Process(choose_device(device))
         return
+    if ":" in device:
+        raise UserError(f"--device {device}: several processes take a GPU each; use --device cuda")
     where = choose_device(device, int(os.environ["LOCAL_RANK"]))
     if where.type == "cuda":
         torch.cuda.set_device(where)
@@ -46,27 +48,36 @@ def process_group(device: str) -> Iterator[Process]:
 
 
 def choose_device(name: str, number: int = 0) -> torch.device:
-    """The device of that name; "auto" is GPU `number` where there is one, with a warning where there is none."""
+    """Return the device of that name; "auto" is GPU `number` where there is one, with a warning where there is none."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and number == 0:
             print("warning: no GPU found, running on the CPU")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device {name}: no such device; choose auto, cpu, cuda or cuda:NUMBER")
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if name == "cpu":
+        return torch.device(name)
+    if not torch.cuda.is_available():
         raise UserError(f"--device {name}: PyTorch finds no GPU here (torch {torch.__version__}); use --device cpu")
-    return torch.device(name, number) if name == "cuda" else torch.device(name)
+    device, count = torch.device(name if ":" in name else f"{name}:{number}"), torch.cuda.device_count()
+    if device.index >= count:
+        raise UserError(
+            f"--device {device}: this machine has {count} GPUs, numbered from 0; choose one of them, or start no more "
+            "processes (--nproc-per-node) than there are GPUs"
+        )
+    return device
 
 
 def autocast_context(device: torch.device, precision: str) -> AbstractContextManager:
-    """bf16 autocast, or float32; "auto" is bf16 where the device computes it natively."""
+    """Return a context of bf16 autocast, or of float32; "auto" is bf16 where the device computes it natively."""
     native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
     enabled = precision == "bf16" or (precision == "auto" and native)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this processor multiplies bf16 natively (AVX-512 BF16 or AMX)."""
+    """Return True where the processor multiplies bf16 natively (AVX-512 BF16 or AMX)."""
+    # PyTorch 2.10 has no public way to ask.
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -82,11 +93,12 @@ def average(tensors: Sequence[torch.Tensor]) -> None:
 def unflatten(flat: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
     """Copy the concatenated values `flat` into `tensors`, in place."""
     parts = flat.split([tensor.numel() for tensor in tensors])
+    # One kernel for all of them, which no public function gives.
     torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
 
 
 def gather(items: list[Any]) -> list[Any]:
-    """The items of all processes, in all of them."""
+    """Return the items of all processes, in every process."""
     if not dist.is_initialized():
         return items
     parts: list[list[Any]] = [[] for _ in range(dist.get_world_size())]
@@ -96,7 +108,7 @@ def gather(items: list[Any]) -> list[Any]:
 
 @contextmanager
 def main_first(process: Process) -> Iterator[None]:
-    """What the main process does in the block, the others wait for; its UserError ends them, too, without a word."""
+    """Let the other processes wait for the block of the main one, whose UserError ends them, too, without a word."""
     failed = False
     try:
         yield
@@ -109,5 +121,5 @@ def main_first(process: Process) -> Iterator[None]:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is up in any process: all of them come to the same answer, together."""
+    """Return True, in every process alike, when the flag is up in any of them."""
     return any(gather([flag]))

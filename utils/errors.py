@@ -2,14 +2,17 @@
 
 import contextlib
 import errno
+import multiprocessing
+import signal
 import sys
 from collections.abc import Iterator
 
 import torch
 
-# What the surroundings refuse: full disk, quota, read-only file system, missing rights, a file where a folder is due.
+# What the surroundings refuse: full disk, quota, read-only file system, missing rights, a file where a folder is due,
+# limits on open files and file sizes, and a disk or network file system that fails.
 REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
-REFUSED |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+REFUSED |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EIO, errno.ESTALE}
 
 
 class UserError(Exception):
@@ -17,7 +20,7 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """What an exception of a library says, on one line; its kind where it says nothing."""
+    """Return what an exception of a library says, on one line; its kind where it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -34,10 +37,20 @@ def clear_errors() -> Iterator[None]:
             "Use --checkpoint-activations, --precision bf16, or a smaller --image-size or --batch-size (with "
             "--accumulate the step stays as large)."
         )
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader"):  # PyTorch has no class of its own for stalled or dead workers
+            raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch reports every worker that is killed here
+        for worker in multiprocessing.active_children():  # Python would wait at its end for a stalled one
+            worker.kill()
+        sys.exit(
+            f"error: a process that reads the data stalled or died ({first_line(error)}). Check the disk of the data "
+            "and the memory, or use --workers 0; what was saved before is intact"
+        )
     except OSError as error:
         if error.errno not in REFUSED:
             raise
-        sys.exit(f"error: {error.filename or 'the output folder'}: {error.strerror}; what was saved before is intact")
+        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}; what was saved before is intact")
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)

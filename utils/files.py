@@ -1,5 +1,6 @@
 """Files that must not be lost: written atomically, folders held by one process, nothing of the user's overwritten."""
 
+import errno
 import fcntl
 import json
 import os
@@ -18,9 +19,14 @@ RECORD = ".semidg-files"  # in such a folder: the files that this program made t
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success it replaces `path`, flushed to the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".tmp-{path.name}")  # libraries know a format by the suffix
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the user's umask, which not every library follows
         yield temporary
+        temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -65,7 +71,13 @@ def folder_lock(folder: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"{folder} is in use by another process: wait for it, or choose another name") from error
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{folder} is in use by another process: wait for it, or choose another name"
+                ) from error
+            print(
+                f"warning: {folder}: its file system knows no locks ({error.strerror}); start no second process there"
+            )
         yield
 
 
@@ -81,7 +93,8 @@ class OutputFolder:
 
     def __init__(self, folder: Path):
         self.folder, self.record = folder, folder / RECORD
-        self.made = set(self.record.read_text().splitlines()) if self.record.is_file() else set()
+        names = self.record.read_text().splitlines() if self.record.is_file() else []
+        self.made = {name for name in names if not (Path(name).is_absolute() or ".." in Path(name).parts)}
         self.claimed: set[str] = set()
 
     def require_free(self, *names: str) -> None:

@@ -32,7 +32,7 @@ def test_target_vendor_is_nowhere_in_training(mms_config, vendor):
     domain = loaders.data.index["domain"]
     for loader in (loaders.labeled, loaders.unlabeled, loaders.val):
         assert vendor not in domain[loader.dataset.rows]
-    assert set(domain[loaders.test.dataset.rows]) == {vendor}
+    assert set(domain[loaders.data.rows(loaders.split.held_out)]) == {vendor}
     # The curves that histograms are matched to are those of the first source vendor alone.
     first = "B" if vendor == "A" else "A"
     assert sorted(map(tuple, loaders.reference)) == sorted(map(tuple, loaders.data.quantiles[domain == first]))

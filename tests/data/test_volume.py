@@ -59,6 +59,8 @@ REFUSED = {  # name: (bytes, file name, what the message says)
     "gzip cut in its trailer": (GZ[:-3], "scan.nii.gz", "cannot be read whole"),
     "gzip with a wrong checksum": (flipped(GZ, -6), "scan.nii.gz", "cannot be read whole"),
     "gzip with a wrong length": (flipped(GZ, -1), "scan.nii.gz", "cannot be read whole"),
+    "gzip with a wrong checksum, then more": (flipped(GZ, -6) + b"more", "scan.nii.gz", "cannot be read whole"),
+    "gzip cut in its data, then more": (GZ[: len(GZ) // 2] + b"more", "scan.nii.gz", "cannot be read whole"),
     "gzip with damaged data": (flipped(GZ, len(GZ) // 2), "scan.nii.gz", "cannot be read whole"),
     "second gzip member damaged": (GZ + flipped(GZ, -6), "scan.nii.gz", "cannot be read whole"),
     "short data": (nifti()[:-1], "scan.nii", "bytes"),
@@ -75,13 +77,15 @@ REFUSED = {  # name: (bytes, file name, what the message says)
     "negative dimension": (nifti(dim=dims(7, -6, 5)), "scan.nii", "impossible dimensions"),
     "no dimensions": (nifti(dim=[0] * 8), "scan.nii", "impossible dimensions|not a valid"),
     "2D": (nifti(DATA[:, :, 0]), "scan.nii", r"2D image of shape \[7, 6\], expected 3D or 4D"),
-    "5D": (nifti(DATA[..., None, None]), "scan.nii", "5D image"),
+    "5D": (nifti(np.stack([DATA[..., None]] * 2, -1)), "scan.nii", "5D image"),
     "NaN pixdim": (nifti(pixdim=[1, 1.25, np.nan, 8, 1, 1, 1, 1]), "scan.nii", "voxel size"),
     "zero pixdim": (nifti(pixdim=[1, 0, 1.5, 8, 1, 1, 1, 1]), "scan.nii", "voxel size"),
     "negative pixdim": (nifti(pixdim=[1, 1.25, 1.5, -8, 1, 1, 1, 1]), "scan.nii", "voxel size"),
     "infinite pixdim": (nifti(pixdim=[1, np.inf, 1.5, 8, 1, 1, 1, 1]), "scan.nii", "voxel size"),
     "NaN affine": (nifti(srow_y=[0, np.nan, 0, 0]), "scan.nii", "affine"),
     "NaN qform": (nifti(sform=0, qoffset_x=np.nan), "scan.nii", "affine|not a valid"),
+    "affine beyond the earth": (nifti(srow_z=[0, 0, 0.5, 1e9]), "scan.nii", "beyond 1 km"),
+    "quaternion too long": (nifti(sform=0, quatern_b=1.00002, quatern_c=0, quatern_d=0), "scan.nii", "not a valid"),
     "singular affine": (nifti(srow_z=[0, 0, 0, 5]), "scan.nii", "affine"),
     "NaN voxel": (nifti(with_nan(np.nan)), "scan.nii", "1 voxels are NaN, infinite or above"),
     "infinite voxel": (nifti(with_nan(-np.inf)), "scan.nii", "1 voxels are NaN, infinite or above"),
@@ -157,7 +161,7 @@ def test_good_file_is_read(tmp_path, name, image, shape):
     np.testing.assert_array_equal(volume.array, array)
     np.testing.assert_allclose(volume.affine, OBLIQUE, atol=1e-5)
     assert volume.zooms == pytest.approx((1.25, 1.5, 8.0)) and volume.warning is None
-    assert read_shape(path) == shape
+    assert read_shape(path, len(shape)) == shape
 
 
 def test_one_voxel_file_is_read(tmp_path):
@@ -188,6 +192,49 @@ def test_gzip_of_several_members_is_read(tmp_path):
 
 def test_bytes_after_the_data_are_ignored(tmp_path):
     np.testing.assert_array_equal(read_volume(save(tmp_path, nifti() + b"more")).array, DATA)
+
+
+@pytest.mark.parametrize(("more", "warns"), [(bytes(512), False), (b"x", True), (b"garbage" * 99, True)])
+def test_bytes_after_the_gzip_stream_are_ignored_as_gzip_does(tmp_path, more, warns):
+    (tmp_path / "scan.nii.gz").write_bytes(GZ + more)
+    volume = read_volume(tmp_path / "scan.nii.gz")
+    np.testing.assert_array_equal(volume.array, DATA)
+    assert ("after the end of its gzip stream" in (volume.warning or "")) == warns
+
+
+@pytest.mark.parametrize(("ndim", "shape"), [(3, (7, 6, 5)), (4, (7, 6, 5, 1)), ((3, 4), (7, 6, 5, 1))])
+def test_trailing_axes_of_length_1_are_dropped(tmp_path, ndim, shape):
+    path = save(tmp_path, nifti(DATA[..., None, None]), "scan.nii.gz")
+    volume = read_volume(path, ndim)
+    np.testing.assert_array_equal(volume.array, DATA.reshape(shape))
+    if isinstance(ndim, int):
+        assert read_shape(path, ndim) == shape
+    write_volume(tmp_path / "label.nii", (DATA > 0).astype(np.uint8), like=volume)
+    assert read_volume(tmp_path / "label.nii", 3).zooms == volume.zooms
+
+
+def test_quaternion_that_rounding_made_too_long_is_read(tmp_path):
+    """Its length squared is 1 + 1e-5: a turn by half a circle, exact to that rounding, also in what is written."""
+    length = np.sqrt(1 + 1e-5) / 3
+    turned = {"quatern_b": 2 * length, "quatern_c": 2 * length, "quatern_d": length}
+    volume = read_volume(save(tmp_path, nifti(sform=0, **turned)))
+    half_turn = 2 * np.outer([2, 2, 1], [2, 2, 1]) / 9 - np.eye(3)
+    np.testing.assert_allclose(volume.affine[:3, :3], half_turn * [1.25, 1.5, 8.0], atol=1e-3)
+    write_volume(tmp_path / "label.nii.gz", DATA, like=volume)
+    np.testing.assert_allclose(nib.load(tmp_path / "label.nii.gz").affine, volume.affine, atol=1e-6)
+
+
+def test_no_text_of_the_scan_is_copied(tmp_path):
+    scan = nib.Nifti1Image(DATA, OBLIQUE)
+    scan.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"DOE^JANE"))
+    for field in ("db_name", "aux_file", "intent_name", "descrip"):
+        scan.header[field] = b"DOE^JANE"
+    nib.save(scan, tmp_path / "scan.nii")
+    write_volume(tmp_path / "label.nii", DATA, like=read_volume(tmp_path / "scan.nii"), description="ours")
+    content = (tmp_path / "label.nii").read_bytes()
+    assert b"DOE" in (tmp_path / "scan.nii").read_bytes() and b"DOE" not in content and b"ours" in content
+    np.testing.assert_array_equal(read_volume(tmp_path / "label.nii").array, DATA)
+    assert len(content) == 352 + DATA.nbytes
 
 
 @pytest.mark.parametrize(("zoom", "warns"), [(1.255, False), (1.2875, True), (1.0, True)])

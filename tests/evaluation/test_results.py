@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import mms_dataloader
-from utils.data.loaders import build_loaders
+from utils.data.loaders import build_loaders, scan_loader
 from utils.data.prepared import PreparedData
 from utils.distributed import Process
 from utils.engine import fit
@@ -67,13 +67,10 @@ def test_perfect_prediction_scores_perfectly(mms_config, mms_root):
     """Truth on the canvas, through the whole evaluation, is 100 by the paper and nearly so in native space."""
     loaders = build_loaders(mms_config, MMS)
     data, index = loaders.data, loaders.data.index
-    masks = [
-        data.masks[index["mask"][loaders.test.dataset.rows[batch]]][:, 6:-6, 6:-6] for batch in loaders.test.sampler
-    ]
+    loader = scan_loader(data, loaders.split.held_out)
+    masks = [data.masks[index["mask"][loader.dataset.rows[batch]]][:, 6:-6, 6:-6] for batch in loader.sampler]
     oracle = Oracle(masks)
-    scans = list(
-        predict_scans([oracle, oracle], loaders.test, data, size=288, reference=None, device=CPU, precision="fp32")
-    )
+    scans = list(predict_scans([oracle, oracle], loader, data, size=288, reference=None, device=CPU, precision="fp32"))
     assert len(scans) == 8
     dice = mean_dice(triples(scans))
     assert set(dice) == set(loaders.split.held_out) and min(dice.values()) > 99.999
@@ -91,7 +88,8 @@ def test_patients_average_over_all_their_slices(mms_config, build_tiny):
     loaders = build_loaders(mms_config, MMS)
     nets = [build_tiny(4).eval() for _ in range(2)]
     settings = {"size": 32, "reference": None, "device": CPU, "precision": "fp32"}
-    scans = list(predict_scans(nets, loaders.test, loaders.data, **settings))
+    loader = scan_loader(loaders.data, loaders.split.held_out)
+    scans = list(predict_scans(nets, loader, loaders.data, **settings))
     expected = {}
     for scan in scans:
         grid = nn.functional.interpolate(scan.probability, size=288, mode="bilinear").numpy() > 0.5

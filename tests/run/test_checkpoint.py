@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from utils.errors import UserError, clear_errors
@@ -156,6 +157,54 @@ def test_flipped_bit_of_the_networks_is_noticed(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match="its checksum is wrong"):
         load_networks(path, [nn.Linear(100, 10), nn.Linear(100, 10)])
+
+
+def test_flipped_byte_of_the_header_is_noticed(tmp_path):
+    """Names, types, shapes and metadata (the voxel size, say): every byte of the header, three bits each."""
+    path = tmp_path / "best.safetensors"
+    save_networks(path, [nn.Linear(3, 2), nn.Linear(3, 2)], {"spacing_mm": 1.1, "config": {"image_size": 288}})
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for position in range(header):
+        for bit in (1, 4, 32):
+            changed = bytearray(content)
+            changed[position] ^= bit
+            path.write_bytes(changed)
+            with pytest.raises(UserError):
+                load_networks(path, [nn.Linear(3, 2), nn.Linear(3, 2)])
+    path.write_bytes(content.replace(b"1.1", b"1.3"))
+    with pytest.raises(UserError, match="its checksum is wrong"):
+        read_metadata(path)
+
+
+def test_weights_of_an_earlier_version_are_refused_with_the_remedy(tmp_path):
+    save_file({"0.weight": torch.zeros(2)}, tmp_path / "old.safetensors", {"semidg": "{}", "sha256": "0"})
+    with pytest.raises(UserError, match="written by an earlier version: evaluate it with the code that wrote it"):
+        read_metadata(tmp_path / "old.safetensors")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_follow_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_networks(tmp_path / "best.safetensors", [nn.Linear(2, 2)], {})
+        save_checkpoint(tmp_path, state(1))
+        write_json(tmp_path / "config.json", {})
+    finally:
+        os.umask(before)
+    for name in ("best.safetensors", "last.pt", "config.json"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_weights_of_another_user_are_not_called_damaged(tmp_path, monkeypatch):
+    save_networks(tmp_path / "best.safetensors", [nn.Linear(2, 2)], {})
+
+    def refuse(*args, **kwargs):  # the tests may run as root, who reads everything
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("utils.run.checkpoint.safe_open", refuse)
+    with pytest.raises(UserError, match=r"best\.safetensors cannot be read \(Permission denied\): ask its owner"):
+        read_metadata(tmp_path / "best.safetensors")
 
 
 def test_provenance_without_git(monkeypatch):

@@ -1,16 +1,16 @@
-"""What describes a data set: its names, how its raw files become cases, its geometry and its intensities."""
+"""Description of a data set: its names, how its raw files become cases, its geometry and its intensities."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 
 class Case(NamedTuple):
-    """One scan as found among the raw files."""
+    """Files of one scan in a raw data set."""
 
     patient: str
     domain: str
@@ -21,27 +21,35 @@ class Case(NamedTuple):
 
 
 class RawDataset(NamedTuple):
-    """What looking through a raw data set gives: its scans and everything wrong with their files and tables."""
+    """Scans found in a raw data set, and what is wrong with its table and file names."""
 
     cases: list[Case]
     errors: list[str]
     warnings: list[str]
 
 
-def missing_or_outside(path: Path, raw: Path) -> str:
-    """What forbids to read a file of the raw data set `raw`; empty where nothing does."""
+def nifti_path(folder: Path, stem: str) -> Path:
+    """Return the path of STEM.nii.gz in a folder, or of STEM.nii if only that is there."""
+    packed, plain = folder / f"{stem}.nii.gz", folder / f"{stem}.nii"
+    return plain if plain.exists() and not packed.exists() else packed
+
+
+def missing_or_outside(path: Path, base: Path) -> str:
+    """Return why a file below the folder `base` must not be read; empty where it may. `base` itself can be a link."""
     if not path.is_file():
         return f"{path}: missing"
-    return "" if path.resolve().is_relative_to(raw.resolve()) else f"{path}: a link that leads out of {raw}"
+    if path.resolve().is_relative_to(base.resolve()):
+        return ""
+    return f"{path}: a link that leads out of {base}: put a copy of the file in its place, or link {base} as a whole"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo:
-    """All that tells one data set from another."""
+    """Facts that tell one data set from another; settings stand in config.py."""
 
     name: str  # as in text: "M&Ms"
     key: str  # as in paths: "mms"
-    domain_kind: str  # what a domain is: "vendor", "site"
+    domain_kind: str  # name of a domain: "vendor", "site"
     domains: tuple[str, ...]
     class_names: tuple[str, ...]  # by label value; the first is the background
     ndim: int  # of a raw image: 3, or 4 with frames
@@ -51,8 +59,7 @@ class DatasetInfo:
     normalize: Callable[[np.ndarray], np.ndarray]  # slices (Z, X, Y) float32 -> float32 in [0, 1]
     labeled_count: Callable[[int, float], int]  # (patients with masks in a group, ratio) -> labelled ones
     write_phantom: Callable[..., None]
-    demo_phantom: dict[str, int]  # its size in the demo
-    preview: dict[str, Any]  # what it shows by default, as config.py sets it: fourier_ratio, histogram_matching
-    download_help: str  # where the data are had and how they are prepared
+    demo_phantom: dict[str, int]  # size of the demo's phantom, as arguments of write_phantom
+    download_help: str  # where one gets the data and how one prepares them
     consensus: Callable[[list[np.ndarray]], np.ndarray] = itemgetter(0)  # raters' maps (Z, X, Y) uint8 -> one map
     clinical: Callable[[dict], dict] | None = None  # ml by (phase, structure) -> (value, unit) by name

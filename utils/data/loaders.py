@@ -5,9 +5,12 @@ that a run resumes at any step with the very images the uninterrupted run would 
 """
 
 import os
-from collections.abc import Callable, Iterator
+import shutil
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +20,10 @@ from config import Config
 from utils.data.dataset import DatasetInfo
 from utils.data.prepared import PreparedData, Split, split_patients
 from utils.errors import UserError
+
+SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over their batches, on Linux
+PREFETCH = 2  # batches that each worker reads ahead
+STALL_S = 300  # seconds without a batch after which the workers count as stalled
 
 
 class SliceDataset(Dataset):
@@ -44,7 +51,7 @@ class SliceDataset(Dataset):
 
 
 class BatchSampler:
-    """Yields the batches from number `start` to `stop` of the whole run; iterating never changes the sampler."""
+    """Batches from number `start` to `stop` of the whole run; iterating does not change the sampler."""
 
     def __init__(self, batch_of_number: Callable[[int], np.ndarray]):
         self.batch_of_number, self.start, self.stop = batch_of_number, 0, 0
@@ -57,20 +64,20 @@ class BatchSampler:
 
 
 def labeled_batches(count: int, *, batch_size: int, seed: int, rank: int = 0) -> BatchSampler:
-    """Labelled positions, drawn with replacement."""
+    """Return batches of labelled positions, drawn with replacement."""
     return BatchSampler(lambda number: np.random.default_rng([seed, 1, number, rank]).integers(count, size=batch_size))
 
 
 def unlabeled_batches(
     count: int, *, batch_size: int, pairs: bool, seed: int, rank: int = 0, world_size: int = 1, accumulate: int = 1
 ) -> BatchSampler:
-    """Unlabelled positions: an epoch is a permutation of all images, cut into steps of whole batches.
+    """Return batches of unlabelled positions: an epoch is a permutation of all images, cut into whole steps.
 
     With `pairs` a batch holds 2 x batch_size positions: u0 and its CutMix partners u1, the same permutation rotated
-    by a random distance. So every image is used once in each, and never as its own partner; nor is any image twice
-    in a batch, over all processes, where there are images enough for that.
+    by a random distance. So every image is used once in each, and never as its own partner. If there are enough
+    images, none is twice in a batch over all processes.
     """
-    batches = count // (batch_size * world_size * accumulate) * accumulate  # an epoch
+    batches = count // (batch_size * world_size * accumulate) * accumulate  # in an epoch
     apart = min(batch_size * world_size, count // 2)  # the least distance
 
     @lru_cache(maxsize=1)
@@ -88,7 +95,7 @@ def unlabeled_batches(
 
 
 def scan_batches(data: PreparedData, rows: np.ndarray) -> list[np.ndarray]:
-    """Positions in `rows` by scan: one batch per patient and phase, slices in order."""
+    """Return the positions in `rows` by scan: one batch per patient and phase, slices in order."""
     scans: dict[tuple[str, str], list[int]] = {}
     for position, row in enumerate(rows):
         scans.setdefault((data.index["patient"][row], data.index["phase"][row]), []).append(position)
@@ -97,12 +104,11 @@ def scan_batches(data: PreparedData, rows: np.ndarray) -> list[np.ndarray]:
 
 
 class Loaders(NamedTuple):
-    """What a run reads."""
+    """Batches that a run reads, and the data they come from."""
 
     labeled: DataLoader
     unlabeled: DataLoader
-    val: DataLoader  # one batch per scan, as test
-    test: DataLoader
+    val: DataLoader  # one batch per scan
     data: PreparedData
     dataset: DatasetInfo
     split: Split
@@ -111,7 +117,7 @@ class Loaders(NamedTuple):
 
 
 def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_size: int = 1) -> Loaders:
-    """Open the prepared data of `cfg.data_root` and select what the run described by `cfg` reads."""
+    """Open the prepared data of `cfg.data_root`, split its patients, and return the loaders of one process."""
     data = PreparedData.open(cfg.data_root, dataset)
     split = split_patients(
         data,
@@ -131,8 +137,12 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
     first_domain = min(data.index["domain"][unlabeled_rows])
     labeled = SliceDataset(data, data.rows(split.labeled, with_mask=True), with_mask=True)
     unlabeled = SliceDataset(data, unlabeled_rows, with_mask=False)
-    val = SliceDataset(data, data.rows(split.validation, with_mask=True), with_mask=True)
-    test = SliceDataset(data, data.rows(split.held_out, with_mask=True), with_mask=True)
+    for part, rows in (("labelled", labeled.rows), ("validation", data.rows(split.validation, with_mask=True))):
+        if not any(data.masks[number].any() for number in data.index["mask"][rows]):
+            raise UserError(
+                f"the masks of all {part} patients in {data.root} are empty: nothing can be learnt or measured. Check "
+                f"the masks, and prepare the data again: {', '.join(sorted(set(data.index['patient'][rows])))}"
+            )
     labeled_sampler = labeled_batches(len(labeled), batch_size=cfg.batch_size, seed=cfg.seed, rank=rank)
     unlabeled_sampler = unlabeled_batches(
         len(unlabeled),
@@ -143,11 +153,15 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
         world_size=world_size,
         accumulate=cfg.accumulate,
     )
+    workers = min(cfg.workers, usable_cores())  # more only slow each other down
+    row_bytes = [sum(tensor.nbytes for tensor in dataset[[0]].values()) for dataset in (labeled, unlabeled)]
+    batch_bytes = cfg.batch_size * (row_bytes[0] + row_bytes[1] * (1 + cfg.cutmix))
+    if not shared_memory_suffices(batch_bytes, workers * world_size, warn=rank == 0):
+        workers = 0
     return Loaders(
-        batch_loader(labeled, labeled_sampler, cfg.workers),
-        batch_loader(unlabeled, unlabeled_sampler, cfg.workers),
-        batch_loader(val, scan_batches(data, val.rows)[rank::world_size], 0),
-        batch_loader(test, scan_batches(data, test.rows)[rank::world_size], 0),
+        batch_loader(labeled, labeled_sampler, workers),
+        batch_loader(unlabeled, unlabeled_sampler, workers),
+        scan_loader(data, split.validation, rank=rank, world_size=world_size),
         data,
         dataset,
         split,
@@ -156,14 +170,58 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
     )
 
 
-def batch_loader(dataset: SliceDataset, batches: Any, workers: int) -> DataLoader:
-    """A loader of whole batches: `batches` yields the positions of each."""
-    workers = min(workers, os.cpu_count() or 1)  # more only slow each other down, and PyTorch warns of them
+class BatchLoader(DataLoader):
+    """A DataLoader that reports every death of a worker as a RuntimeError "DataLoader worker ..."."""
+
+    def __iter__(self) -> Iterator:
+        try:
+            yield from super().__iter__()
+        except (ConnectionError, EOFError) as error:  # a worker died while it handed over a batch
+            raise RuntimeError(f"DataLoader worker died: {error!r}") from error
+
+
+def batch_loader(dataset: SliceDataset, batches: Iterable[np.ndarray], workers: int) -> DataLoader:
+    """Return a loader of whole batches, whose positions in the data set `batches` yields."""
+    parallel = {"timeout": STALL_S, "prefetch_factor": PREFETCH, "worker_init_fn": ignore_signals} if workers else {}
     # sampler= (not batch_sampler=) with batch_size=None hands the positions to the dataset as one request.
-    return DataLoader(
+    return BatchLoader(
         dataset,
         sampler=batches,
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        **parallel,
     )
+
+
+def shared_memory_suffices(batch_bytes: int, workers: int, *, warn: bool) -> bool:
+    """Return True if the batches that `workers` read ahead fit into shared memory; if not, print a warning.
+
+    Without this question a worker waits for ever or dies of a bus error. Docker gives a container 64 MB.
+    """
+    need = batch_bytes * (PREFETCH + 1) * workers  # one more is in the hands of the worker or the training process
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else need
+    if need > free and warn:
+        print(
+            f"warning: the data workers need {need / 1e6:.0f} MB of shared memory, {SHARED_MEMORY} has "
+            f"{free / 1e6:.0f} MB free: the training process reads the data itself, which is slower. Give a container "
+            f"more (docker run --shm-size {need / 1e9 + 1:.0f}g), or choose fewer --workers"
+        )
+    return need <= free
+
+
+def ignore_signals(_worker: int = 0) -> None:
+    """Leave signals to the training process: it saves its state, then ends its workers, which also end with it."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def scan_loader(data: PreparedData, patients: Sequence[str], *, rank: int = 0, world_size: int = 1) -> DataLoader:
+    """Return a loader of all scans with masks of `patients`, a batch per scan; each process reads its share of them."""
+    dataset = SliceDataset(data, data.rows(list(patients), with_mask=True), with_mask=True)
+    return batch_loader(dataset, scan_batches(data, dataset.rows)[rank::world_size], 0)
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, which can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

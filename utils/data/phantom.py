@@ -65,7 +65,7 @@ COLUMNS = ",External code,VendorName,Vendor,Centre,ED,ES,Age,Pathology,Sex,Heigh
 
 
 def ellipse(x, y, centre, radii, angle=0.0) -> np.ndarray:
-    """Approximate signed distance (mm) to an ellipse turned by `angle` (rad); all arguments broadcast."""
+    """Return the approximate signed distance (mm) to an ellipse turned by `angle` (rad); all arguments broadcast."""
     values = *centre, *radii, np.cos(angle), np.sin(angle)
     cx, cy, a, b, cos, sin = (np.asarray(value, np.float32) for value in values)
     u, v = (x - cx) * (cos / a) + (y - cy) * (sin / a), (y - cy) * (cos / b) - (x - cx) * (sin / b)
@@ -73,7 +73,7 @@ def ellipse(x, y, centre, radii, angle=0.0) -> np.ndarray:
 
 
 def stroke(x, y, start, end, widths) -> np.ndarray:
-    """Signed distance (mm) to a tapering stroke from `start` to `end` with two half-widths (mm)."""
+    """Return the signed distance (mm) to a tapering stroke from `start` to `end` with two half-widths (mm)."""
     dx, dy = end[0] - start[0], end[1] - start[1]
     along = np.clip(((x - start[0]) * dx + (y - start[1]) * dy) / (dx**2 + dy**2), 0, 1)
     distance = np.hypot(x - start[0] - along * dx, y - start[1] - along * dy)
@@ -86,7 +86,7 @@ def paint(image: np.ndarray, edge: float, inside: np.ndarray, value) -> None:
 
 
 def smooth_field(shape, zooms, rng: np.random.Generator, size: float) -> np.ndarray:
-    """Gaussian random field on a grid (X, Y, Z) with blobs of about `size` mm, mean 0 and variance 1."""
+    """Draw a Gaussian random field on the voxels (X, Y, Z) with blobs of about `size` mm, mean 0 and variance 1."""
     weights = []
     for n, zoom in zip(shape, zooms, strict=True):
         knots = np.arange(-1, n * zoom / size * 2 + 2)
@@ -98,11 +98,11 @@ def smooth_field(shape, zooms, rng: np.random.Generator, size: float) -> np.ndar
     return field
 
 
-def place(scanner: Scanner, tilt: float, rng: np.random.Generator):
-    """The grid of one scan, oblique by about `tilt` rad.
+def scan_grid(scanner: Scanner, tilt: float, rng: np.random.Generator):
+    """Draw the voxel grid of one scan, oblique by about `tilt` rad.
 
-    Returns the coordinates x, y, z (mm from the image centre), each (X, Y, Z), the affine, and the grid's
-    `smooth_field` as a function of the size.
+    Returns the coordinates x, y, z (mm from the image centre), each (X, Y, Z), the affine, and `smooth_field` on
+    this grid as a function of the size.
     """
     shape = np.array((*scanner.matrix, rng.integers(*scanner.slices, endpoint=True)))
     zooms = np.array((scanner.spacing, scanner.spacing, scanner.thickness))
@@ -122,12 +122,12 @@ def place(scanner: Scanner, tilt: float, rng: np.random.Generator):
 
 
 def middle(shape, reach: float) -> tuple[slice, slice]:
-    """The in-plane pixels at most `reach` pixels from the image centre."""
+    """Return the in-plane pixels at most `reach` pixels from the image centre."""
     return tuple(slice(max(0, n // 2 - int(reach)), n // 2 + int(reach)) for n in shape[:2])
 
 
 def acquire(image: np.ndarray, scanner: Scanner, field, rng: np.random.Generator) -> np.ndarray:
-    """Stored values of a signal (X, Y, Z, T): point spread, coil sensitivity, Rician noise, gamma."""
+    """Return the stored values of a signal (X, Y, Z, T): point spread, coil sensitivity, Rician noise, gamma."""
     sensitivity = np.exp(scanner.bias * field(250)) * (1 + 0.04 * field(9))  # coil, tissue grain
     image = gaussian_filter(image, scanner.blur, axes=(0, 1), truncate=3) * sensitivity[..., None]
     real, imaginary = scanner.noise * rng.standard_normal((2, *image.shape), dtype=np.float32)
@@ -147,7 +147,7 @@ def save(path: Path, array: np.ndarray, affine: np.ndarray, frame_s: float = 1.0
 
 
 def chest(x, y, depth, spacing, tissue, field, rng) -> np.ndarray:
-    """Signal (X, Y, Z) around a heart at the origin; `depth` (Z,) is 0 at its base and 1 at its apex."""
+    """Paint the signal (X, Y, Z) around a heart at the origin; `depth` (Z,) is 0 at its base and 1 at its apex."""
     image = np.full(x.shape, 0.02, np.float32)
     draw = partial(paint, image, spacing)
     front, sink = rng.uniform(14, 30), rng.uniform(-8, 8)  # fat over the breastbone; height of the diaphragm
@@ -178,7 +178,7 @@ def chest(x, y, depth, spacing, tissue, field, rng) -> np.ndarray:
 
 
 def heart(position, spacing, contraction, tissue, field, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Signal and labels (X, Y, Z, T) of a chest whose heart follows `contraction` (T,), from 0 to 1."""
+    """Paint the signal and labels (X, Y, Z, T) of a chest whose heart follows `contraction` (T,), from 0 to 1."""
     x, y = (axis - rng.uniform(-10, 10) + 3 * field(90) for axis in position[:2])
     z, beat = position[2][0, 0], contraction.astype(np.float32)
     length, wall, cavity = rng.uniform(78, 90), rng.uniform(8.5, 11), rng.uniform(23, 27)  # mm, relaxed
@@ -240,9 +240,9 @@ def write_mms(out: Positional[Path], *, patients: int = 4, frames: int = 6, seed
 
     Args:
         out: folder to write; must be empty or absent.
-        patients: per vendor.
-        frames: per patient.
-        seed: of everything random.
+        patients: number of patients per vendor, at least 1.
+        frames: number of frames per patient, at least 2.
+        seed: seed of everything random, from 0.
     """
     begin(out, patients >= 1 and frames >= 2, seed)
     people = [(vendor, number) for vendor in VENDORS for number in range(patients)] + [("C", patients)]
@@ -258,7 +258,7 @@ def write_mms(out: Positional[Path], *, patients: int = 4, frames: int = 6, seed
         es = (ed + systole) % frames
         step = (np.arange(frames) - ed) % frames
         contraction = np.sin(np.pi / 2 * np.interp(step, (0, systole, 0.85 * frames), (0, 1, 0))) ** 2
-        position, affine, field = place(scanner, 0.35, rng)
+        position, affine, field = scan_grid(scanner, 0.35, rng)
         tissue = dict(zip(CHEST, scanner.signal, strict=True))
         image, labels = heart(position, scanner.spacing, contraction, tissue, field, rng)
         labeled = number < patients
@@ -278,7 +278,7 @@ def write_mms(out: Positional[Path], *, patients: int = 4, frames: int = 6, seed
 
 
 def neck(x, y, spacing, tissue, field) -> np.ndarray:
-    """Signal (X, Y, Z) of a neck around the canal at the origin; the throat lies at negative y."""
+    """Paint the signal (X, Y, Z) of a neck around the canal at the origin; the throat lies at negative y."""
     image = np.full(x.shape, 0.02, np.float32)
     draw = partial(paint, image, spacing)
     skin, side = ellipse(x, y, (0, -8), (66, 58)), np.abs(x)
@@ -299,7 +299,7 @@ def neck(x, y, spacing, tissue, field) -> np.ndarray:
 
 
 def cord(x, y, size: float) -> tuple[np.ndarray, np.ndarray]:
-    """Signed distances (mm) to the grey matter's butterfly and to the cord, `size` times the common one."""
+    """Return the signed distances (mm) to the grey matter's butterfly and to the cord, `size` times the common one."""
     x, y = np.abs(x) / size, y / size
     front = stroke(x, y, (1.9, -0.3), (2.4, -1.4), (0.9, 1.15))
     back = stroke(x, y, (1.8, -0.3), (3.0, 2.6), (0.9, 0.55))
@@ -313,15 +313,15 @@ def write_scgm(out: Positional[Path], *, patients: int = 4, seed: int = 0) -> No
 
     Args:
         out: folder to write; must be empty or absent.
-        patients: per site, with masks; one more without.
-        seed: of everything random.
+        patients: number of subjects with masks per site, at least 1; one more comes without masks.
+        seed: seed of everything random, from 0.
     """
     begin(out, patients >= 1, seed)
     people = [(site, number) for site in SITES for number in [*range(1, patients + 1), max(11, patients + 1)]]
     for site, number in tqdm(people, desc="phantom subjects"):
         scanner, rng = SITES[site], np.random.default_rng([seed, site, number])
         spacing, tissue = scanner.spacing, dict(zip(NECK, scanner.signal, strict=True))
-        position, affine, field = place(scanner, 0.08, rng)
+        position, affine, field = scan_grid(scanner, 0.08, rng)
         x, y = (axis - rng.uniform(-3, 3) + 0.5 * field(40) for axis in position[:2])
         size, turn = rng.uniform(0.95, 1.15), rng.normal(0, 0.08)
         x, y = x + turn * y, y - turn * x

@@ -1,4 +1,4 @@
-"""From raw volumes to memory-mapped arrays: every file checked, all problems reported at once, in parallel."""
+"""Conversion of raw scans to memory-mapped arrays: every file is checked, and all problems are reported at once."""
 
 import csv
 import hashlib
@@ -21,7 +21,18 @@ from tqdm import tqdm
 from utils.data.dataset import Case, DatasetInfo
 from utils.data.phantom import PHANTOM_NOTE
 from utils.data.prepared import FORMAT_VERSION, INDEX_COLUMNS
-from utils.data.volume import PlaneMap, Volume, frame_count, frame_slices, read_shape, read_volume, write_volume
+from utils.data.volume import (
+    PlaneMap,
+    Volume,
+    frame_count,
+    frame_slices,
+    implausible,
+    mask_in_grid,
+    read_shape,
+    read_volume,
+    whole_numbers,
+    write_volume,
+)
 from utils.errors import UserError
 from utils.files import LOCK, folder_lock
 from utils.method.augment import CANVAS_PX, FIELD_PX
@@ -30,20 +41,20 @@ QUANTILES = 256  # points of a slice's quantile curve
 
 
 class Report(NamedTuple):
-    """What the files of one scan gave; the table's own problems are reported as one without a case."""
+    """Result of one scan; the problems of the table and of file names stand in a report without a case."""
 
     errors: list[str]
     warnings: list[str]
-    rows: list[dict[str, Any]]  # of index.csv
+    rows: list[dict[str, Any]]  # its part of index.csv
     outside: tuple[int, int] = (0, 0)  # labelled voxels outside the field of view, and all
-    digest: bytes = b""  # of all that was converted
+    digest: bytes = b""  # SHA-256 of everything written
 
 
 Reports = list[tuple[Case | None, Report]]
 
 
 def check_dataset(raw: Path, dataset: DatasetInfo, *, workers: int) -> bool:
-    """Read every file of a raw data set and print every problem; True when there is no error."""
+    """Read every file of a raw data set and print every problem; return True if there is no error."""
     return _summarise(raw, dataset, _process(raw, dataset, workers=workers, out=None))
 
 
@@ -51,13 +62,13 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
     """Check `raw` and convert it into the folder `out`, which appears only when it is complete.
 
     Raises:
-        UserError: `out` exists, the disk is too small or read-only, or a file has a problem (all are printed).
+        UserError: `out` exists, the disk is too small or read-only, or a file has an error (all are printed).
     """
-    if out.exists():
-        raise UserError(f"{out} exists already: remove it, or choose another --out")
     unfinished = out.with_name(out.name + ".partial")
     with folder_lock(unfinished):
         try:
+            if out.exists():  # asked under the lock: another process may have made it just now
+                raise UserError(f"{out} exists already: remove it, or choose another --out")
             for left in unfinished.glob("*"):  # by a process that was killed
                 if left.name != LOCK:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
@@ -76,14 +87,14 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
 
 
 def _process(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path | None) -> Reports:
-    """Check every scan and, with `out`, convert it; each worker holds one scan in memory."""
+    """Check every scan and, if `out` is given, convert it; each worker holds one scan in memory."""
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1 process must do the work")
     if not raw.is_dir():
         raise UserError(f"{raw}: no such folder\n{dataset.download_help}")
     found = dataset.find_cases(raw)
     reports: Reports = [(None, Report(found.errors, found.warnings, []))]
-    offsets = _allocate(found.cases, out) if out and not found.errors else None
+    offsets = _allocate(found.cases, dataset.ndim, out) if out and not found.errors else None
     ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process alone: it ends the workers
     with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore_interrupt) as pool:
         jobs = {}
@@ -99,24 +110,24 @@ def _process(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path | None)
             pool.shutdown(cancel_futures=True)
             raise
     # In the order of the cases, which is the order of their slices in the arrays.
-    place = {case.patient: number for number, case in enumerate(found.cases)}
-    return sorted(reports, key=lambda pair: place[pair[0].patient] if pair[0] else -1)
+    order = {case.patient: number for number, case in enumerate(found.cases)}
+    return sorted(reports, key=lambda pair: order[pair[0].patient] if pair[0] else -1)
 
 
-def _allocate(cases: list[Case], out: Path) -> list[tuple[int, int]] | None:
+def _allocate(cases: list[Case], ndim: int, out: Path) -> list[tuple[int, int]] | None:
     """Create the arrays for all slices that the headers promise.
 
-    Returns the first slice and the first mask of each case, or None when a header is bad.
+    Returns the first slice and the first mask of each case, or None if a header is damaged.
     """
     offsets, slices, masks = [], 0, 0
     for case in cases:
         offsets.append((slices, masks))
         try:
-            shape = read_shape(case.image)
+            shape = read_shape(case.image, ndim)
         except UserError:
             return None  # the scan's own check will say why
         slices += math.prod(shape[2:])
-        masks += shape[2] * len(case.phases) if len(shape) > 2 else 0
+        masks += shape[2] * len(case.phases)
     need = slices * (CANVAS_PX**2 * 2 + QUANTILES * 4) + masks * CANVAS_PX**2
     free = shutil.disk_usage(out).free
     if need > 0.98 * free:
@@ -132,7 +143,7 @@ def _allocate(cases: list[Case], out: Path) -> list[tuple[int, int]] | None:
 
 
 def process_case(case: Case, dataset: DatasetInfo, target: tuple[Path, tuple[int, int]] | None) -> Report:
-    """Check the files of one scan and, with `target` (folder, first slice and mask), convert it."""
+    """Check the files of one scan and, if `target` (folder, first slice and mask) is given, convert it."""
     errors: list[str] = []
     volumes: list[Volume] = []
     for path in (case.image, *case.masks):
@@ -144,14 +155,17 @@ def process_case(case: Case, dataset: DatasetInfo, target: tuple[Path, tuple[int
         return Report(errors, [], [])
     image, *masks = volumes
     warnings = [f"{case.image}: {image.warning}"] if image.warning else []
-    for path, mask in zip(case.masks, masks, strict=True):
-        if mask.array.shape != image.array.shape:
-            errors.append(f"{path}: shape {mask.array.shape} differs from the image's {image.array.shape}")
-        unknown = np.setdiff1d(mask.array, range(dataset.num_raw_labels))
-        if unknown.size:
-            errors.append(f"{path}: labels {unknown[:5].tolist()} outside 0..{dataset.num_raw_labels - 1}")
-        if not np.allclose(mask.affine, image.affine, atol=1e-3):
-            warnings.append(f"{path}: its affine differs from the image's by more than 1e-3")
+    errors = [f"{case.image}: {reason}" for reason in implausible(image)]
+    for number, path in enumerate(case.masks):
+        try:
+            mask = whole_numbers(masks[number])
+            if mask.array.min() < 0 or mask.array.max() >= dataset.num_raw_labels:
+                unknown = np.setdiff1d(mask.array, range(dataset.num_raw_labels))
+                errors.append(f"{path}: labels {unknown[:5].tolist()} outside 0..{dataset.num_raw_labels - 1}")
+            masks[number] = mask = mask_in_grid(mask, image)
+            warnings += [f"{path}: {mask.note}"] if mask.note else []
+        except UserError as error:
+            errors.append(f"{path}: {error}")
     for phase, frame in case.phases.items():
         if frame >= frame_count(image):
             errors.append(f"{case.image}: {phase} is frame {frame}, but the file holds 0..{frame_count(image) - 1}")
@@ -172,6 +186,9 @@ def process_case(case: Case, dataset: DatasetInfo, target: tuple[Path, tuple[int
     field = replace(plane, size=FIELD_PX).inside()
     structures = np.array([(label > 0) & (label < len(dataset.class_names)) for label in truth.values()], bool)
     outside = (np.count_nonzero(structures & ~field), np.count_nonzero(structures)) if truth else (0, 0)
+    if outside[0] > 0.01 * outside[1]:
+        share = 100 * outside[0] / outside[1]
+        warnings.append(f"{case.image}: {share:.1f} % of its labelled voxels lie outside the network's field of view")
     report = Report(errors, warnings, [], outside)
     return _convert(case, dataset, image, truth, plane, *target, report) if target else report
 
@@ -207,15 +224,15 @@ def _convert(
             write_volume(path, np.ascontiguousarray(np.moveaxis(truth[phase], 0, 2)), like=image)
         for z in range(depth):
             mask = mask_row + z if phase else -1
-            place = (case.patient, case.domain, case.group, phase, frame, z, mask, *plane.shape, *plane.zooms)
-            report.rows.append(dict(zip(INDEX_COLUMNS, place, strict=True)))
+            row_values = (case.patient, case.domain, case.group, phase, frame, z, mask, *plane.shape, *plane.zooms)
+            report.rows.append(dict(zip(INDEX_COLUMNS, row_values, strict=True)))
         row, mask_row = row + depth, mask_row + depth * bool(phase)
     digest.update(repr(report.rows).encode() + image.affine.tobytes())
     return report._replace(digest=digest.digest())
 
 
 def quantile_curves(canvas: np.ndarray) -> np.ndarray:
-    """Quantile curve of every image over the field of view: (N, C, C) float16 >= 0 -> (N, QUANTILES) float32."""
+    """Return each image's quantiles over the field of view: (N, C, C) float16 >= 0 -> (N, QUANTILES) float32."""
     margin = (CANVAS_PX - FIELD_PX) // 2
     bits = canvas[:, margin:-margin, margin:-margin].reshape(len(canvas), -1).view(np.int16)
     # Non-negative float16 have the order of their bits, and 16-bit integers a radix sort: 8 times as fast.
@@ -227,7 +244,8 @@ def quantile_curves(canvas: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(lower + (upper - lower) * (position - low).astype(np.float32))
 
 
-def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: list[tuple[Case | None, Report]]) -> None:
+def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: Reports) -> None:
+    """Write index.csv and dataset.json."""
     rows = [row for _, report in reports for row in report.rows]
     with open(out / "index.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, INDEX_COLUMNS)
@@ -238,7 +256,7 @@ def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: list[tuple
         "format": FORMAT_VERSION,
         "dataset": dataset.key,
         "source": str(raw),
-        "phantom": (raw / PHANTOM_NOTE).exists(),
+        "phantom": any((folder / PHANTOM_NOTE).exists() for folder in (raw, raw.absolute().parent)),  # or OpenDataset
         "spacing_mm": dataset.spacing,
         "canvas_px": CANVAS_PX,
         "field_px": FIELD_PX,
@@ -249,8 +267,8 @@ def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: list[tuple
     (out / "dataset.json").write_text(json.dumps(info, indent=2) + "\n")
 
 
-def _summarise(raw: Path, dataset: DatasetInfo, reports: list[tuple[Case | None, Report]]) -> bool:
-    """Print every problem and what was found; True when there is no error."""
+def _summarise(raw: Path, dataset: DatasetInfo, reports: Reports) -> bool:
+    """Print every problem and what was found; return True if there is no error."""
     errors = [text for _, report in reports for text in report.errors]
     warnings = [text for _, report in reports for text in report.warnings]
     for kind, texts in (("error", errors), ("warning", warnings)):

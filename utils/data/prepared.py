@@ -22,19 +22,18 @@ INDEX_COLUMNS = {  # of index.csv: one row per slice, in the order of images.npy
     "frame": int,
     "slice": int,
     "mask": int,  # row in masks.npy, -1 where there is none
-    "rows": int,  # px of the native grid
+    "rows": int,  # voxels of the scan's first two axes
     "columns": int,
     "row_mm": float,
     "column_mm": float,
 }
-
 
 INFO = ("dataset", "spacing_mm", "content_hash", "phantom")  # what dataset.json must say
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A folder that `prepare` has written; the arrays are memory maps."""
+    """Prepared data, as `prepare` has written them into a folder; the arrays are memory maps."""
 
     root: Path
     info: dict[str, Any]
@@ -45,11 +44,14 @@ class PreparedData:
 
     @classmethod
     def open(cls, root: str | Path, dataset: DatasetInfo) -> "PreparedData":
-        """Open `root`; raises UserError when it is missing, of another data set or of another format."""
+        """Open the folder `root`; raise UserError if it is missing, damaged, or of another data set or format."""
         root = Path(root)
         if not (root / "dataset.json").is_file():
+            where = "" if root.is_absolute() else f" of {Path.cwd()}: if they lie elsewhere, name them by --data-root"
             demo = f"Or try the demo, which needs no data: python {dataset.key}_train.py --demo"
-            raise UserError(f"no prepared {dataset.name} data in the folder {root}\n{dataset.download_help}\n{demo}")
+            raise UserError(
+                f"no prepared {dataset.name} data in the folder {root}{where}\n{dataset.download_help}\n{demo}"
+            )
         try:
             info = json.loads((root / "dataset.json").read_text())
             if info["dataset"] != dataset.key:
@@ -75,22 +77,22 @@ class PreparedData:
         return cls(root, info, index, *arrays)
 
     def rows(self, patients: list[str], *, with_mask: bool = False) -> np.ndarray:
-        """Index rows of all slices (or all slices with a mask) of `patients`."""
+        """Return the index rows of all slices (or all slices with a mask) of `patients`."""
         chosen = np.isin(self.index["patient"], patients)
         return np.flatnonzero(chosen & (self.index["mask"] >= 0) if with_mask else chosen)
 
     def patients_with_masks(self, domain: str) -> list[str]:
-        """Patients of a domain that can be evaluated."""
+        """Return the patients of a domain that can be evaluated."""
         index = self.index
         return sorted({str(p) for p in index["patient"][(index["domain"] == domain) & (index["mask"] >= 0)]})
 
     def truth_path(self, patient: str, phase: str) -> Path:
-        """The labelled mask of a scan in its own grid."""
+        """Return the path of a scan's mask in its own voxel grid."""
         return self.root / "truth" / f"{patient}_{phase}.nii.gz"
 
 
 class Split(NamedTuple):
-    """Patients by their part in a run."""
+    """Patients by the part that they have in a run."""
 
     labeled: list[str]
     unlabeled: list[str]
@@ -107,15 +109,15 @@ def split_patients(
     val_patients: int = 0,
     use_extra_unlabeled: bool = False,
 ) -> Split:
-    """Split patients for one held-out domain (README, The method).
+    """Split patients for one held-out domain.
 
-    In each group the first `labeled_count` patients with masks, by code, are labelled. All source patients serve
+    In each group the first `labeled_count` patients with masks, by code, are labelled. All source patients are used
     without their labels. With `val_patients`, that many labelled patients per domain only select the checkpoint;
-    else the labelled patients do. No patient of the test domain is anywhere but in `held_out`.
+    else the labelled patients do. Patients of the test domain are in `held_out` and nowhere else.
     """
     has_mask = set(data.index["patient"][data.index["mask"] >= 0])
-    places = zip(data.index["domain"], data.index["group"], strict=True)
-    patients = dict(zip(data.index["patient"], places, strict=True))
+    membership = zip(data.index["domain"], data.index["group"], strict=True)
+    patients = dict(zip(data.index["patient"], membership, strict=True))
     domains = sorted({domain for domain, _ in patients.values()})
     if test_domain not in domains:
         raise UserError(

@@ -1,8 +1,9 @@
 """NIfTI volumes: reading that validates, writing, and the way between native grid and canvas."""
 
 import gzip
+import io
+import itertools
 import math
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ import nibabel as nib
 import numpy as np
 
 from utils.errors import UserError
+from utils.files import atomic_write
 
-LARGEST = 1e30  # of a voxel: differences and products of such stay within float32
+LARGEST = 1e30  # absolute value of a voxel: differences and products of such stay within float32
 MAX_DEFLATE_RATIO = 1032  # zlib's densest possible compression: more data than this a file cannot hold
 
 
@@ -25,43 +27,52 @@ class Volume(NamedTuple):
     header: nib.Nifti1Header
     affine: np.ndarray  # (4, 4) voxel to mm
     zooms: tuple[float, ...]  # mm per voxel, three values
+    note: str = ""  # oddity of the file that is no error
 
     @property
     def warning(self) -> str | None:
-        """What is odd about the geometry but no error: affine columns whose norm is not the voxel size."""
-        norms = np.linalg.norm(self.affine[:3, :3], axis=0)
-        if np.allclose(norms, self.zooms, rtol=0.01):
-            return None
-        return f"voxel size by the affine {np.round(norms, 3).tolist()} is not that of the header {self.zooms}"
+        """The note, and affine columns whose norm is not the voxel size; None if there is nothing odd."""
+        norms, notes = np.linalg.norm(self.affine[:3, :3], axis=0), [self.note] if self.note else []
+        if not np.allclose(norms, self.zooms, rtol=0.01):
+            notes.append(
+                f"voxel size by the affine {np.round(norms, 3).tolist()} is not that of the header {self.zooms}"
+            )
+        return "; ".join(notes) or None
 
 
 def read_volume(path: Path, ndim: int | Sequence[int] = (3, 4)) -> Volume:
     """Read a .nii or .nii.gz file whole, checksum included, and validate it.
 
-    nibabel accepts many damaged files in silence, so header, length and values are checked here.
+    nibabel accepts many damaged files in silence, so header, length and values are checked here. Trailing axes of
+    length 1 that `ndim` does not ask for are dropped. Bytes after the end of the gzip stream are ignored, with a note.
 
     Raises:
         UserError: names the file and what is wrong with it: truncated or corrupt gzip, short data, impossible
             dimensions, voxel size or affine, NaN or infinite voxels, another number of dimensions than `ndim`.
     """
-    allowed = [ndim] if isinstance(ndim, int) else list(ndim)
+    allowed, note = [ndim] if isinstance(ndim, int) else list(ndim), ""
     try:
         with _open(path) as file:
             head = file.read(540)
-            header, size = _parse_header(path, head, allowed)
-            content = bytearray(head)
-            while len(content) < size and (piece := file.read(min(size - len(content), 1 << 24))):
-                content += piece  # piece by piece: one read would allocate whatever a damaged header claims
-            while file.read(1 << 20):  # what follows is not data, but the gzip checksum comes after it
-                pass
+            header, shape, size = _parse_header(path, head, allowed)
+            content = io.BytesIO(head)
+            length = content.seek(0, io.SEEK_END)
+            while length < size and (piece := file.read(min(size - length, 1 << 24))):
+                length += content.write(piece)  # piece by piece: a damaged header may claim any size
+            try:
+                while file.read(1 << 20):  # what follows is not data, but the gzip checksum comes after it
+                    pass
+            except gzip.BadGzipFile as error:
+                if not str(error).startswith("Not a gzipped file"):  # the checksum is wrong
+                    raise
+                note = "the bytes after the end of its gzip stream are ignored"
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read whole ({error}); copy or download it again") from error
-    if len(content) < size:
-        raise UserError(f"{path}: {len(content)} bytes, but its header promises {size}; copy or download it again")
-    image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
+    if length < size:
+        raise UserError(f"{path}: {length} bytes, but its header promises {size}; copy or download it again")
     try:
-        image = image_class.from_bytes(content)
-        array = np.asanyarray(image.dataobj)
+        array = header.data_from_fileobj(content).reshape(shape)
+        affine = header.get_best_affine()
     except Exception as error:  # nibabel raises a dozen kinds for what a header can hold
         raise UserError(f"{path}: not a valid NIfTI file ({error})") from error
     if array.dtype.kind not in "biuf":
@@ -69,10 +80,9 @@ def read_volume(path: Path, ndim: int | Sequence[int] = (3, 4)) -> Volume:
     if bad := 0 if array.dtype.kind != "f" else np.count_nonzero(~(np.abs(array) <= LARGEST)):
         slope = header["scl_slope"]
         raise UserError(f"{path}: {bad} voxels are NaN, infinite or above {LARGEST:g} (the header scales by {slope})")
-    affine = image.affine
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-        raise UserError(f"{path}: the affine (sform or qform) is NaN or singular")
-    return Volume(array, image.header, affine, tuple(float(z) for z in image.header.get_zooms()[:3]))
+    if not (np.abs(affine) < 1e6).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
+        raise UserError(f"{path}: the affine (sform or qform) is NaN, beyond 1 km or singular")
+    return Volume(array, header, affine, tuple(float(z) for z in header.get_zooms()[:3]), note)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -80,23 +90,22 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _is_packed(path: Path) -> bool:
-    """Whether the file begins as gzip does, whatever its name."""
+    """Return True if the file begins as gzip does, whatever its name."""
     with open(path, "rb") as file:
         return file.read(2) == b"\x1f\x8b"
 
 
-def read_shape(path: Path) -> tuple[int, ...]:
-    """The shape by the header alone, without reading the voxels; raises UserError as `read_volume` does."""
+def read_shape(path: Path, ndim: int) -> tuple[int, ...]:
+    """Return the shape that the header gives, without reading the voxels; raises UserError as `read_volume` does."""
     try:
         with _open(path) as file:
-            header, _ = _parse_header(path, file.read(540), [3, 4])
+            return _parse_header(path, file.read(540), [ndim])[1]
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); copy or download it again") from error
-    return tuple(int(n) for n in header["dim"][1 : header["dim"][0] + 1])
 
 
-def _parse_header(path: Path, head: bytes, allowed: list[int]) -> tuple[nib.Nifti1Header, int]:
-    """Parse and check the header; returns it with the length in bytes of the file it describes."""
+def _parse_header(path: Path, head: bytes, allowed: list[int]) -> tuple[nib.Nifti1Header, tuple[int, ...], int]:
+    """Parse and check the header; return it with the shape, and the length in bytes, of the file it describes."""
     sizes = {int.from_bytes(head[:4], order) for order in ("little", "big")}
     found = next((c for c in (nib.Nifti1Header, nib.Nifti2Header) if c.sizeof_hdr in sizes), None)
     if found is None or len(head) < found.sizeof_hdr:
@@ -106,40 +115,127 @@ def _parse_header(path: Path, head: bytes, allowed: list[int]) -> tuple[nib.Nift
         itemsize = header.get_data_dtype().itemsize
     except Exception as error:
         raise UserError(f"{path}: not a valid NIfTI header ({error})") from error
+    squared = sum(float(header[f"quatern_{axis}"]) ** 2 for axis in "bcd")
+    if 1 < squared < 1 + 1.1e-5:  # by rounding; nibabel refuses such quaternions
+        for axis in "bcd":
+            header[f"quatern_{axis}"] = header[f"quatern_{axis}"] / np.sqrt(squared)
     dim, pixdim = header["dim"], header["pixdim"]
     if not header["magic"].item().startswith(b"n+"):
         raise UserError(f"{path}: not a single-file NIfTI (magic {header['magic'].item()!r})")
     if not 1 <= dim[0] <= 7 or (dim[1 : dim[0] + 1] < 1).any():
         raise UserError(f"{path}: impossible dimensions {dim.tolist()} in the header")
-    if dim[0] not in allowed:
+    shape = dim[1 : dim[0] + 1].tolist()
+    while len(shape) > min(allowed) and len(shape) not in allowed and shape[-1] == 1:
+        shape.pop()
+    if len(shape) not in allowed:
         names = " or ".join(f"{n}D" for n in allowed)
-        raise UserError(f"{path}: {dim[0]}D image of shape {dim[1 : dim[0] + 1].tolist()}, expected {names}")
+        raise UserError(f"{path}: {len(shape)}D image of shape {shape}, expected {names}")
     if not np.isfinite(pixdim[1:4]).all() or (pixdim[1:4] <= 0).any():
         raise UserError(f"{path}: voxel size {pixdim[1:4].tolist()} mm in the header; must be positive")
     if (unit := int(header["xyzt_units"]) & 7) in (1, 3):
         name = "metres" if unit == 1 else "micrometres"
         raise UserError(f"{path}: the header gives lengths in {name}; rewrite it in mm")
     offset = float(header["vox_offset"])
-    voxels = math.prod(int(n) for n in dim[1 : dim[0] + 1])
+    voxels = math.prod(shape)
     limit = path.stat().st_size * (MAX_DEFLATE_RATIO if _is_packed(path) else 1) + 1024
     if not (found.sizeof_hdr <= offset <= limit) or voxels * itemsize > limit:
         raise UserError(f"{path}: the header claims {voxels * itemsize:.3g} bytes of data, more than the file can hold")
-    return header, int(offset) + voxels * itemsize
+    return header, tuple(shape), int(offset) + voxels * itemsize
 
 
 def frame_count(volume: Volume) -> int:
-    """Frames of a 3D (one) or 4D volume."""
+    """Return the number of frames of a 4D volume; 1 for a 3D volume."""
     return volume.array.shape[3] if volume.array.ndim == 4 else 1
 
 
 def frame_slices(volume: Volume, frame: int) -> np.ndarray:
-    """One frame of a 3D or 4D volume as slices: (Z, X, Y)."""
+    """Return one frame of a 3D or 4D volume as slices: (Z, X, Y)."""
     array = volume.array[..., frame] if volume.array.ndim == 4 else volume.array
     return np.moveaxis(array, 2, 0)
 
 
+def implausible(volume: Volume) -> list[str]:
+    """Return reasons why a scan cannot be a stack of slices along its third axis; empty for a plausible one."""
+    reasons, zooms = [], np.round(volume.zooms, 3).tolist()
+    field = [round(n * zoom, 1) for n, zoom in zip(volume.array.shape[:2], volume.zooms, strict=False)]
+    if min(field) < 20 or max(field) > 1000:
+        reasons.append(f"the slices measure {field} mm, expected 20 to 1000 mm: correct the voxel size in the header")
+    if max(zooms[:2]) > 1.05 * zooms[2] or zooms[2] > 25:
+        reasons.append(
+            f"voxels of {zooms} mm: the third axis must be that of the slices, up to 25 mm thick, and the fourth that "
+            "of the frames; exchange the axes"
+        )
+    low, high = volume.array.min(), volume.array.max()
+    if low == high or high <= 0:
+        reasons.append(f"all voxels lie in {low:g} to {high:g}, so there is no image; copy or convert the file again")
+    return reasons
+
+
+def whole_numbers(mask: Volume) -> Volume:
+    """Return a mask with rounded values: scaling by the header can leave 0.9999999998 where a 1 was.
+
+    Raises:
+        UserError: a value is more than 1e-3 away from a whole number; the message names no file.
+    """
+    if mask.array.dtype.kind != "f":
+        return mask
+    rounded = np.rint(mask.array)
+    distance = np.abs(mask.array - rounded)
+    if distance.max() > 1e-3:
+        value = mask.array.flat[distance.argmax()]
+        raise UserError(
+            f"the value {value:g} is no label: resample the mask by nearest neighbour, and save it with an integer type"
+        )
+    return mask._replace(array=rounded)
+
+
+def mask_in_grid(mask: Volume, image: Volume) -> Volume:
+    """Return a mask in the voxel grid of its image: flipped or exchanged axes are turned as the affines say.
+
+    The result's `note` says so, or that the affines differ by up to half a voxel. An affine that is lost (identity,
+    or none) says nothing about the axes: such a mask is taken as it is stored, with a note.
+
+    Raises:
+        UserError: the shapes differ, or the affines by more than half a voxel; the message names no file.
+    """
+    array, notes = mask.array, [mask.note] if mask.note else []
+    codes = ["".join(map(str, nib.aff2axcodes(volume.affine))) for volume in (mask, image)]
+    shift, shift_mm = np.zeros(1), 0.0
+    if np.allclose(mask.affine, image.affine, atol=1e-3):
+        pass
+    elif lost := [name for name, volume in (("mask", mask), ("image", image)) if _affine_is_lost(volume)]:
+        notes.append(f"the affine of the {' and the '.join(lost)} is lost (identity or none): axes taken as stored")
+    else:
+        to_image = np.linalg.inv(image.affine) @ mask.affine  # voxels of the mask -> voxels of the image
+        axes = nib.io_orientation(to_image)
+        axes = nib.orientations.axcodes2ornt("RAS") if np.isnan(axes).any() else axes
+        array = nib.apply_orientation(array, axes)
+        moved = to_image @ nib.orientations.inv_ornt_aff(axes, mask.array.shape[:3]) - np.eye(4)
+        corners = np.array([*itertools.product(*((0, n - 1) for n in array.shape[:3]), [1])]).T  # (4, 8)
+        shift = (moved @ corners)[:3]  # voxels
+        shift_mm = np.linalg.norm(image.affine[:3, :3] @ shift, axis=0).max()
+        said = f"orientation {codes[0]} against {codes[1]}, corners {shift_mm:.2g} mm apart"
+        notes.append(f"its affine differs from the image's: {said}, brought into the image's voxel grid")
+    if array.shape != image.array.shape:
+        raise UserError(
+            f"shape {mask.array.shape} ({codes[0]}) differs from the image's {image.array.shape} ({codes[1]})"
+        )
+    if not np.abs(shift).max() <= 0.5:
+        raise UserError(
+            f"its orientation {codes[0]} and place do not fit the image's {codes[1]}: corners lie {shift_mm:.1f} mm "
+            "apart. Resample the mask to its image, or correct the wrong affine"
+        )
+    return image._replace(array=array, note="; ".join(notes))
+
+
+def _affine_is_lost(volume: Volume) -> bool:
+    """Return True if the file does not say where its voxels lie: no qform and sform, or voxels of 1 mm from 0."""
+    named = volume.header["sform_code"] or volume.header["qform_code"]
+    return not named or np.array_equal(np.abs(volume.affine), np.eye(4))
+
+
 def write_volume(path: Path, array: np.ndarray, like: Volume, description: str = "") -> None:
-    """Write `array` in the grid of `like`: its affine, zooms, qform and sform codes; through a temporary file.
+    """Write `array` in the voxel grid of `like`: its affine, zooms, qform and sform codes.
 
     `description` goes into the header, cut to the 79 characters that it holds.
     """
@@ -148,25 +244,20 @@ def write_volume(path: Path, array: np.ndarray, like: Volume, description: str =
     header.set_slope_inter(1, 0)
     header["descrip"] = description[:79].encode()
     header["cal_min"] = header["cal_max"] = 0  # display window of the scan, not of this map
+    header["vox_offset"] = 0  # of a new file; the scan's extensions, which may hold a patient's name, are never read
+    for field in {"db_name", "aux_file", "intent_name"} & set(header):
+        header[field] = b""
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     image = image_class(array, None, header)  # affine None: the header's own qform and sform stay to the bit
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            nib.save(image, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    with atomic_write(path) as temporary:
+        nib.save(image, temporary)
 
 
 def radiological(array: np.ndarray, like: Volume) -> np.ndarray:
-    """Turn slices as a radiologist looks at them, where the scan says how its axes lie.
+    """Turn slices as a radiologist looks at them, if the scan says how its axes lie.
 
-    (..., X, Y) in the grid of `like` -> (..., X', Y'): X' from the patient's right to left (or front to back), Y' from
-    front to back (or head to feet).
+    (..., X, Y) in the voxel grid of `like` -> (..., X', Y'): X' from the patient's right to left (or front to back),
+    Y' from front to back (or head to feet).
     """
     if not (like.header["sform_code"] or like.header["qform_code"]):
         return array
@@ -178,10 +269,10 @@ def radiological(array: np.ndarray, like: Volume) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PlaneMap:
-    """The way between the in-plane grid of a scan and a square canvas on one centre.
+    """Resampling between the slices of a scan and a square canvas on the same centre.
 
-    Both directions interpolate separably; the outside is 0. `shape`, `zooms` and `center` are of the scan's first
-    two axes, in voxels, mm and voxels; `center` None is the image's centre.
+    Both directions interpolate along one axis after the other; the outside is 0. `shape`, `zooms` and `center` belong
+    to the scan's first two axes, in voxels, mm and voxels; `center` None is the centre of the slice.
     """
 
     shape: tuple[int, int]
@@ -191,21 +282,21 @@ class PlaneMap:
     center: tuple[float, float] | None = None
 
     def to_canvas(self, array: np.ndarray) -> np.ndarray:
-        """(..., X, Y) -> (..., size, size): labels (uint8) by nearest neighbour, else bilinear in float32."""
+        """Resample (..., X, Y) to (..., size, size): labels (uint8) by nearest neighbour, else bilinear in float32."""
         for axis in (0, 1):
             position = self._center(axis) + self._offsets(self.size) * self.spacing / self.zooms[axis]
             array = _sample(array, position, axis - 2)
         return array
 
     def to_native(self, array: np.ndarray) -> np.ndarray:
-        """(..., size, size) -> (..., X, Y), as `to_canvas`."""
+        """Resample (..., size, size) to (..., X, Y), as `to_canvas` does."""
         for axis in (0, 1):
             distance = (np.arange(self.shape[axis]) - self._center(axis)) * self.zooms[axis]
             array = _sample(array, (self.size - 1) / 2 + distance / self.spacing, axis - 2)
         return array
 
     def inside(self) -> np.ndarray:
-        """Voxels of the native plane that lie on the canvas: (X, Y) bool."""
+        """Return the voxels of a slice that lie on the canvas: (X, Y) bool."""
         return self.to_native(np.ones((self.size, self.size), np.uint8)) > 0
 
     def _center(self, axis: int) -> float:

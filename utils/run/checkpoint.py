@@ -5,6 +5,8 @@ import json
 import mmap
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -86,65 +88,83 @@ def save_networks(path: Path, nets: list[nn.Module], metadata: dict[str, Any]) -
         for i, net in enumerate(nets)
         for key, value in net.state_dict().items()
     }
+    text, digest = json.dumps(metadata), _digest(tensors)
+    seal = hashlib.sha256((text + digest).encode()).hexdigest()
     with atomic_write(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata={"semidg": json.dumps(metadata), "sha256": _digest(tensors)})
+            save_file(tensors, temporary, metadata={"semidg": text, "tensors_sha256": digest, "sha256": seal})
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What was saved beside the weights; raises UserError when the file is missing or not ours."""
+    """Return what was saved beside the weights; raise UserError when the file is missing, damaged or not ours."""
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; the run has not ended its first epoch (train on; --checkpoint last), or --run "
             "names no run's folder"
         )
-    try:
-        with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["semidg"])
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is damaged or was not written by this project ({error})") from error
+    with _naming(path):
+        return json.loads(_sealed_metadata(path)["semidg"])
 
 
 def is_intact(path: Path) -> bool:
-    """Whether `load_networks` would find the file whole."""
+    """Return True when `load_networks` would find the file whole."""
     try:
         _load_tensors(path)
-    except (SafetensorError, OSError):
+    except (UserError, OSError):
         return False
     return True
 
 
-def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    tensors = load_file(path)
-    with safe_open(path, "pt") as file:
-        if (file.metadata() or {}).get("sha256") != _digest(tensors):
-            raise OSError("its checksum is wrong")
-    return tensors
-
-
 def load_networks(path: Path, nets: list[nn.Module]) -> None:
-    """Load the weights that `save_networks` wrote."""
-    try:
-        tensors = _load_tensors(path)
+    """Load the weights that `save_networks` wrote; raise UserError when the file is damaged or holds other networks."""
+    tensors = _load_tensors(path)
+    with _naming(path):
         for i, net in enumerate(nets):
             net.load_state_dict({key[2:]: value for key, value in tensors.items() if key.startswith(f"{i}.")})
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or holds other networks ({first_line(error)})") from error
+
+
+def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    with _naming(path):
+        expected, tensors = _sealed_metadata(path)["tensors_sha256"], load_file(path)
+        if expected != _digest(tensors):
+            raise ValueError("its checksum is wrong")
+        return tensors
+
+
+def _sealed_metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as file:
+        found = file.metadata()
+    if "tensors_sha256" not in found:
+        raise ValueError("written by an earlier version: evaluate it with the code that wrote it, or train anew")
+    if hashlib.sha256((found["semidg"] + found["tensors_sha256"]).encode()).hexdigest() != found["sha256"]:
+        raise ValueError("its checksum is wrong")
+    return found
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what a file of weights raises into a UserError that names it."""
+    try:
+        yield
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): ask its owner for the right to read it") from error
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged or not of this project ({first_line(error)})") from error
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of names and values."""
+    """Return the SHA-256 of names, types, shapes and values."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
-        digest.update(key.encode())
+        digest.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}".encode())
         digest.update(tensors[key].reshape(-1).numpy())
     return digest.hexdigest()
 
 
 def provenance() -> dict[str, Any]:
-    """What made a result: the code's git commit ("+" where it was changed since) and the packages' versions."""
+    """Return what made a result: the code's git commit ("+" where it was changed since), the packages' versions."""
     describe = ["git", "describe", "--always", "--dirty=+"]
     try:
         git = subprocess.run(describe, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=False)

@@ -1,0 +1,272 @@
+"""Raw data as people have them: turned masks, rounded labels, odd geometry, links, other names."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+from helpers import ROOT
+
+import config
+import mms_dataloader
+import scgm_dataloader
+from utils.data.commands import run_data_command
+from utils.data.loaders import build_loaders
+from utils.data.prepare import check_dataset, prepare_dataset
+from utils.data.prepared import PreparedData
+from utils.data.volume import mask_in_grid, read_volume
+from utils.errors import UserError
+
+MMS, SCGM = mms_dataloader.DATASET, scgm_dataloader.DATASET
+
+
+@pytest.fixture
+def raw(mms_raw, tmp_path):
+    shutil.copytree(mms_raw, tmp_path / "raw")
+    return tmp_path / "raw"
+
+
+def scans_of(raw):
+    """Image and mask of every labelled patient."""
+    masks = sorted(path for path in raw.rglob("*_sa_gt.nii.gz") if "Unlabeled" not in path.parts)
+    return [(path.with_name(path.name.replace("_gt", "")), path) for path in masks]
+
+
+def rewrite(path, change=lambda array: array, affine=None):
+    image = nib.load(path)
+    array = change(np.asarray(image.dataobj))
+    nib.save(nib.Nifti1Image(array, image.affine if affine is None else affine), path)
+
+
+def turn(path, axes):
+    """Store a file in another orientation, its affine changed alike: nothing moves in the patient."""
+    image = nib.load(path)
+    start = nib.io_orientation(image.affine)
+    ornt = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(axes))
+    nib.save(image.as_reoriented(ornt), path)
+
+
+def prepared(raw, out, dataset):
+    prepare_dataset(raw, out, dataset, workers=1)
+    data = PreparedData.open(out, dataset)
+    truth = {path.name: nib.load(path) for path in sorted((out / "truth").iterdir())}
+    return data, truth
+
+
+# --- masks in another orientation than their image -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes", ["LPI", "PLS", "SAR"])
+def test_turned_masks_are_prepared_as_if_they_were_not(raw, tmp_path, capsys, axes):
+    expected, truth = prepared(raw, tmp_path / "straight", MMS)
+    masks = [mask for _, mask in scans_of(raw)]
+    for mask in masks:
+        turn(mask, axes)
+    capsys.readouterr()
+    data, turned_truth = prepared(raw, tmp_path / "turned", MMS)
+    assert (data.masks == expected.masks).all() and data.info["content_hash"] == expected.info["content_hash"]
+    assert all((turned_truth[name].affine == truth[name].affine).all() for name in truth)
+    assert all((turned_truth[name].get_fdata() == truth[name].get_fdata()).all() for name in truth)
+    assert f"orientation {axes} against" in capsys.readouterr().out
+
+
+def test_turned_raters_of_scgm(scgm_raw, tmp_path):
+    expected, _ = prepared(scgm_raw, tmp_path / "straight", SCGM)
+    shutil.copytree(scgm_raw, tmp_path / "raw")
+    for number, axes in enumerate(("LPI", "ASR", "RAI"), start=1):
+        for mask in (tmp_path / "raw").rglob(f"*-mask-r{number}.nii.gz"):
+            turn(mask, axes)
+    assert (prepared(tmp_path / "raw", tmp_path / "turned", SCGM)[0].masks == expected.masks).all()
+
+
+def test_masks_that_lie_elsewhere_are_refused_with_both_orientations(raw, capsys):
+    (image, moved), (_, rotated), (_, near), (_, lost), (unknown, _) = scans_of(raw)[:5]
+    affine, zooms = nib.load(image).affine, nib.load(image).header.get_zooms()
+    rewrite(moved, affine=affine @ nib.affines.from_matvec(np.eye(3), [0.6, 0, 0]))  # voxels
+    turned = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.4))
+    rewrite(rotated, affine=nib.load(rotated).affine @ turned)
+    rewrite(near, affine=nib.load(near).affine @ nib.affines.from_matvec(np.eye(3), [0.4, 0, 0]))
+    rewrite(lost, affine=np.eye(4))
+    rewrite(unknown, affine=np.diag([-1, -1, 1, 1]))
+    assert not check_dataset(raw, MMS, workers=1)
+    out = capsys.readouterr().out
+    codes = "".join(nib.aff2axcodes(affine))
+    assert f"error: {moved}: its orientation {codes} and place do not fit the image's {codes}: " in out
+    assert f"corners lie {0.6 * zooms[0]:.1f} mm apart" in out
+    assert f"error: {rotated}: its orientation " in out
+    assert f"warning: {near}: its affine differs from the image's" in out
+    assert f"warning: {lost}: the affine of the mask is lost" in out
+    assert "the affine of the image is lost" in out
+
+
+def test_turned_mask_of_another_shape_is_named_with_both(raw, capsys):
+    _, mask = scans_of(raw)[0]
+    rewrite(mask, lambda array: array[:, 1:])
+    turn(mask, "SAR")
+    assert not check_dataset(raw, MMS, workers=1)
+    assert "(SAR) differs from the image's" in capsys.readouterr().out
+
+
+def test_mask_in_grid_near_45_degrees(tmp_path):
+    """Rounding must not exchange axes whose names are ambiguous."""
+    array = np.random.default_rng(0).integers(0, 4, (6, 7, 5)).astype(np.uint8)
+    for angle in (np.pi / 4 - 1e-7, np.pi / 4 + 1e-7):
+        affine = nib.affines.from_matvec(nib.eulerangles.euler2mat(angle) @ np.diag([1.5, 1.5, 8]), [-90, 40, 12])
+        nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{angle > np.pi / 4}.nii")
+    mask, image = (read_volume(tmp_path / f"{name}.nii") for name in (True, False))
+    assert (mask_in_grid(mask, image).array == array).all()
+
+
+# --- values --------------------------------------------------------------------------------------------------------
+
+
+def test_labels_with_rounding_noise_are_rounded(raw, tmp_path, capsys):
+    expected, _ = prepared(raw, tmp_path / "exact", MMS)
+    rng = np.random.default_rng(0)
+    for number, (_, mask) in enumerate(scans_of(raw)):
+        image = nib.load(mask)
+        noisy = np.asarray(image.dataobj) + rng.uniform(-9e-4, 9e-4, image.shape) * (number % 2)
+        noisy = np.where(np.asarray(image.dataobj) == 1, 0.9999999998, noisy)
+        made = nib.Nifti1Image(noisy, image.affine)
+        made.header.set_data_dtype(np.int16 if number % 2 == 0 else np.float32)
+        nib.save(made, mask)
+    assert read_volume(scans_of(raw)[0][1]).array.dtype.kind == "f"  # scaled by the header
+    assert (prepared(raw, tmp_path / "noisy", MMS)[0].masks == expected.masks).all()
+    capsys.readouterr()
+    rewrite(scans_of(raw)[3][1], lambda array: np.where(array > 2.5, 2.5, array))
+    assert not check_dataset(raw, MMS, workers=1)
+    message = f"error: {scans_of(raw)[3][1]}: the value 2.5 is no label: resample the mask by nearest neighbour"
+    assert message in capsys.readouterr().out
+
+
+# --- geometry and intensities --------------------------------------------------------------------------------------
+
+
+def test_implausible_scans_are_named_per_patient(raw, capsys):
+    scans = [image for image, _ in scans_of(raw)[:8]]
+
+    def spoil(number, axes=None, scale=1.0, change=None):
+        for path in scans_of(raw)[number]:
+            image = nib.load(path)
+            array, affine = np.asarray(image.dataobj), image.affine * [scale, scale, 1, 1]
+            if axes:
+                array, affine = (
+                    array.transpose(axes),
+                    affine[:, [*axes[:3], 3]] if 3 not in axes[:3] else np.diag([1.3, 1.3, 30, 1]),
+                )
+            if change and path == scans[number]:
+                array = change(array)
+            nib.save(nib.Nifti1Image(array, affine), path)
+
+    spoil(0, scale=0.05)
+    spoil(1, scale=10)
+    spoil(2, axes=(2, 0, 1, 3))  # slices on the first axis
+    spoil(3, axes=(0, 1, 3, 2))  # time on the third, in ms
+    spoil(4, change=lambda array: array * 0 + 7)
+    spoil(5, change=np.zeros_like)
+    spoil(6, change=lambda array: -1 - np.abs(array))
+    assert not check_dataset(raw, MMS, workers=1)
+    out = capsys.readouterr().out
+    for number, text in enumerate(["the slices measure"] * 2 + ["voxels of "] * 2 + ["all voxels lie in "] * 3):
+        assert f"error: {scans[number]}: {text}" in out
+    assert f"error: {scans[7]}" not in out
+
+
+def test_labels_outside_the_field_of_view_are_said_per_patient(raw, capsys):
+    images = scans_of(raw)
+    assert check_dataset(raw, MMS, workers=1)
+    assert "of its labelled voxels" not in capsys.readouterr().out
+    for path in images[0]:  # the organ moves to the border of a large matrix
+        rewrite(path, lambda array: np.pad(array, [(300, 0), (0, 0), (0, 0), (0, 0)]))
+    assert check_dataset(raw, MMS, workers=1)
+    assert f"warning: {images[0][0]}: 100.0 % of its labelled voxels lie outside" in capsys.readouterr().out
+
+
+# --- files and folders ---------------------------------------------------------------------------------------------
+
+
+def test_unpacked_files_and_dot_files(raw, scgm_raw, tmp_path):
+    expected = len(mms_dataloader.find_cases(raw).cases)
+    for path in scans_of(raw)[0]:
+        nib.save(nib.load(path), path.with_suffix(""))
+        path.unlink()
+    for folder in {path.parent for path in raw.rglob("*.nii.gz")}:
+        (folder / f"._{folder.name}_sa.nii.gz").write_bytes(b"resource fork")
+        (folder / ".DS_Store").touch()
+    (raw / "OpenDataset/Testing/.DS_Store").touch()
+    (raw / "._table.csv").write_bytes(b"resource fork")
+    assert check_dataset(raw, MMS, workers=1) and len(mms_dataloader.find_cases(raw).cases) == expected
+    shutil.copytree(scgm_raw, tmp_path / "scgm")
+    image = tmp_path / "scgm/train/site1-sc01-image.nii.gz"
+    nib.save(nib.load(image), image.with_suffix(""))
+    image.unlink()
+    (image.parent / "._site1-sc01-image.nii.gz").write_bytes(b"resource fork")
+    assert check_dataset(tmp_path / "scgm", SCGM, workers=1)
+
+
+def test_data_set_linked_as_a_whole(raw, scgm_raw, tmp_path):
+    shutil.move(raw / "OpenDataset", tmp_path / "shared")
+    (raw / "OpenDataset").symlink_to(tmp_path / "shared")
+    found = mms_dataloader.find_cases(raw)
+    assert found.errors == [] and len(found.cases) == 17
+    image = scans_of(raw)[0][0] if scans_of(raw) else next((tmp_path / "shared").rglob("*_sa.nii.gz"))
+    shutil.move(image, tmp_path / "elsewhere.nii.gz")
+    image.symlink_to(tmp_path / "elsewhere.nii.gz")
+    (error,) = mms_dataloader.find_cases(raw).errors
+    assert "a link that leads out of" in error and "put a copy of the file in its place" in error
+    (tmp_path / "scgm").mkdir()
+    for part in ("train", "test"):
+        (tmp_path / "scgm" / part).symlink_to(scgm_raw / part)
+    assert scgm_dataloader.find_cases(tmp_path / "scgm").errors == []
+
+
+def test_open_dataset_from_inside(raw, tmp_path):
+    """`check .` finds the table beside the folder, and a phantom stays one."""
+    command = [sys.executable, str(ROOT / "mms_dataloader.py")]
+    inside = raw / "OpenDataset"
+    done = subprocess.run([*command, "check", "."], cwd=inside, capture_output=True, text=True)
+    assert done.returncode == 0 and "0 errors, 0 warnings" in done.stdout
+    prepare_dataset(inside, tmp_path / "out", MMS, workers=1)
+    assert PreparedData.open(tmp_path / "out", MMS).info["phantom"]
+
+
+# --- what is refused later -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unlabeled_root(raw, tmp_path):
+    for _, mask in scans_of(raw):
+        rewrite(mask, np.zeros_like)
+    prepare_dataset(raw, tmp_path / "empty", MMS, workers=2)
+    return tmp_path / "empty"
+
+
+def test_data_without_any_label(unlabeled_root, mms_config, monkeypatch, tmp_path):
+    out = tmp_path / "preview.png"
+    monkeypatch.setattr("sys.argv", ["x", "preview", "--data", str(unlabeled_root), "--out", str(out)])
+    with pytest.raises(SystemExit, match=r"no slice in .* has a label"):
+        run_data_command(MMS, config.MMS)
+    with pytest.raises(UserError, match=r"the masks of all labelled patients in .* are empty"):
+        build_loaders(replace(mms_config, data_root=str(unlabeled_root)), MMS)
+
+
+def test_prepared_data_named_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"folder data/mms of {tmp_path}: .* name them by --data-root\nM&Ms is free"):
+        PreparedData.open("data/mms", MMS)
+    with pytest.raises(UserError, match="data in the folder /nowhere\n"):
+        PreparedData.open("/nowhere", MMS)
+
+
+def test_two_preparations_at_once(mms_raw, tmp_path):
+    """One makes the folder, the other says why it does not."""
+    command = [sys.executable, str(ROOT / "mms_dataloader.py"), "prepare", str(mms_raw), "--out", str(tmp_path / "out")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = {process.wait(): process.communicate()[1] for process in both}
+    assert sorted(errors) == [0, 1] and "Traceback" not in "".join(errors.values())
+    assert "is in use by another process" in errors[1] or "exists already" in errors[1]
+    assert os.listdir(tmp_path) == ["out"] and "lock" not in os.listdir(tmp_path / "out")
