@@ -21,7 +21,7 @@ import openpyxl
 from utils.data.commands import run_data_command
 from utils.data.dataset import Case, DatasetInfo, RawDataset, missing_or_outside
 from utils.data.phantom import write_mms
-from utils.evaluation.metrics import cardiac_figures
+from utils.evaluation.metrics import cardiac_metrics
 
 PARTS = ("Training/Labeled", "Training/Unlabeled", "Validation", "Testing")
 COLUMNS = ("External code", "Vendor", "Centre", "ED", "ES")
@@ -173,7 +173,7 @@ DATASET = DatasetInfo(
     name="M&Ms", key="mms", domain_kind="vendor", domains=VENDORS,
     class_names=("background", "LV", "MYO", "RV"),
     ndim=4, num_raw_labels=4, spacing=1.1,
-    find_cases=find_cases, normalize=normalize, labeled_count=labeled_count, clinical=cardiac_figures,
+    find_cases=find_cases, normalize=normalize, labeled_count=labeled_count, clinical=cardiac_metrics,
     write_phantom=write_mms, demo_phantom={"patients": 6, "frames": 4},
     preview={"fourier_ratio": 1.0, "histogram_matching": True},
     download_help=(

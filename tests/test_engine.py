@@ -30,7 +30,7 @@ from utils.engine import (
     training_step,
 )
 from utils.errors import UserError
-from utils.evaluation.tables import method_name
+from utils.evaluation.runs import method_name
 from utils.run.checkpoint import load_checkpoint, read_metadata
 
 CPU = torch.device("cpu")
