@@ -16,4 +16,5 @@ demo: setup
 
 test: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
