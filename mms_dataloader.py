@@ -23,7 +23,7 @@ from config import MMS
 from utils.data.commands import run_data_command
 from utils.data.dataset import Case, DatasetInfo, RawDataset, missing_or_outside, nifti_path
 from utils.data.phantom import write_mms
-from utils.evaluation.metrics import cardiac_figures
+from utils.evaluation.metrics import cardiac_metrics
 
 PARTS = ("Training/Labeled", "Training/Unlabeled", "Validation", "Testing")
 COLUMNS = ("External code", "Vendor", "Centre", "ED", "ES")
@@ -176,7 +176,7 @@ DATASET = DatasetInfo(
     name="M&Ms", key="mms", domain_kind="vendor", domains=VENDORS,
     class_names=("background", "LV", "MYO", "RV"),
     ndim=4, num_raw_labels=4, spacing=1.1,
-    find_cases=find_cases, normalize=normalize, labeled_count=labeled_count, clinical=cardiac_figures,
+    find_cases=find_cases, normalize=normalize, labeled_count=labeled_count, clinical=cardiac_metrics,
     write_phantom=write_mms, demo_phantom={"patients": 6, "frames": 4},
     download_help=(
         "M&Ms is free for research after registration at https://www.ub.edu/mnms (OpenDataset and its info table).\n"

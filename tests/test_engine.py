@@ -19,7 +19,7 @@ from utils.data.loaders import build_loaders
 from utils.distributed import Process
 from utils.engine import MAX_BAD_STEPS, fit
 from utils.errors import UserError
-from utils.evaluation.tables import method_name
+from utils.evaluation.runs import method_name
 from utils.run.checkpoint import load_checkpoint, read_metadata
 from utils.run.interrupt import EXIT_INTERRUPTED, Interrupt
 from utils.trainer import Trainer, batch_norms, derive_seed

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from utils import plots
+from utils.evaluation.statistics import agreement_limits
 
 NAMES = ("LV", "MYO", "RV")
 CONTOURS = np.array([to_rgb(colour) for colour in plots.STRUCTURE_COLOURS])
@@ -157,7 +158,11 @@ def test_dice_names_the_worst(tmp_path, figures):
 
 def test_bland_altman_numbers(tmp_path, figures):
     pairs = {"EDV": ([100.0, 120.0, 140.0, np.nan], [101.0, 122.0, 143.0, 5.0]), "EF": ([50.0], [48.0])}
-    plots.plot_bland_altman(tmp_path / "agreement.png", pairs, {"EDV": "ml", "EF": "%"})
+    agreement = {
+        "EDV": agreement_limits(*pairs["EDV"]) | {"unit": "ml"},
+        "EF": agreement_limits(*pairs["EF"]) | {"unit": "%"},
+    }
+    plots.plot_bland_altman(tmp_path / "agreement.png", pairs, agreement)
     titles = [ax.get_title() for ax in figures[0].axes]
-    # differences 1, 2, 3: mean 2, sample standard deviation 1
+    # differences 1, 2, 3: mean 2, sample standard deviation 1, limits 2 -+ 1.96
     assert titles == ["EDV (n = 3)\nbias +2.0 ml, limits +0.0 to +4.0", "EF (n = 1)\nbias -2.0 %"]

@@ -27,7 +27,8 @@ from network import build_network
 from utils.data.loaders import build_loaders
 from utils.errors import UserError, clear_errors
 from utils.files import OutputFolder, folder_lock, require_space, write_json
-from utils.run.checkpoint import provenance, save_networks
+from utils.run.checkpoint import save_networks
+from utils.trainer import run_metadata
 
 DATASETS = {"mms": (MMS, mms_dataloader.DATASET), "scgm": (SCGM, scgm_dataloader.DATASET)}
 SELECTION = "the method's released weights, converted: neither trained nor selected here"
@@ -212,19 +213,15 @@ def convert_released(
     for net, path in zip(nets, (left, right), strict=True):
         load_released(net, path)
     config = asdict(cfg) | {"run_name": out.name, "out_root": str(out.parent)}
-    metadata = {  # as Trainer.metadata
-        "dataset": info.key,
-        "class_names": list(info.class_names),
-        "spacing_mm": info.spacing,
-        "reference": torch.from_numpy(loaders.reference).mean(0).tolist() if cfg.histogram_matching else None,
-        "config": config,
-        "selection": SELECTION,
-        "step": "unknown",
-        "cps_weight": cfg.cps_weight,
-        "content_hash": loaders.data.info["content_hash"] if loaders else None,
-        "phantom": bool(loaders and loaders.data.info["phantom"]),
-        **provenance(),
-    }
+    metadata = run_metadata(
+        info,
+        config,
+        torch.from_numpy(loaders.reference).mean(0) if cfg.histogram_matching else None,
+        loaders.data.info if loaders else {},
+        selection=SELECTION,
+        step="unknown",
+        cps_weight=cfg.cps_weight,
+    )
     with folder_lock(out):
         require_space(out, sum(p.numel() * p.element_size() for net in nets for p in net.parameters()))
         outputs = OutputFolder(out)

@@ -160,11 +160,11 @@ def plot_dice_per_case(path, rows: list[dict], class_names, *, title, num_named:
     _save(figure, path)
 
 
-def plot_bland_altman(path, pairs: dict, units: dict[str, str]) -> None:
+def plot_bland_altman(path, pairs: dict, agreement: dict[str, dict]) -> None:
     """Agreement of predicted with reference quantities: difference against mean, bias, limits of agreement.
 
-    pairs: quantity -> (reference, predicted), two equally long 1-d arrays; a pair with a NaN is left out;
-    units: quantity -> unit. The limits are bias ± 1.96 sample standard deviations (none for a single pair).
+    pairs: quantity -> (reference, predicted), two equally long sequences; a pair with a NaN is not drawn;
+    agreement: quantity -> its n, bias, limits (None where there are none) and unit.
     """
     num_columns = min(len(pairs), 4)
     num_rows = -(-len(pairs) // num_columns)
@@ -172,23 +172,21 @@ def plot_bland_altman(path, pairs: dict, units: dict[str, str]) -> None:
     axes = figure.subplots(num_rows, num_columns, squeeze=False).flat
     for ax, (quantity, values) in zip(axes, pairs.items(), strict=False):
         reference, predicted = np.asarray(values, dtype=float)
-        valid = np.isfinite(reference + predicted)
-        mean, difference = ((reference + predicted) / 2)[valid], (predicted - reference)[valid]
-        text = f"{quantity} (n = {len(mean)})"
+        n, bias, limits, unit = (agreement[quantity][key] for key in ("n", "bias", "limits", "unit"))
+        text = f"{quantity} (n = {n})"
         ax.axhline(0, color="grey", linewidth=0.8, label="no difference")
-        ax.plot(mean, difference, "o", color=LINE_COLOURS[1], markersize=4, alpha=0.7, label="one case")
-        if len(mean) > 0:
-            bias = difference.mean()
+        mean = (reference + predicted) / 2
+        ax.plot(mean, predicted - reference, "o", color=LINE_COLOURS[1], markersize=4, alpha=0.7, label="one case")
+        if bias is not None:
             ax.axhline(bias, color="black", label="bias")
-            text += f"\nbias {bias:+.1f} {units[quantity]}"
-        if len(mean) > 1:
-            low, high = bias + 1.96 * difference.std(ddof=1) * np.array([-1, 1])
-            for limit in (low, high):
+            text += f"\nbias {bias:+.1f} {unit}"
+        if limits is not None:
+            for limit in limits:
                 ax.axhline(limit, color="black", linestyle="--", label="bias ± 1.96 SD")
-            text += f", limits {low:+.1f} to {high:+.1f}"
+            text += f", limits {limits[0]:+.1f} to {limits[1]:+.1f}"
         ax.set_title(text, fontsize=8)
-        ax.set_xlabel(f"mean of both ({units[quantity]})", fontsize=8)
-        ax.set_ylabel(f"predicted − truth ({units[quantity]})", fontsize=8)
+        ax.set_xlabel(f"mean of both ({unit})", fontsize=8)
+        ax.set_ylabel(f"predicted − truth ({unit})", fontsize=8)
         ax.tick_params(labelsize=8)
     for ax in axes[len(pairs) :]:
         ax.set_axis_off()

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from config import Config
+from utils.data.dataset import DatasetInfo
 from utils.data.loaders import Loaders
 from utils.distributed import Process, autocast_context, average, gather, unflatten
 from utils.errors import UserError
@@ -248,20 +249,50 @@ class Trainer:
 
     def metadata(self) -> dict[str, Any]:
         """Return what inference needs beside the weights."""
-        dataset, data = self.loaders.dataset, self.loaders.data
-        return {
-            "dataset": dataset.key,
-            "class_names": list(dataset.class_names),
-            "spacing_mm": dataset.spacing,
-            "reference": None if self.mean_reference is None else self.mean_reference.tolist(),
-            "config": asdict(self.cfg),
-            "selection": SELECTION,
-            "step": self.step,
-            "cps_weight": self.cps_weight(self.step - 1),  # of the last step: 0 before the pseudo supervision began
-            "content_hash": data.info["content_hash"],
-            "phantom": data.info["phantom"],
-            **provenance(),
-        }
+        return run_metadata(
+            self.loaders.dataset,
+            asdict(self.cfg),
+            self.mean_reference,
+            self.loaders.data.info,
+            selection=SELECTION,
+            step=self.step,
+            cps_weight=self.cps_weight(self.step - 1),  # of the last step: 0 before the pseudo supervision began
+        )
+
+
+def run_metadata(
+    dataset: DatasetInfo,
+    config: dict[str, Any],
+    reference: torch.Tensor | None,
+    data_info: dict[str, Any],
+    *,
+    selection: str,
+    step: int | str,
+    cps_weight: float,
+) -> dict[str, Any]:
+    """Return what is saved beside the weights of a run.
+
+    Args:
+        config: the run's settings.
+        reference: (256,) quantile curve that histograms are matched to, or None.
+        data_info: of the prepared data, or {} where they are unknown.
+        selection: rule by which the weights were chosen.
+        step: number of steps behind the weights.
+        cps_weight: beta of the last step.
+    """
+    return {
+        "dataset": dataset.key,
+        "class_names": list(dataset.class_names),
+        "spacing_mm": dataset.spacing,
+        "reference": None if reference is None else reference.tolist(),
+        "config": config,
+        "selection": selection,
+        "step": step,
+        "cps_weight": cps_weight,
+        "content_hash": data_info.get("content_hash"),
+        "phantom": data_info.get("phantom", False),
+        **provenance(),
+    }
 
 
 def checkpointed(net: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

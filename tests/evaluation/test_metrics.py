@@ -1,4 +1,4 @@
-"""The figures of the evaluation against loops, distances between all pairs of surface voxels, and numbers by hand."""
+"""The metrics of the evaluation against loops, distances between all pairs of surface voxels, and numbers by hand."""
 
 import math
 
@@ -8,7 +8,8 @@ import torch
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
-from utils.evaluation.metrics import bootstrap_interval, paper_dice, structure_metrics
+from utils.evaluation.metrics import paper_dice, structure_metrics
+from utils.evaluation.statistics import bootstrap_interval
 
 SPACING = (1.5, 1.25, 8.0)  # mm
 

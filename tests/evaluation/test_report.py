@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imsave
 
-from utils.evaluation.report import to_markdown, write_report
+from utils.evaluation.report import summary_text, write_report
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'
-FIGURES = {"dice": 87.125, "hd95": 9.5, "assd": 1.25}
+METRICS = {"dice": 87.125, "hd95": 9.5, "assd": 1.25}
 SPREADS = {"dice_ci95": [85.0, 90.0], "hd95_ci95": None, "assd_ci95": None}
 
 
@@ -55,7 +55,7 @@ def arguments(tmp_path):
         imsave(path, np.random.default_rng(i).random((8, 9)))
         pictures.append((f"Picture {i}", path))
     cases = [
-        {"patient": patient, "phase": phase, "structure": name, "paper_dice": paper, **FIGURES}
+        {"patient": patient, "phase": phase, "structure": name, "paper_dice": paper, **METRICS}
         for patient, paper in (("good", 90.0), ("bad", 40.0))
         for phase in ("ED", "ES")
         for name in ("LV", "RV")
@@ -73,7 +73,7 @@ def arguments(tmp_path):
             "phantom": False,
             "paper_protocol": {"mean": 65.0, "std": 35.3553, "ci95": [40.0, 90.0]},
             "volumetric": {
-                name: {**FIGURES, **SPREADS, "missed": 1, "both_empty": 2, "scans": 4} for name in ("LV", "RV")
+                name: {**METRICS, **SPREADS, "missed": 1, "both_empty": 2, "scans": 4} for name in ("LV", "RV")
             },
             "outside_field_percent": 0.5,
             "content_hash": "abc123",
@@ -146,7 +146,10 @@ def test_values_are_there(report):
 
 def test_cases_run_from_the_worst_to_the_best(report):
     _, cases = report().tables
-    assert cases[0][:4] == ["patient", "phase", "patient's paper Dice %", "LV Dice %"] and cases[0][-1] == "RV ASSD mm"
+    assert (
+        cases[0][:4] == ["patient", "phase", "patient's paper Dice (%)", "LV Dice (%)"]
+        and cases[0][-1] == "RV ASSD (mm)"
+    )
     assert [line[:3] for line in cases[1:]] == [
         ["bad", "ED", "40.00"],
         ["bad", "ES", "40.00"],
@@ -158,7 +161,7 @@ def test_cases_run_from_the_worst_to_the_best(report):
 
 def test_what_there_is_not_is_a_dash(report, arguments):
     summary = arguments["summary"] | {"paper_protocol": {"mean": 65.0, "std": None, "ci95": None}}
-    absent = dict.fromkeys((*FIGURES, *SPREADS))
+    absent = dict.fromkeys((*METRICS, *SPREADS))
     summary["volumetric"] = {"GM": {**absent, "missed": 0, "both_empty": 1, "scans": 1}}
     case = {"patient": "p", "phase": "", "structure": "GM", "paper_dice": 65.0}
     page = report(summary=summary, cases=[case | {"dice": None, "hd95": float("nan")}])  # and no assd
@@ -170,11 +173,11 @@ def test_what_there_is_not_is_a_dash(report, arguments):
 def test_phantom_and_options_are_announced(report, arguments):
     assert "Phantom" not in report().text
     page = report(summary=arguments["summary"] | {"phantom": True, "tta": True, "keep_largest": True})
-    assert "Phantom data: these figures say nothing about real scans." in page.text
+    assert "Phantom data: these numbers say nothing about real scans." in page.text
     assert "test-time augmentation, largest components only, 288 px" in page.text
 
 
-def test_clinical_figures(report, arguments):
+def test_clinical_quantities(report, arguments):
     means = {"truth_mean": 150.0, "predicted_mean": 147.0, "bias": -3.0, "mae": 6.0}
     clinical = {
         "LV EDV": {
@@ -208,16 +211,16 @@ def test_clinical_figures(report, arguments):
 
 def test_markdown_says_the_same(arguments):
     summary = arguments["summary"] | {"phantom": True, "tta": True}
-    text = to_markdown(arguments["title"], summary)
+    text = summary_text(arguments["title"], summary)
     for expected in (
         "# M&Ms, held-out vendor D\n",
         "seed 7, test-time augmentation, 288 px. Method: plain CPS. Checkpoint: best, step 3; selection: highest Dice.",
-        "**Phantom data: these figures say nothing about real scans.**",
-        "Dice 65.00 ± 35.36 % [40.00, 90.00]",
+        "**Phantom data: these numbers say nothing about real scans.**",
+        "Dice (%) 65.00 ± 35.36 [40.00, 90.00]",
         "\n| LV | 87.12 [85.00, 90.00] | 9.50 | 1.25 | 1 | 2 | 4 |\n",
     ):
         assert expected in text
-    assert "Phantom" not in to_markdown(arguments["title"], arguments["summary"])
+    assert "Phantom" not in summary_text(arguments["title"], arguments["summary"])
 
 
 def test_hostile_values_are_only_text(report, arguments, tmp_path):

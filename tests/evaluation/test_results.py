@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from utils.data.prepared import PreparedData
 from utils.distributed import Process
 from utils.engine import fit
 from utils.errors import UserError
-from utils.evaluation.commands import load_run, write_table
+from utils.evaluation.commands import write_table
 from utils.evaluation.predict import mean_dice, predict_scans, to_native, volumetric_rows
-from utils.evaluation.results import evaluate_run, runs_table
+from utils.evaluation.results import evaluate_run
+from utils.evaluation.runs import load_run, runs_table
+from utils.evaluation.tables import to_markdown
 from utils.run.checkpoint import load_networks, read_metadata, save_networks
 from utils.run.logger import read_log
 
@@ -38,6 +41,11 @@ def evaluate(run, build_tiny, **options):
     options = defaults | {"out": run / "results/D"} | options
     checkpoint = options.pop("checkpoint", "best")
     return evaluate_run(load_run(run, checkpoint, MMS, build_tiny, CPU), MMS, **options)
+
+
+def listed(folder):
+    """The rows of the run list."""
+    return [line for line in to_markdown([runs_table(folder, MMS)]).splitlines() if line.startswith("| ")][2:]
 
 
 def triples(scans):
@@ -115,14 +123,14 @@ def test_evaluation_writes_everything_and_agrees_with_itself(trained, build_tiny
     paper = {row["patient"]: float(row["paper_dice"]) for row in rows}
     assert summary["paper_protocol"]["mean"] == pytest.approx(np.mean(list(paper.values())))
     assert summary["paper_protocol"]["std"] == pytest.approx(np.std(list(paper.values()), ddof=1))
-    for name, figures in summary["volumetric"].items():
+    for name, metrics in summary["volumetric"].items():
         own = [row for row in rows if row["structure"] == name and row["dice"]]
         by_patient = [
             np.mean([float(r["dice"]) for r in own if r["patient"] == p]) for p in {r["patient"] for r in own}
         ]
-        assert figures["dice"] == pytest.approx(np.mean(by_patient))
-        assert figures["missed"] == sum(int(row["missed"]) for row in own)
-        assert figures["scans"] == 8
+        assert metrics["dice"] == pytest.approx(np.mean(by_patient))
+        assert metrics["missed"] == sum(int(row["missed"]) for row in own)
+        assert metrics["scans"] == 8
     # The predictions are where their truth is, and give the Dice of the table.
     data = PreparedData.open(mms_root, MMS)
     for row in rows:
@@ -134,7 +142,7 @@ def test_evaluation_writes_everything_and_agrees_with_itself(trained, build_tiny
         if row["dice"]:
             assert float(row["dice"]) == pytest.approx(200 * (p & t).sum() / (p.sum() + t.sum()))
     assert {path.name.split("_")[0] for path in (folder / "overlays").glob("*.png")} == {"worst", "median", "best"}
-    # The clinical figures come from the volumes.
+    # The clinical quantities come from the volumes.
     cases = {(row["patient"], row["phase"], row["structure"]): row for row in rows}
     patients = sorted({patient for patient, *_ in cases})
 
@@ -171,13 +179,42 @@ def test_runs_are_listed_with_their_best_scores(trained, build_tiny, mms_config)
     supervised = replace(mms_config, run_name="supervised", cps_weight=0.0, seed=7, max_steps=1)
     fit(supervised, build_loaders(supervised, MMS), build_tiny, Process(CPU))
     paper = evaluate(trained, build_tiny)["paper_protocol"]
-    rows = runs_table(trained.parent, MMS).splitlines()[2:]
+    rows = listed(trained.parent)
     source = read_log(trained / "log.jsonl")[0]["val_dice"]
     scores = f"{source:.2f} | {paper['mean']:.2f} ± {paper['std']:.2f}"
     assert rows[0] == f"| run | D | 2 % | full, before its pseudo supervision | 0 | 2 | {scores} |"
-    assert rows[1].startswith("| supervised | D | 2 % | supervised only | 7 | 1 |") and rows[1].endswith("| - |")
+    assert rows[1].startswith("| supervised | D | 2 % | supervised only | 7 | 1 |") and rows[1].endswith("| – |")
     with pytest.raises(UserError, match="no run of M&Ms there"):
         runs_table(trained, MMS)
+
+
+@pytest.mark.parametrize("odd", ["metadata", "summary", "mode"])
+def test_an_odd_run_costs_only_its_own_row(trained, build_tiny, odd):
+    other = trained.parent / "another"
+    shutil.copytree(trained, other)
+    metadata = read_metadata(trained / "best.safetensors")
+    if odd == "summary":
+        (other / "results/D").mkdir(parents=True)
+        (other / "results/D/summary.json").write_text("{}")
+    else:
+        config = metadata["config"] | {"cps_loss": "threshold"}
+        metadata |= {"config": config} if odd == "mode" else {"config": {}}
+        save_networks(other / "best.safetensors", [build_tiny(4), build_tiny(4)], metadata)
+    found, whole = listed(trained.parent)
+    if odd == "mode":  # a mode that is new is no fault: it goes by its own name, here and in the evaluation
+        assert "| threshold, before its pseudo supervision |" in found
+        assert evaluate(other, build_tiny, out=other / "results/D")["method"].startswith("threshold")
+    else:
+        assert found.startswith("| another | cannot be read (KeyError: ") and found.count("|") == whole.count("|")
+    assert whole.startswith("| run | D | 2 % |")
+
+
+def test_settings_newer_than_the_run_count_as_their_defaults(trained, build_tiny):
+    metadata = read_metadata(trained / "best.safetensors")
+    del metadata["config"]["fourier_alpha"]
+    save_networks(trained / "best.safetensors", [build_tiny(4), build_tiny(4)], metadata | {"extra": 1})
+    run = load_run(trained, "best", MMS, build_tiny, CPU)
+    assert run.config.fourier_alpha == 0.3 and run.config.image_size == 32
 
 
 def test_patients_that_the_training_has_seen_are_not_evaluated(trained, build_tiny, capsys):
@@ -202,9 +239,9 @@ def test_unfinished_training_is_named(trained, build_tiny):
     remark = "(training not finished: epoch 1 of 9)"
     assert evaluate(trained, build_tiny)["checkpoint"] == f"best, step 2 {remark}"
     assert remark in (trained / "results/D/summary.md").read_text()
-    assert f"| 2 {remark} |" in runs_table(trained.parent, MMS)
+    assert f"| 2 {remark} |" in listed(trained.parent)[0]
     (trained / "config.json").write_text("{")
-    assert "config.json is missing or damaged" in runs_table(trained.parent, MMS)  # in its own row
+    assert "config.json is missing or damaged" in listed(trained.parent)[0]  # in its own row
     with pytest.raises(UserError, match=r"config\.json is missing or damaged"):
         evaluate(trained, build_tiny)
     (trained / "log.jsonl").unlink()  # weights without a log: nothing is known

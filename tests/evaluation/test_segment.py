@@ -1,5 +1,8 @@
 """New scans: label maps in the scan's own grid, in the right place, whatever its size, spacing and orientation."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -8,10 +11,12 @@ from torch import nn
 
 import mms_dataloader
 import scgm_dataloader
+from config import MMS
 from utils.data.volume import PlaneMap
 from utils.errors import UserError
 from utils.evaluation.metrics import largest_components
 from utils.evaluation.predict import predict
+from utils.evaluation.runs import TrainedRun
 from utils.evaluation.segment import NOTE, Segmenter, segment_files
 
 CPU = torch.device("cpu")
@@ -26,12 +31,13 @@ class Brightness(nn.Module):
 
 
 def segmenter(net=None, dataset=mms_dataloader.DATASET, **changes):
-    defaults = {
-        "nets": [net or Brightness()] * 2, "dataset": dataset, "size": 288, "reference": None, "device": CPU,
-        "precision": "fp32", "batch_size": 32, "tta": False, "keep_largest": False, "confidence": False,
-        "fourier_window": 0.01, "fourier_ratio": 1.0, "center": None,
+    """A segmenter of MMS settings at 288 px; changes are of its own fields or of the run's config."""
+    own = {
+        "precision": "fp32", "batch_size": 32, "tta": False, "keep_largest": False, "confidence": False, "center": None,
     }  # fmt: skip
-    return Segmenter(**(defaults | changes))
+    config = replace(MMS, **{name: value for name, value in changes.items() if name not in own})
+    run = TrainedRun(Path(), "best", [net or Brightness()] * 2, config, {}, None, CPU)
+    return Segmenter(run=run, dataset=dataset, **{name: changes.get(name, value) for name, value in own.items()})
 
 
 def phantom(shape, zooms, center_mm=(0, 0), seed=0):
@@ -161,6 +167,32 @@ def test_confidence_is_the_variance_between_the_views(build_tiny):
     assert half["confidence"][:, inside].min() > maps["confidence"][:, inside].min()
     none = segmenter(net, confidence=True, fourier_ratio=0.0).frame(other, plane)
     assert np.allclose(none["confidence"][:, inside], 1, atol=1e-4)
+
+
+def test_confidence_uses_the_fourier_mode_of_the_run(build_tiny):
+    """Mode AM mixes all frequencies by fourier_alpha, as the formula on whole spectra says; lambda plays no part."""
+    net = build_tiny(4).eval()
+    slices = np.random.default_rng(0).random((4, 120, 120))
+    plane = PlaneMap((120, 120), (1.5, 1.5), 300, 1.1)
+    maps = {
+        alpha: segmenter(net, confidence=True, fourier_mode="AM", fourier_ratio=0.0, fourier_alpha=alpha).frame(
+            slices, plane
+        )["confidence"]
+        for alpha in (0.0, 0.3, 1.0)
+    }
+    assert np.allclose(maps[0.0][:, plane.inside()], 1, atol=1e-4)
+    assert maps[1.0].mean() < maps[0.3].mean() < maps[0.0].mean()
+    canvas = plane.to_canvas(mms_dataloader.normalize(slices.astype(np.float32))).astype(np.float16)
+    view = canvas[:, None, 6:-6, 6:-6].astype(np.float32)
+    other = np.roll(view, 2, 0)
+    amplitude = 0.7 * np.abs(np.fft.fft2(view)) + 0.3 * np.abs(np.fft.fft2(other))
+    fourier = np.fft.ifft2(amplitude * np.exp(1j * np.angle(np.fft.fft2(view)))).real.astype(np.float32)
+    with torch.no_grad():
+        plain, augmented = (net(torch.from_numpy(x)).softmax(1).numpy() for x in (view, fourier))
+    expected = np.exp(-(plain * np.log(plain / augmented)).sum(1))
+    found = plane.to_canvas(maps[0.3])[:, 6:-6, 6:-6]  # there and back smooths, so the means are compared
+    inside = found > 0
+    assert found[inside].mean() == pytest.approx(expected[inside].mean(), abs=1e-4)
 
 
 def test_largest_component_is_kept_per_structure():

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,22 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
+from utils.data.loaders import SliceDataset, batch_loader, scan_batches
 from utils.data.prepared import PreparedData
 from utils.data.volume import PlaneMap, Volume, read_volume
 from utils.distributed import autocast_context
 from utils.evaluation.metrics import largest_components, paper_dice, structure_metrics
 from utils.method.augment import FIELD_PX, canvas_to_view, match_histogram
-
-
-class TrainedRun(NamedTuple):
-    """Both networks of a run, ready to predict, and what was saved beside them."""
-
-    folder: Path
-    checkpoint: str
-    nets: list[nn.Module]
-    metadata: dict[str, Any]
-    reference: torch.Tensor | None  # (256,)
-    device: torch.device
 
 
 class ScanPrediction(NamedTuple):
@@ -44,9 +33,11 @@ class ScanPrediction(NamedTuple):
 def prepare_view(
     canvas: torch.Tensor, quantiles: torch.Tensor, *, size: int, reference: torch.Tensor | None
 ) -> torch.Tensor:
-    """The network's input without augmentation, deterministic: (B, 1, C, C) canvases -> (B, 1, size, size).
+    """Return the network's input without augmentation: (B, 1, C, C) canvases -> (B, 1, size, size).
 
-    `reference` is the (256,) mean quantile curve that histograms are matched to, or None.
+    Args:
+        quantiles: (B, 256) curve of each canvas.
+        reference: (256,) mean quantile curve that histograms are matched to, or None.
     """
     view = canvas_to_view(canvas, size)
     return view if reference is None else match_histogram(view, quantiles, reference[None])
@@ -75,6 +66,12 @@ def predict(
     return (first + second) / 2, torch.exp(-divergence.clamp_min(0))
 
 
+def scan_loader(data: PreparedData, patients: Sequence[str]) -> DataLoader:
+    """Return a loader of the labelled scans of some patients, one scan per batch."""
+    dataset = SliceDataset(data, data.rows(list(patients), with_mask=True), with_mask=True)
+    return batch_loader(dataset, scan_batches(data, dataset.rows), 0)
+
+
 def predict_scans(
     nets: Sequence[nn.Module],
     loader: DataLoader,
@@ -100,9 +97,10 @@ def predict_scans(
 
 
 def mean_dice(scans: Iterable[tuple[str, str, Sequence[float]]]) -> dict[str, float]:
-    """Paper-protocol Dice (percent) by patient, the mean over the slices of all the patient's scans.
+    """Return the paper's Dice (percent) by patient: the mean over the slices of all the patient's scans.
 
-    `scans` gives (patient, phase, Dice of the slices) of each.
+    Args:
+        scans: patient, phase and Dice of the slices, in [0, 1], of each.
     """
     slices: dict[str, list[float]] = defaultdict(list)
     for patient, _, dice in scans:
@@ -120,7 +118,7 @@ class NativeScan(NamedTuple):
 
 
 def to_native(scan: ScanPrediction, data: PreparedData, *, keep_largest: bool = False) -> NativeScan:
-    """Map a prediction back to its scan's grid: softmax resampled bilinearly, then argmax, then largest components."""
+    """Map a prediction back to its scan's grid: bilinear softmax, argmax, largest components on request."""
     classes, size = scan.probability.shape[1:3]
     truth = read_volume(data.truth_path(scan.patient, scan.phase), 3)
     plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, data.info["spacing_mm"] * FIELD_PX / size)
@@ -131,15 +129,15 @@ def to_native(scan: ScanPrediction, data: PreparedData, *, keep_largest: bool = 
     return NativeScan(largest_components(labels) if keep_largest else labels, known, truth, outside)
 
 
-def volumetric_rows(scan: ScanPrediction, native: NativeScan, class_names: Sequence[str]) -> list[dict]:
-    """Dice, HD95 and ASSD of every structure of one scan; structures empty in truth and prediction carry no figures."""
+def volumetric_rows(scan: ScanPrediction, native: NativeScan, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return metrics and volumes (ml) of every structure of one scan; one empty on both sides has no metrics."""
     rows = []
     for label, name in enumerate(class_names[1:], start=1):
-        figures = structure_metrics(native.labels == label, native.truth == label, native.grid.zooms)
+        metrics = structure_metrics(native.labels == label, native.truth == label, native.grid.zooms)
         voxel = float(np.prod(native.grid.zooms)) / 1000  # ml
         volumes = {
             "predicted_ml": np.count_nonzero(native.labels == label) * voxel,
             "truth_ml": np.count_nonzero(native.truth == label) * voxel,
         }
-        rows.append({"patient": scan.patient, "phase": scan.phase, "structure": name, **(figures or {}), **volumes})
+        rows.append({"patient": scan.patient, "phase": scan.phase, "structure": name, **(metrics or {}), **volumes})
     return rows

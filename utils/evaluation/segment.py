@@ -8,7 +8,6 @@ from time import monotonic
 
 import numpy as np
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from utils.data.dataset import DatasetInfo
@@ -17,7 +16,8 @@ from utils.data.volume import PlaneMap, Volume, frame_count, frame_slices, read_
 from utils.errors import UserError
 from utils.evaluation.metrics import largest_components
 from utils.evaluation.predict import predict, prepare_view
-from utils.method.augment import CANVAS_PX, FIELD_PX, amplitude_swap
+from utils.evaluation.runs import TrainedRun
+from utils.method.augment import CANVAS_PX, FIELD_PX, fourier_view
 from utils.method.losses import kl_variance
 
 NOTE = "SemiDG-Seg: for research use, not for clinical decisions"
@@ -29,18 +29,13 @@ MAPS = ("_gt", "_seg", "_confidence", "_agreement")  # endings of what lies besi
 class Segmenter:
     """Segments volumes with both networks of a run."""
 
-    nets: Sequence[nn.Module]
+    run: TrainedRun
     dataset: DatasetInfo
-    size: int  # px of the network's input
-    reference: torch.Tensor | None  # (256,) curve that histograms are matched to
-    device: torch.device
     precision: str
     batch_size: int  # slices at a time
     tta: bool
     keep_largest: bool
     confidence: bool  # also map exp(-V) and the networks' agreement
-    fourier_window: float  # L and lambda of the amplitude swap that V compares with, as in training
-    fourier_ratio: float
     center: tuple[float, float] | None  # voxel of the organ's centre in the first two axes; None: the image's centre
 
     def frame(self, slices: np.ndarray, plane: PlaneMap) -> dict[str, np.ndarray]:
@@ -55,17 +50,21 @@ class Segmenter:
             of the networks, both float32 and 0 outside the field of view.
         """
         canvas = plane.to_canvas(self.dataset.normalize(slices.astype(np.float32))).astype(np.float16)
-        curves = torch.from_numpy(quantile_curves(canvas)).to(self.device)
-        images = torch.from_numpy(canvas)[:, None].to(self.device)
-        view = prepare_view(images, curves, size=self.size, reference=self.reference)
+        config, device = self.run.config, self.run.device
+        curves = torch.from_numpy(quantile_curves(canvas)).to(device)
+        images = torch.from_numpy(canvas)[:, None].to(device)
+        view = prepare_view(images, curves, size=config.image_size, reference=self.run.reference)
         probability, agreement = self._predict(view, tta=self.tta)
-        grid = PlaneMap(plane.shape, plane.zooms, self.size, self.dataset.spacing * FIELD_PX / self.size, plane.center)
+        spacing = self.dataset.spacing * FIELD_PX / config.image_size
+        grid = PlaneMap(plane.shape, plane.zooms, config.image_size, spacing, plane.center)
         labels = grid.to_native(probability.cpu().numpy()).argmax(1).astype(np.uint8)
         maps = {"seg": largest_components(labels) if self.keep_largest else labels}
         if self.confidence:
             # A new scan comes without partners from other scanners: half the scan away lies another amplitude.
-            partner = prepare_view(images.roll(len(images) // 2, 0), curves, size=self.size, reference=None)
-            fourier = amplitude_swap(view, partner, self.fourier_window * FIELD_PX / self.size, self.fourier_ratio)
+            partner = prepare_view(images.roll(len(images) // 2, 0), curves, size=config.image_size, reference=None)
+            # Training with AM draws the share up to fourier_alpha; here it is the largest, so that maps are repeatable.
+            ratio = config.fourier_alpha if config.fourier_mode == "AM" else config.fourier_ratio
+            fourier = fourier_view(view, partner, mode=config.fourier_mode, window=config.fourier_window, ratio=ratio)
             plain, augmented = (self._predict(x)[0].clamp_min(1e-12).log() for x in (view, fourier))
             maps["confidence"] = grid.to_native(torch.exp(-kl_variance(plain, augmented)).cpu().numpy())
             maps["agreement"] = grid.to_native(agreement.cpu().numpy())
@@ -73,7 +72,9 @@ class Segmenter:
 
     def _predict(self, view: torch.Tensor, *, tta: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean softmax and agreement of the networks, `batch_size` slices at a time."""
-        parts = [predict(self.nets, part, precision=self.precision, tta=tta) for part in view.split(self.batch_size)]
+        parts = [
+            predict(self.run.nets, part, precision=self.precision, tta=tta) for part in view.split(self.batch_size)
+        ]
         probability, agreement = zip(*parts, strict=True)
         return torch.cat(probability), torch.cat(agreement)
 

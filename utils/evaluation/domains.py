@@ -1,0 +1,179 @@
+"""The leave-one-domain-out tables: the results of several runs, beside the published ones (published.csv)."""
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean, pstdev, stdev
+from typing import Any, NamedTuple
+
+from utils.data.dataset import DatasetInfo
+from utils.errors import UserError
+from utils.evaluation.metrics import METRICS
+from utils.evaluation.tables import Cell, Table
+from utils.method.augment import FIELD_PX
+
+VARYING = {"seed", "test_domain"}  # settings in which the runs of a table differ by design
+SELECTION_NOTE = (
+    "A published checkpoint may have been chosen on the held-out domain itself; those of this implementation never are."
+)
+Runs = dict[str, list[dict[str, Any]]]  # held-out domain -> one method's summaries by seed; empty where there is none
+
+
+class Published(NamedTuple):
+    """A published row: Dice in percent per held-out domain and their average, as printed there."""
+
+    method: str
+    dice: list[float]
+    average: float
+    std: list[float | None]  # sample standard deviation over patients
+    later: bool  # than this method
+    note: str  # what to know about it
+
+
+def published_rows(dataset: str) -> dict[float, list[Published]]:
+    """Return the published rows of a data set by share of labelled patients."""
+    rows: dict[float, list[Published]] = {}
+    with open(Path(__file__).with_name("published.csv"), newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            if line["dataset"] == dataset:
+                dice = [float(value) for value in line["dice"].split()]
+                std = [float(value) for value in line["std"].split()] or [None] * len(dice)
+                row = Published(line["method"], dice, float(line["average"]), std, bool(line["later"]), line["note"])
+                rows.setdefault(float(line["ratio"]), []).append(row)
+    return rows
+
+
+def leave_one_domain_out(summaries: list[dict[str, Any]], dataset: DatasetInfo) -> list[Table]:
+    """Put the summary.json of several runs, one or more seeds per held-out domain and method, into tables.
+
+    The first table has a row per method and the published ones, by the paper's protocol; a volumetric table per method
+    follows. A domain's cell holds the mean and sample standard deviation over patients or, of several seeds, over the
+    seeds' means. The average is that of the domains' means, with their population standard deviation, as in the paper.
+
+    Raises:
+        UserError: the runs differ in data set or label ratio, or one of them is there twice.
+    """
+    names = [
+        f"{s['dataset']} {s['test_domain']} {_percent(s['ratio'])} seed {s['seed']} ({s['method']})" for s in summaries
+    ]
+    if len({(summary["dataset"], summary["ratio"]) for summary in summaries}) > 1:
+        raise UserError(f"one table takes one data set and one label ratio, not {', '.join(names)}")
+    if len(set(names)) < len(names):
+        raise UserError(f"give each held-out domain, seed and method once, not {', '.join(names)}")
+    ratio, kind = summaries[0]["ratio"], dataset.domain_kind
+    methods: dict[str, Runs] = {s["method"]: {domain: [] for domain in dataset.domains} for s in summaries}
+    for summary in sorted(summaries, key=lambda summary: summary["seed"]):
+        methods[summary["method"]][summary["test_domain"]].append(summary)
+    published = published_rows(dataset.key)
+    nearest = min(published, key=lambda share: abs(share - ratio), default=None)
+    checkpoints = dict.fromkeys(f"{s['checkpoint'].split(',')[0]}, selection: {s['selection']}" for s in summaries)
+    setting = (
+        f"{dataset.name}, each {kind} held out in turn, {_percent(ratio)} of the patients labelled. Mean ± standard "
+        f"deviation over patients, of several seeds over their means; average ± population standard deviation of the "
+        f"{kind}s' means. Checkpoint: {'; '.join(checkpoints)}."
+    )
+    sources = {method: _sources(method, runs, published) for method, runs in methods.items()}
+    header = ["", *dataset.domains, "average"]
+    beside, not_comparable, remarks = "", [], []
+    if published:
+        beside = f" Published rows: {_percent(nearest)} labelled."
+        remarks = [SELECTION_NOTE]
+        if any(_differences([summary], published) for summary in summaries):
+            beside = f"{beside[:-1]}, not comparable with what is marked †."
+            shares = " or ".join(map(_percent, published))
+            not_comparable = [
+                f"† Not comparable with the published numbers ({dataset.name}, {shares} labelled, {FIELD_PX} px)."
+            ]
+    rows: list[list[Any]] = [
+        [f"this implementation, {method}", *_cells(runs, published, _paper_dice)] for method, runs in methods.items()
+    ]
+    for row in published.get(nearest, ()):
+        rows.append([f"{row.method} ‡" if row.later else row.method, *map(Cell, row.dice, row.std), Cell(row.average)])
+    if later := [row for row in published.get(nearest, ()) if row.later]:
+        notes = "; ".join(f"{row.method}: {row.note}" for row in later if row.note)
+        remarks.append(
+            f"‡ Published later. VDPL as in its paper, the others as the S&D Messenger paper has them. {notes}."
+        )
+    note = f"Dice (%) of all structures pooled per slice, softmax > 0.5, on a {FIELD_PX} px grid. {setting}{beside}"
+    footnotes = [*sources.values(), *not_comparable, *remarks]
+    tables = [Table("Paper protocol", note, header, rows, footnotes, [len(methods)] if published else [])]
+    structures = list(summaries[0]["volumetric"])
+    note = f"In the scans' own grid; a miss counts as Dice 0 and as distances of the image diagonal. {setting}"
+    for method, runs in methods.items():
+        rows = [
+            [f"{name} {text}", *_cells(runs, published, _volumetric(name, key))]
+            for key, text in {**METRICS, "missed": "missed (% of scans)"}.items()
+            for name in structures
+        ]
+        rules = range(len(structures), len(rows), len(structures))
+        footnotes = [sources[method], *not_comparable]
+        tables.append(Table(f"Volumetric, {method}", note, header, rows, footnotes, rules))
+    return tables
+
+
+MeanStd = tuple[float | None, float | None]
+
+
+def _cells(runs: Runs, published: dict, mean_std: Callable[[dict[str, Any]], MeanStd]) -> list[Cell]:
+    """Return one cell per domain, and the average of those that have a mean."""
+    cells = []
+    for found in runs.values():
+        numbers = [mean_std(summary) for summary in found]
+        remark = ""
+        if len(numbers) > 1:
+            means = [mean for mean, _ in numbers if mean is not None]
+            numbers, remark = [_over(means, stdev)], f"{len(means)} seeds"
+        cells.append(Cell(*(numbers or [(None, None)])[0], remark, _differences(found, published)))
+    means = [cell.mean for cell in cells if cell.mean is not None]
+    partly = f"{len(means)} domain{'' if len(means) == 1 else 's'}" if len(means) < len(cells) else ""
+    differences = "; ".join(dict.fromkeys(cell.differences for cell in cells if cell.differences))
+    return [*cells, Cell(*_over(means, pstdev), partly, differences)]
+
+
+def _paper_dice(summary: dict[str, Any]) -> MeanStd:
+    return summary["paper_protocol"]["mean"], summary["paper_protocol"]["std"]
+
+
+def _volumetric(structure: str, metric: str) -> Callable[[dict[str, Any]], MeanStd]:
+    def mean_std(summary: dict[str, Any]) -> MeanStd:
+        of_structure = summary["volumetric"][structure]
+        if metric == "missed":
+            return 100 * of_structure["missed"] / of_structure["scans"], None
+        return of_structure[metric], of_structure[f"{metric}_std"]
+
+    return mean_std
+
+
+def _over(means: list[float], deviation: Callable[[list[float]], float]) -> MeanStd:
+    return fmean(means) if means else None, deviation(means) if len(means) > 1 else None
+
+
+def _differences(found: Sequence[dict[str, Any]], published: dict[float, list[Published]]) -> str:
+    """Say why the runs of a domain cannot stand beside the published numbers; empty where they can, or none are."""
+    if not published:
+        return ""
+    flags = {"phantom": "phantom data", "tta": "test-time augmentation"}
+    reasons = [reason for key, reason in flags.items() if any(summary.get(key) for summary in found)]
+    reasons += sorted({summary["method"] for summary in found} - {"full"})
+    reasons += [f"{_percent(ratio)} labelled" for ratio in {summary["ratio"] for summary in found} - set(published)]
+    return ", ".join([*reasons, *(f"{px} px" for px in sorted({s["image_size"] for s in found} - {FIELD_PX}))])
+
+
+def _sources(method: str, runs: Runs, published: dict[float, list[Published]]) -> str:
+    """Say what stands behind a method's cells, and in which settings its runs differ other than by design."""
+    sources = []
+    for domain, found in runs.items():
+        if found:
+            seeds = ", ".join(f"{summary['seed']}{summary['unfinished']}" for summary in found)
+            differences = _differences(found, published)
+            mark = f" († {differences})" if differences else ""
+            sources.append(f"{domain} {found[0]['patients']} patients, seed {seeds}{mark}")
+    text = f"Runs, {method}: {'; '.join(sources)}."
+    settings = [summary["settings"] for found in runs.values() for summary in found]
+    values = {key: dict.fromkeys(of_run[key] for of_run in settings) for key in settings[0].keys() - VARYING}
+    unequal = [f"{key} ({', '.join(map(str, found))})" for key, found in sorted(values.items()) if len(found) > 1]
+    return f"{text} They differ in {', '.join(unequal)}." if unequal else text
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:g} %"
