@@ -1,5 +1,8 @@
 """New scans: label maps in the scan's own grid, in the right place, whatever its size, spacing and orientation."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from torch import nn
 
 import mms_dataloader
@@ -33,7 +37,8 @@ class Brightness(nn.Module):
 def segmenter(net=None, dataset=mms_dataloader.DATASET, **changes):
     """A segmenter of MMS settings at 288 px; changes are of its own fields or of the run's config."""
     own = {
-        "precision": "fp32", "batch_size": 32, "tta": False, "keep_largest": False, "confidence": False, "center": None,
+        "precision": "fp32", "batch_size": 32, "tta": False, "keep_largest": False, "confidence": False,
+        "center": None, "slice_axis": None,
     }  # fmt: skip
     config = replace(MMS, **{name: value for name, value in changes.items() if name not in own})
     run = TrainedRun(Path(), "best", [net or Brightness()] * 2, config, {}, None, CPU)
@@ -260,10 +265,133 @@ def test_a_bad_scan_does_not_stop_the_others(tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["good_seg.nii.gz"]
     with pytest.raises(UserError, match=r"no \.nii or \.nii\.gz scan in"):  # it holds nothing but our own map
         segment_files(segmenter(), [tmp_path / "out"], tmp_path / "more")
-    assert "left out as no scan: " in capsys.readouterr().out
+    assert "left out as a label map, by its name: " in capsys.readouterr().out
     with pytest.raises(UserError, match="no such file or folder"):
         segment_files(segmenter(), [tmp_path / "none.nii.gz"], tmp_path / "out")
     (tmp_path / "other").mkdir()
     write(tmp_path / "other/good.nii", phantom((50, 50, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
     with pytest.raises(UserError, match=r"several inputs would be written as good_seg\.nii\.gz"):
         segment_files(segmenter(), [folder / "good.nii.gz", tmp_path / "other"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "site1-sc01-mask-r1", "P1_sa_GT", "sub-01_T2starw_gmseg-manual", "a_mask", "a_Label", "a_labels", "a_dseg",
+        "a-seg", "a_SEG", "a_seg-manual", "a_agreement", "a_confidence",
+    ],
+)  # fmt: skip
+def test_label_maps_in_a_folder_are_left_out(tmp_path, capsys, name):
+    for stem in ("site1-sc01-image", "gt_scanner", "mask", name):
+        write(tmp_path / f"{stem}.nii.gz", phantom((60, 60, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
+    (tmp_path / f"._{name}.nii.gz").write_bytes(b"of a file browser")
+    (tmp_path / ".DS_Store").write_bytes(b"\0")
+    segment_files(segmenter(), [tmp_path], tmp_path / "out")
+    maps = {path.name for path in (tmp_path / "out").iterdir()}
+    assert maps == {f"{stem}_seg.nii.gz" for stem in ("site1-sc01-image", "gt_scanner", "mask")}
+    assert f"left out as a label map, by its name: {tmp_path / name}.nii.gz\n" in capsys.readouterr().out
+
+
+def test_a_scan_of_few_whole_numbers_is_doubted(tmp_path, capsys):
+    write(tmp_path / "scan.nii.gz", phantom((60, 60, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
+    segment_files(segmenter(), [tmp_path], tmp_path / "out")
+    assert "scan.nii.gz: it holds only the values 0, 1000, 2000, 3000: is it a label map?" in capsys.readouterr().out
+    grey = np.random.default_rng(0).random((60, 60, 4)).astype(np.float32)
+    nib.save(nib.Nifti1Image(grey, np.diag([2, 2, 8, 1])), tmp_path / "scan.nii.gz")
+    segment_files(segmenter(), [tmp_path], tmp_path / "out", overwrite=True)
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("array", "zoom", "reason"),
+    [
+        (np.zeros((60, 60, 2)), 2, "all voxels lie in 0 to 0"),
+        (np.full((60, 60, 2), 7), 2, "all voxels lie in 7 to 7"),
+        (np.arange(7200).reshape(60, 60, 2) % 900, 0.002, "correct the voxel size in the header"),
+        (np.arange(7200).reshape(60, 60, 2) % 900, 20, "correct the voxel size in the header"),
+    ],
+)
+def test_no_scan_is_refused_and_the_others_go_on(tmp_path, array, zoom, reason):
+    nib.save(nib.Nifti1Image(array.astype(np.int16), np.diag([zoom, zoom, 8, 1])), tmp_path / "odd.nii.gz")
+    write(tmp_path / "scan.nii.gz", phantom((60, 60, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
+    with pytest.raises(UserError, match=f"1 of 2 scans failed:\n  .*odd.nii.gz: .*{reason}"):
+        segment_files(segmenter(), [tmp_path], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scan_seg.nii.gz"]
+
+
+@pytest.mark.parametrize("shape", [(150, 140, 4), (150, 140, 4, 2)])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_slices_on_another_axis(tmp_path, capsys, axis, shape):
+    """A scan with its slices on another axis gives the same map on that axis, and without the flag a warning."""
+    scan = np.random.default_rng(0).gamma(2, 200, shape).astype(np.int16)
+    scan[40:90, 50:80] += 2000
+    moved, zooms = np.moveaxis(scan, 2, axis - 1), np.insert([1.5, 1.25], axis - 1, 8)
+    nib.save(nib.Nifti1Image(scan, np.diag([1.5, 1.25, 8, 1])), tmp_path / "third.nii.gz")
+    nib.save(nib.Nifti1Image(moved, np.diag([*zooms, 1])), tmp_path / "moved.nii.gz")
+    center = (60.0, 70.0)
+    segment_files(segmenter(center=center, confidence=True), [tmp_path / "third.nii.gz"], tmp_path)
+    assert "--slice-axis" not in capsys.readouterr().out
+    segment_files(segmenter(), [tmp_path / "moved.nii.gz"], tmp_path / "unaware")
+    assert f"lie on axis {axis}, not 3: --slice-axis names their axis" in capsys.readouterr().out
+    aware = segmenter(center=center, confidence=True, slice_axis=axis)
+    segment_files(aware, [tmp_path / "moved.nii.gz"], tmp_path)
+    assert "--slice-axis" not in capsys.readouterr().out
+    for kind in ("seg", "confidence", "agreement"):
+        third, found = (nib.load(tmp_path / f"{stem}_{kind}.nii.gz") for stem in ("third", "moved"))
+        assert found.shape == moved.shape and (found.affine == np.diag([*zooms, 1])).all()
+        assert np.array_equal(np.moveaxis(third.get_fdata(), 2, axis - 1), found.get_fdata())
+    assert len(np.unique(nib.load(tmp_path / "third_seg.nii.gz").dataobj)) > 1
+
+
+class Full(nn.Module):
+    """Fails as a machine does whose memory is full, at scans of more than 2 slices."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def forward(self, image):
+        if len(image) > 2:
+            raise self.error
+        return Brightness()(image)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        np._core._exceptions._ArrayMemoryError((9, 9), np.dtype(float)),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_full_memory_is_the_problem_of_one_scan(tmp_path, error):
+    for name, depth in (("large", 3), ("small", 2)):
+        write(tmp_path / f"{name}.nii.gz", phantom((60, 60, depth), (2, 2, 8)), np.diag([2, 2, 8, 1]))
+    with pytest.raises(UserError, match=r"1 of 2 scans failed:\n  .*large.*out of memory: .*--batch-size \(now 32\)"):
+        segment_files(segmenter(Full(error)), [tmp_path], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["small_seg.nii.gz"]
+
+
+def test_other_errors_of_the_network_are_not_hidden(tmp_path):
+    write(tmp_path / "scan.nii.gz", phantom((60, 60, 3), (2, 2, 8)), np.diag([2, 2, 8, 1]))
+    with pytest.raises(RuntimeError, match="shapes"):
+        segment_files(segmenter(Full(RuntimeError("shapes do not fit"))), [tmp_path], tmp_path / "out")
+
+
+def test_memory_grows_by_little_more_than_the_scan(tmp_path):
+    """All classes of a frame at once took 18 times the scan's float32 size."""
+    scan = np.random.default_rng(0).integers(0, 1000, (512, 512, 40)).astype(np.float32)
+    nib.save(nib.Nifti1Image(scan, np.diag([0.7, 0.7, 8, 1])), tmp_path / "scan.nii")
+    nib.save(nib.Nifti1Image(scan[:100, :100, :4], np.diag([0.7, 0.7, 8, 1])), tmp_path / "small.nii")
+    code = (
+        "import resource, sys; from pathlib import Path; from test_segment import segmenter, segment_files\n"
+        "peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "folder = Path(sys.argv[1]); segment = segmenter(batch_size=4)\n"
+        "segment_files(segment, [folder / 'small.nii'], folder / 'out'); before = peak()\n"
+        "segment_files(segment, [folder / 'scan.nii'], folder / 'out'); print('grown by', peak() - before)"
+    )
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/evaluation'}"}
+    command = [sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | path)
+    assert int(done.stdout.split("grown by")[1]) < 5 * scan.nbytes
