@@ -367,7 +367,7 @@ def test_extreme_slices_are_prepared_and_trained_on(raw, tmp_path, mms_config, b
     """Constant and empty slices, 512 px and 20 px matrices: valid input all the way through a training."""
     constant, large, small = labeled_folders(raw)
     rng = np.random.default_rng(0)
-    shapes = {constant: None, large: (512, 512), small: (20, 17)}
+    shapes = {constant: None, large: (512, 512), small: (24, 20)}
     for folder, plane in shapes.items():
         scan, mask = (folder / f"{folder.name}_{kind}.nii.gz" for kind in ("sa", "sa_gt"))
         array = np.asarray(nib.load(scan).dataobj)
