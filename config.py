@@ -11,6 +11,8 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import tyro
 
+from utils.errors import UserError
+
 # Settings that neither the method nor its result depends on.
 RUNTIME_SETTINGS = frozenset({
     "data_root", "out_root", "run_name", "restart", "save_every", "device", "workers", "wandb", "compile",
@@ -75,7 +77,7 @@ class Config:
     wandb: bool = True  # online when an account is configured, else into the run folder only
 
     def __post_init__(self) -> None:
-        """Refuse settings that cannot work; the message names the flag."""
+        """Raise UserError, naming the flag, for settings that cannot work."""
         rules = {
             "--ratio must be in (0, 1]": 0 < self.ratio <= 1,
             "--image-size must be 32 to 288": 32 <= self.image_size <= 288,
@@ -107,7 +109,7 @@ class Config:
             )
         for rule, holds in rules.items():
             if not holds:
-                sys.exit(f"error: {rule}")
+                raise UserError(rule)
 
 
 MMS = Config(
@@ -162,9 +164,9 @@ SCGM_DEMO = replace(
 
 
 def from_cli(base: Config, demo: Config) -> Config:
-    """The settings of `base`, or with --demo those of `demo`, changed by the command line's flags."""
+    """Return the settings of `base`, or with --demo those of `demo`, changed by the command line's flags."""
     cfg = tyro.cli(Config, default=demo if "--demo" in sys.argv[1:] else base)
     try:
         return replace(cfg, run_name=cfg.run_name.format(**vars(cfg)))
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
-        sys.exit(f"error: --run-name {cfg.run_name}: only settings may stand in braces ({error})")
+        raise UserError(f"--run-name {cfg.run_name}: only settings may stand in braces ({error})") from error

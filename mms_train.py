@@ -16,13 +16,14 @@ from utils.errors import clear_errors
 
 
 def main() -> None:
-    cfg = from_cli(MMS, MMS_DEMO)
-    with clear_errors(), process_group(cfg.device) as process:
-        with main_first(process):
-            if cfg.demo and process.is_main:
-                make_demo_data(cfg.data_root, DATASET)
-        loaders = build_loaders(cfg, DATASET, rank=process.rank, world_size=process.world_size)
-        fit(cfg, loaders, build_network, process)
+    with clear_errors():
+        cfg = from_cli(MMS, MMS_DEMO)
+        with process_group(cfg.device) as process:
+            with main_first(process):
+                if cfg.demo and process.is_main:
+                    make_demo_data(cfg.data_root, DATASET)
+            loaders = build_loaders(cfg, DATASET, rank=process.rank, world_size=process.world_size)
+            fit(cfg, loaders, build_network, process)
 
 
 if __name__ == "__main__":

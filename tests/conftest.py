@@ -14,6 +14,15 @@ import scgm_dataloader
 from config import MMS_DEMO, SCGM_DEMO
 from utils.data.prepare import prepare_dataset
 
+# A test that needs one of these prepares phantoms or trains: it is slow, and need not say so itself.
+SLOW_FIXTURES = {"mms_raw", "scgm_raw"}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW_FIXTURES & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session")
 def mms_raw(tmp_path_factory):

@@ -14,6 +14,8 @@ from config import MMS
 from network import build_network
 from utils import benchmark
 
+pytestmark = pytest.mark.slow
+
 
 def test_flop_of_a_step_are_those_of_its_forwards(mms_root):
     cfg = replace(MMS, data_root=str(mms_root), image_size=64, batch_size=4, pretrained="none", workers=0)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from config import MMS, MMS_DEMO, SCGM, from_cli
+from utils.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ from config import MMS, MMS_DEMO, SCGM, from_cli
     ],
 )
 def test_impossible_settings(change, message):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(UserError, match=message):
         replace(MMS, **change)
 
 
@@ -37,7 +38,7 @@ def test_flags_change_the_defaults_of_the_data_set(monkeypatch):
     assert cfg.run_name == "mms_A_0.05_seed3"
     for name in ("{nonsense}", "{test_domain.x}", "{seed[0]}"):
         monkeypatch.setattr("sys.argv", ["x", "--run-name", name])
-        with pytest.raises(SystemExit, match="only settings may stand in braces"):
+        with pytest.raises(UserError, match="only settings may stand in braces"):
             from_cli(MMS, MMS_DEMO)
     monkeypatch.setattr("sys.argv", ["x", "--demo", "--image-size", "64"])
     assert from_cli(MMS, MMS_DEMO) == replace(MMS_DEMO, image_size=64)

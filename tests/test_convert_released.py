@@ -145,6 +145,7 @@ def test_without_data_there_is_no_histogram_matching(save, build_tiny, tmp_path,
     assert run.metadata["config"]["ratio"] == 0.2 and run.metadata["class_names"] == ["background", "GM"]
 
 
+@pytest.mark.slow
 def test_the_real_network_by_the_command_line(save, tmp_path):
     torch.manual_seed(0)
     net = build_network(4).eval()

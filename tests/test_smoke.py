@@ -8,6 +8,7 @@ import nibabel as nib
 import pytest
 from helpers import ROOT
 
+pytestmark = pytest.mark.slow
 SMALL = ["--image-size", "32", "--batch-size", "2", "--pretrained", "none", "--no-wandb", "--workers", "1",
          "--cps-warmup", "0", "--device", "cpu", "--run-name", "smoke"]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import multiprocessing
 import signal
 import sys
@@ -27,6 +28,9 @@ def first_line(error: Exception) -> str:
 @contextlib.contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn a UserError, a refusing disk, a full GPU memory or Ctrl-C inside the block into a message and an exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal cannot show must not end the work
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

@@ -5,9 +5,14 @@ labels 1..K, named by `class_names` (label 1 first, no background); the truth is
 or pseudo label a translucent fill. Figures are built without pyplot, so no display is needed.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
+
+# Pictures are files here. A notebook's backend, which its scripts inherit, would fail to load outside of it.
+os.environ["MPLBACKEND"] = "agg"
+
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D

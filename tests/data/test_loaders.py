@@ -82,6 +82,7 @@ def test_training_data_arrive_with_1_MB_of_shared_memory(mms_config, tmp_path):
     assert "warning: the data workers need" in done.stdout and done.stdout.split()[-1] == str(5 * (8 + 16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["stalls", "dies"])
 def test_worker_that_stalls_or_dies_ends_in_a_clear_error(tmp_path, kind):
     """Python waits at its end for all workers, so the whole process is watched."""
@@ -118,6 +119,7 @@ def test_workers_leave_signals_to_the_training_process():
     assert len(pids) == 2 and wait_until_gone(pids, 10)
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_parent(tmp_path):
     (tmp_path / "train.py").write_text(
         "import time, torch; from test_loaders import Numbers; from utils.data.loaders import batch_loader\n"

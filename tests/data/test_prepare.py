@@ -283,7 +283,24 @@ def test_data_of_an_earlier_format_are_refused_with_the_remedy(mms_root, tmp_pat
     shutil.copytree(mms_root, root)
     info = json.loads((root / "dataset.json").read_text())
     (root / "dataset.json").write_text(json.dumps(info | {"format": 1}))
-    with pytest.raises(UserError, match=r"prepared is of format 1, expected 2: remove it, and prepare the data again"):
+    with pytest.raises(UserError, match=r"prepared is of format 1, expected 3: remove it, and prepare the data again"):
+        PreparedData.open(root, MMS)
+
+
+def test_changed_byte_of_the_description_is_refused(mms_root, tmp_path):
+    root = tmp_path / "prepared"
+    shutil.copytree(mms_root, root)
+    content = (root / "dataset.json").read_bytes()
+    for position in range(0, len(content), 7):
+        changed = bytearray(content)
+        changed[position] ^= 1
+        if changed[position : position + 1].isspace() and content[position : position + 1].isspace():
+            continue  # white space between the values says nothing
+        (root / "dataset.json").write_bytes(changed)
+        with pytest.raises(UserError):
+            PreparedData.open(root, MMS)
+    (root / "dataset.json").write_bytes(content.replace(b'"spacing_mm": 1.1', b'"spacing_mm": 1.3'))
+    with pytest.raises(UserError, match=r"prepared is damaged .*dataset\.json or index\.csv was changed"):
         PreparedData.open(root, MMS)
 
 
@@ -292,7 +309,7 @@ def test_index_in_another_order_is_refused(mms_root, tmp_path):
     shutil.copytree(mms_root, root)
     header, *rows = (root / "index.csv").read_text().splitlines()
     (root / "index.csv").write_text("\n".join([header, *rows[::-1]]) + "\n")
-    with pytest.raises(UserError, match=r"prepared is damaged .*index\.csv was changed"):
+    with pytest.raises(UserError, match=r"prepared is damaged .*dataset\.json or index\.csv was changed"):
         PreparedData.open(root, MMS)
 
 
@@ -367,7 +384,7 @@ def test_extreme_slices_are_prepared_and_trained_on(raw, tmp_path, mms_config, b
     """Constant and empty slices, 512 px and 20 px matrices: valid input all the way through a training."""
     constant, large, small = labeled_folders(raw)
     rng = np.random.default_rng(0)
-    shapes = {constant: None, large: (512, 512), small: (20, 17)}
+    shapes = {constant: None, large: (512, 512), small: (24, 20)}
     for folder, plane in shapes.items():
         scan, mask = (folder / f"{folder.name}_{kind}.nii.gz" for kind in ("sa", "sa_gt"))
         array = np.asarray(nib.load(scan).dataobj)

@@ -208,9 +208,10 @@ def test_an_odd_run_costs_only_its_own_row(trained, build_tiny, odd):
         metadata |= {"config": config} if odd == "mode" else {"config": {}}
         save_networks(other / "best.safetensors", [build_tiny(4), build_tiny(4)], metadata)
     found, whole = listed(trained.parent)
-    if odd == "mode":  # a mode that is new is no fault: it goes by its own name, here and in the evaluation
+    if odd == "mode":  # of other code: it goes by its own name here, and its evaluation is refused at once
         assert "| threshold, before its pseudo supervision |" in found
-        assert evaluate(other, build_tiny, out=other / "results/D")["method"].startswith("threshold")
+        with pytest.raises(UserError, match=r"--cps-loss must be one of .*; evaluate it with the code that trained it"):
+            evaluate(other, build_tiny, out=other / "results/D")
     else:
         assert found.startswith("| another | cannot be read (KeyError: ") and found.count("|") == whole.count("|")
     assert whole.startswith("| run | D | 2 % |")
@@ -277,7 +278,7 @@ def test_missing_and_foreign_runs_are_refused(trained, build_tiny, tmp_path):
     with pytest.raises(UserError, match=r"use inference_scgm\.py"):
         load_run(tmp_path, "best", MMS, build_tiny, CPU)
     save_networks(tmp_path / "best.safetensors", [nn.Linear(1, 1), nn.Linear(1, 1)], metadata | {"dataset": "mms"})
-    with pytest.raises(UserError, match="holds other networks"):
+    with pytest.raises(UserError, match="not of this project"):
         load_run(tmp_path, "best", MMS, build_tiny, CPU)
     (tmp_path / "best.safetensors").write_bytes(b"\x08" * 100)
     with pytest.raises(UserError, match="damaged"):

@@ -96,7 +96,7 @@ def test_damaged_last_falls_back_to_previous(folder, damage, capsys, monkeypatch
 
 
 def test_leftovers_of_a_killed_save_are_ignored(folder):
-    (folder / ".last.pt.tmp").write_bytes(b"half a checkpoint")
+    (folder / ".tmp-last.pt").write_bytes(b"half a checkpoint")
     assert load_checkpoint(folder)["step"] == 2
     save_checkpoint(folder, state(3))
     assert sorted(os.listdir(folder)) == ["last.pt", "previous.pt"]

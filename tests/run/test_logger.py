@@ -72,6 +72,7 @@ def test_wandb_that_fails_does_not_cost_the_run(tmp_path, no_account, monkeypatc
     assert "warning: wandb failed (no service)" in capsys.readouterr().out and len(logger.lines) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_wandb_service_that_dies_or_hangs_does_not_cost_the_run(tmp_path, no_account, number):
     """In a process of its own, which must also end."""

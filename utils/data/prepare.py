@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from utils.data.dataset import Case, DatasetInfo
 from utils.data.phantom import PHANTOM_NOTE
-from utils.data.prepared import FORMAT_VERSION, INDEX_COLUMNS
+from utils.data.prepared import FORMAT_VERSION, INDEX_COLUMNS, description_digest
 from utils.data.volume import (
     PlaneMap,
     Volume,
@@ -34,7 +33,7 @@ from utils.data.volume import (
     write_volume,
 )
 from utils.errors import UserError
-from utils.files import LOCK, folder_lock
+from utils.files import LOCK, folder_lock, write_json
 from utils.method.augment import CANVAS_PX, FIELD_PX
 
 QUANTILES = 256  # points of a slice's quantile curve
@@ -251,7 +250,6 @@ def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: Reports) -
         writer = csv.DictWriter(file, INDEX_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    index = (out / "index.csv").read_bytes()
     info = {
         "format": FORMAT_VERSION,
         "dataset": dataset.key,
@@ -261,10 +259,10 @@ def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: Reports) -
         "canvas_px": CANVAS_PX,
         "field_px": FIELD_PX,
         "class_names": dataset.class_names,
-        "index_sha256": hashlib.sha256(index).hexdigest(),
         "content_hash": hashlib.sha256(b"".join(report.digest for _, report in reports)).hexdigest(),
     }
-    (out / "dataset.json").write_text(json.dumps(info, indent=2) + "\n")
+    info["sha256"] = description_digest(info, (out / "index.csv").read_bytes())
+    write_json(out / "dataset.json", info)
 
 
 def _summarise(raw: Path, dataset: DatasetInfo, reports: Reports) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from utils.data.dataset import DatasetInfo
 from utils.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX_COLUMNS = {  # of index.csv: one row per slice, in the order of images.npy
     "patient": str,
     "domain": str,
@@ -64,8 +64,8 @@ class PreparedData:
                     f"data again with {dataset.key}_dataloader.py (a demo makes its own anew)"
                 )
             text = (root / "index.csv").read_bytes()
-            if hashlib.sha256(text).hexdigest() != info["index_sha256"]:  # rows in another order are other images
-                raise ValueError("index.csv was changed")
+            if info.pop("sha256") != description_digest(info, text):  # rows in another order are other images
+                raise ValueError("dataset.json or index.csv was changed")
             rows = list(csv.DictReader(io.StringIO(text.decode(), newline="")))
             info = {name: info[name] for name in INFO}
             index = {name: np.array([kind(row[name]) for row in rows]) for name, kind in INDEX_COLUMNS.items()}
@@ -89,6 +89,11 @@ class PreparedData:
     def truth_path(self, patient: str, phase: str) -> Path:
         """Return the path of a scan's mask in its own voxel grid."""
         return self.root / "truth" / f"{patient}_{phase}.nii.gz"
+
+
+def description_digest(info: dict[str, Any], index: bytes) -> str:
+    """Return the SHA-256 of the content of dataset.json, without the digest itself, and of index.csv."""
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode() + index).hexdigest()
 
 
 class Split(NamedTuple):

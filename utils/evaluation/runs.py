@@ -44,7 +44,10 @@ def load_run(
     if metadata["dataset"] != dataset.key:
         raise UserError(f"{path} was trained on {metadata['dataset']} data: use inference_{metadata['dataset']}.py")
     settings = metadata["config"]  # a setting that is newer than the run counts as its default
-    config = Config(**{field.name: settings[field.name] for field in fields(Config) if field.name in settings})
+    try:
+        config = Config(**{field.name: settings[field.name] for field in fields(Config) if field.name in settings})
+    except UserError as error:
+        raise UserError(f"{path}: {error}; evaluate it with the code that trained it") from error
     nets = [build_network(len(metadata["class_names"])) for _ in range(2)]
     if state is None:
         load_networks(path, nets)
