@@ -159,7 +159,7 @@ def test_published_rows_are_those_of_the_ratio():
     scgm = combine([summary("3", dataset="scgm", ratio=0.2, structures=["GM"])])
     assert scgm[0].header == ["", "1", "2", "3", "4", "average"]
     assert str(cells(scgm[0], "this method, as published")["3"]) == "78.75 ± 9.44"
-    assert "VDPL: U-Net" in scgm[0].footnotes[-1] and "AllSpark" not in scgm[0].footnotes[-1]
+    assert scgm[0].footnotes[-1] == "‡ Published later: VDPL (U-Net) as in its own paper."
     assert labels(scgm[1])[:2] == ["GM Dice (%)", "GM HD95 (mm)"]
     assert "each site held out in turn, 20 % of the patients labelled" in scgm[0].note
 
@@ -274,7 +274,7 @@ def test_latex_is_well_formed():
     plain = re.sub(r"\\[%&_#$]", "", text)  # what remains of these has a meaning to LaTeX
     assert "%" not in plain and "#" not in plain and "_" not in plain and plain.count("$") % 2 == 0
     assert text.count("{") == text.count("}") and re.search(r"S\\&D Messenger", text)
-    tabulars = re.findall(r"\\begin\{tabular\}\{lc{5}\}\n(.*?)\\end\{tabular\}", plain, re.DOTALL)
+    tabulars = re.findall(r"\\begin\{tabular\}\{p\{12em\}c{5}\}\n(.*?)\\end\{tabular\}", plain, re.DOTALL)
     assert len(tabulars) == text.count(r"\begin{table}") == text.count(r"\end{table}") == 2
     for tabular in tabulars:
         lines = tabular.splitlines()
@@ -305,6 +305,7 @@ def test_published_rows_are_complete_and_say_how_they_may_be_chosen():
     assert SELECTION_NOTE in paper.footnotes
     at_5 = combine(all_domains(ratio=0.05))[0]
     assert "its domains" in at_5.footnotes[-1] and "its domains" not in paper.footnotes[-1]
+    assert paper.footnotes[-1].startswith("‡ Published later: BCP, vMFNet, ") and "VDPL" not in at_5.footnotes[-1]
 
 
 def test_markdown_and_csv_of_any_table():

@@ -28,7 +28,7 @@ class Published(NamedTuple):
     dice: list[float]
     average: float
     std: list[float | None]  # sample standard deviation over patients
-    later: bool  # than this method
+    later: str  # where a row later than this method is taken from
     note: str  # what to know about it
 
 
@@ -40,7 +40,7 @@ def published_rows(dataset: str) -> dict[float, list[Published]]:
             if line["dataset"] == dataset:
                 dice = [float(value) for value in line["dice"].split()]
                 std = [float(value) for value in line["std"].split()] or [None] * len(dice)
-                row = Published(line["method"], dice, float(line["average"]), std, bool(line["later"]), line["note"])
+                row = Published(line["method"], dice, float(line["average"]), std, line["later"], line["note"])
                 rows.setdefault(float(line["ratio"]), []).append(row)
     return rows
 
@@ -91,11 +91,13 @@ def leave_one_domain_out(summaries: list[dict[str, Any]], dataset: DatasetInfo) 
     ]
     for row in published.get(nearest, ()):
         rows.append([f"{row.method} ‡" if row.later else row.method, *map(Cell, row.dice, row.std), Cell(row.average)])
-    if later := [row for row in published.get(nearest, ()) if row.later]:
-        notes = "; ".join(f"{row.method}: {row.note}" for row in later if row.note)
-        remarks.append(
-            f"‡ Published later. VDPL as in its paper, the others as the S&D Messenger paper has them. {notes}."
-        )
+    later: dict[str, list[str]] = {}
+    for row in published.get(nearest, ()):
+        later.setdefault(row.later, []).append(f"{row.method} ({row.note})" if row.note else row.method)
+    later.pop("", None)
+    if later:
+        sources_of_rows = "; ".join(f"{', '.join(names)} as in {source}" for source, names in later.items())
+        remarks.append(f"‡ Published later: {sources_of_rows}.")
     note = f"Dice (%) of all structures pooled per slice, softmax > 0.5, on a {FIELD_PX} px grid. {setting}{beside}"
     footnotes = [*sources.values(), *not_comparable, *remarks]
     tables = [Table("Paper protocol", note, header, rows, footnotes, [len(methods)] if published else [])]

@@ -8,14 +8,14 @@ import torch
 from scipy import ndimage
 from skimage import measure
 
-METRICS = {  # of a structure, by their keys in files
-    "dice": "Dice (%)",
-    "hd95": "HD95 (mm)",
-    "assd": "ASSD (mm)",
-    "hd95_2d": "in-plane HD95 (mm)",
-    "assd_2d": "in-plane ASSD (mm)",
-}
-MISSED_SLICES = "A slice that has the structure on one side only is counted as missed and has no in-plane distance."
+# Metrics of a structure, by their keys in files.
+VOLUMETRIC = {"dice": "Dice (%)", "hd95": "HD95 (mm)", "assd": "ASSD (mm)"}
+IN_PLANE = {"hd95_2d": "in-plane HD95 (mm)", "assd_2d": "in-plane ASSD (mm)"}
+METRICS = VOLUMETRIC | IN_PLANE
+MISSED_SLICES = (
+    "A slice that has the structure on one side only is counted as missed and has no in-plane distance; where every "
+    "slice is missed, it is the plane's diagonal."
+)
 
 
 def paper_dice(probability: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -2,13 +2,13 @@
 
 import json
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from utils.evaluation.metrics import METRICS, MISSED_SLICES
+from utils.evaluation.metrics import IN_PLANE, MISSED_SLICES, VOLUMETRIC
 from utils.evaluation.tables import Cell, Table, interval, to_markdown
 from utils.method.augment import FIELD_PX
 
@@ -87,23 +87,27 @@ def _paper_dice(summary: Mapping[str, Any]) -> Cell:
 
 
 def _tables(summary: Mapping[str, Any]) -> list[Table]:
-    """Return the volumetric metrics and, where the data set has them, the clinical quantities."""
-    rows: list[list[Any]] = []
-    for name, of in summary["volumetric"].items():
-        means = [Cell(of[key], ci95=of[f"{key}_ci95"]) for key in METRICS]
-        counts = [of["missed"], of["both_empty"], of["scans"], f"{of['missed_slices']} of {of['slices']}"]
-        rows.append([name, *means, *counts])
+    """Return volumetric and in-plane metrics and, where the data set has them, the clinical quantities."""
+    structures = summary["volumetric"].items()
+    rows: list[list[Any]] = [
+        [name, *_means(of, VOLUMETRIC), of["missed"], of["both_empty"], of["scans"]] for name, of in structures
+    ]
     note = (
         "Mean over patients [95 % bootstrap interval]. A miss counts as Dice 0 and as distances of the image diagonal; "
-        f"empty in both is left out. In-plane: by the contours of each slice. {MISSED_SLICES} "
-        f"{summary['outside_field_percent']:.2f} % of the labelled voxels lie outside the field of view."
+        f"empty in both is left out. {summary['outside_field_percent']:.2f} % of the labelled voxels lie outside the "
+        "field of view."
     )
-    header = ["structure", *METRICS.values(), "missed", "both empty", "scans", "missed slices"]
+    header = ["structure", *VOLUMETRIC.values(), "missed", "both empty", "scans"]
     tables = [Table("Volumetric, in the scans' own grid", note, header, rows)]
+    rows = [[name, *_means(of, IN_PLANE), of["missed_slices"], of["slices"]] for name, of in structures]
+    note = f"Distances of a slice's contours, mean over slices, then over patients. {MISSED_SLICES}"
+    tables.append(
+        Table("In the plane of the slices", note, ["structure", *IN_PLANE.values(), "missed", "slices"], rows)
+    )
     if "clinical" in summary:
         rows = []
         for name, of in summary["clinical"].items():
-            bias, error = (Cell(of[key], ci95=of[f"{key}_ci95"]) for key in ("bias", "mae"))
+            bias, error = _means(of, ("bias", "mae"))
             means = [Cell(of["truth_mean"]), Cell(of["predicted_mean"]), bias, Cell(of["sd"]), error]
             rows.append([f"{name} ({of['unit']})", of["n"], *means, interval(of["limits"]) or "–"])
         note = (
@@ -115,16 +119,25 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
     return tables
 
 
+def _means(of: Mapping[str, Any], keys: Iterable[str]) -> list[Cell]:
+    return [Cell(of[key], ci95=of[f"{key}_ci95"]) for key in keys]
+
+
 def _cases(cases: Sequence[Mapping[str, Any]]) -> Table:
     """Return one line per scan."""
     structures = list(dict.fromkeys(case["structure"] for case in cases))
     scans: dict[tuple, dict[str, Mapping[str, Any]]] = {}
     for case in sorted(cases, key=lambda case: (case["paper_dice"], case["patient"])):
         scans.setdefault((case["patient"], case["phase"], case["paper_dice"]), {})[case["structure"]] = case
-    columns = [(key, name) for key in METRICS for name in structures]
+    columns = [(key, name) for key in VOLUMETRIC for name in structures]
     rows = [
         [patient, phase, Cell(dice), *(Cell(of.get(name, {}).get(key)) for key, name in columns)]
         for (patient, phase, dice), of in scans.items()
     ]
-    header = ["patient", "phase", "patient's paper Dice (%)", *(f"{name} {METRICS[key]}" for key, name in columns)]
-    return Table("Cases, worst first", "–: absent from truth and prediction.", header, rows)
+    header = ["patient", "phase", "patient's paper Dice (%)", *(f"{name} {VOLUMETRIC[key]}" for key, name in columns)]
+    return Table(
+        "Cases, worst first",
+        "–: absent from truth and prediction. In-plane distances are in per_case.csv.",
+        header,
+        rows,
+    )

@@ -77,12 +77,12 @@ def to_latex(tables: Sequence[Table]) -> str:
     lines = [r"% needs \usepackage{booktabs} and \usepackage{graphicx}"]
     for table in tables:
         caption = f"{table.title}. {table.note}".translate(LATEX)
-        lines += [r"\begin{table}\centering\footnotesize", rf"\caption{{{caption}}}"]
+        lines += [r"\begin{table}\centering\footnotesize\setlength{\tabcolsep}{3pt}", rf"\caption{{{caption}}}"]
         lines += [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
-        lines += [rf"\begin{{tabular}}{{l{'c' * (len(table.header) - 1)}}}", r"\toprule"]
+        lines += [rf"\begin{{tabular}}{{p{{12em}}{'c' * (len(table.header) - 1)}}}", r"\toprule"]
         for number, row in enumerate([table.header, *table.rows], start=-1):
             lines += [r"\midrule"] if number in (0, *table.rules) else []
             lines.append(" & ".join(str(entry).translate(LATEX) for entry in row) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}}"]
-        lines += [*(rf"\par {note.translate(LATEX)}" for note in table.footnotes), r"\end{table}", ""]
+        lines += [*(rf"\par\raggedright {note.translate(LATEX)}" for note in table.footnotes), r"\end{table}", ""]
     return "\n".join(lines)
