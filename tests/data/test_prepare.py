@@ -381,10 +381,10 @@ def test_odd_geometry_is_counted_and_named_and_work_goes_on(raw, capsys):
 
 
 def test_extreme_slices_are_prepared_and_trained_on(raw, tmp_path, mms_config, build_tiny):
-    """Constant and empty slices, 512 px and 20 px matrices: valid input all the way through a training."""
+    """Constant and empty slices, 512 px and 24 px matrices: valid input all the way through a training."""
     constant, large, small = labeled_folders(raw)
     rng = np.random.default_rng(0)
-    shapes = {constant: None, large: (512, 512), small: (24, 20)}
+    shapes = {constant: None, large: (512, 512), small: (24, 21)}
     for folder, plane in shapes.items():
         scan, mask = (folder / f"{folder.name}_{kind}.nii.gz" for kind in ("sa", "sa_gt"))
         array = np.asarray(nib.load(scan).dataobj)

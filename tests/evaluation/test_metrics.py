@@ -23,12 +23,12 @@ def ball(center, radii, shape=(32, 30, 10)):
 def surface_distances(mask, other, spacing):
     """mm from each surface voxel of `mask` to the nearest one of `other`.
 
-    The surface, as monai takes it: the voxels that an erosion by the 6-neighbourhood removes, where everything
-    outside the image is background; distances run between voxel centres.
+    The surface, as monai takes it: the voxels that an erosion by the face neighbours removes, where everything outside
+    the image is background; distances run between voxel centres.
     """
     points = []
     for volume in (mask, other):
-        surface = volume & ~ndimage.binary_erosion(volume, ndimage.generate_binary_structure(3, 1), border_value=0)
+        surface = volume & ~ndimage.binary_erosion(volume, border_value=0)
         points.append(np.argwhere(surface) * spacing)
     return cdist(*points).min(axis=1)
 
@@ -51,6 +51,15 @@ def test_surface_distances_on_anisotropic_voxels(name):
     # HD95: the larger of the two directed percentiles. ASSD: the mean over both surfaces' voxels together.
     assert metrics["hd95"] == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)), rel=1e-5)
     assert metrics["assd"] == pytest.approx(np.concatenate([there, back]).mean(), rel=1e-5)
+    in_plane = []
+    for p, t in zip(np.moveaxis(prediction, 2, 0), np.moveaxis(truth, 2, 0), strict=True):
+        if p.any() and t.any():
+            there, back = surface_distances(p, t, SPACING[:2]), surface_distances(t, p, SPACING[:2])
+            larger = max(np.percentile(there, 95), np.percentile(back, 95))
+            in_plane.append((larger, np.concatenate([there, back]).mean()))
+        elif p.any() or t.any():
+            in_plane.append([math.hypot(32 * 1.5, 30 * 1.25)] * 2)
+    assert [metrics["hd95_2d"], metrics["assd_2d"]] == pytest.approx(np.mean(in_plane, axis=0), rel=1e-5)
     swapped = structure_metrics(truth, prediction, SPACING)
     assert swapped == pytest.approx(metrics)
     overlap = sum(p and t for p, t in zip(prediction.flat, truth.flat, strict=True))
@@ -63,7 +72,8 @@ def test_two_voxels_by_hand(axis, mm):
     prediction, truth = np.zeros((2, 5, 5, 5), bool)
     prediction[1, 1, 1] = True
     truth[tuple(1 + 2 * (a == axis) for a in range(3))] = True
-    expected = {"dice": 0.0, "hd95": 2 * mm, "assd": 2 * mm, "missed": 0}
+    in_plane = 2 * mm if axis < 2 else math.hypot(5 * 1.5, 5 * 1.25)  # two slices with one side empty
+    expected = {"dice": 0.0, "hd95": 2 * mm, "assd": 2 * mm, "hd95_2d": in_plane, "assd_2d": in_plane, "missed": 0}
     assert structure_metrics(prediction, truth, SPACING) == pytest.approx(expected)
 
 
@@ -75,7 +85,16 @@ def test_dice_by_hand():
 
 def test_equal_masks_are_perfect():
     metrics = structure_metrics(*[SHAPES["shifted"][0]] * 2, SPACING)
-    assert metrics == {"dice": 100.0, "hd95": 0.0, "assd": 0.0, "missed": 0}
+    assert metrics == {"dice": 100.0, "hd95": 0.0, "assd": 0.0, "hd95_2d": 0.0, "assd_2d": 0.0, "missed": 0}
+
+
+def test_outer_slices_of_a_short_stack_are_surface_in_space_but_not_in_the_plane():
+    """Two discs of 40 mm whose centres are 5 mm apart, on 3 slices."""
+    x = np.arange(96)
+    discs = [((x[:, None] - 48) ** 2 + (x - centre) ** 2 <= 400)[..., None].repeat(3, 2) for centre in (45, 50)]
+    metrics = structure_metrics(*discs, (1.0, 1.0, 10.0))
+    assert metrics["hd95"] == pytest.approx(math.sqrt(13), abs=1e-4)  # 3.6 mm
+    assert metrics["hd95_2d"] == pytest.approx(5.0, abs=1e-4)
 
 
 @pytest.mark.parametrize("empty", [0, 1])
@@ -83,7 +102,8 @@ def test_one_side_empty_is_a_miss_at_the_diagonal(empty):
     pair = [SHAPES["shifted"][0], SHAPES["shifted"][1]]
     pair[empty] = np.zeros_like(pair[0])
     diagonal = math.sqrt((32 * 1.5) ** 2 + (30 * 1.25) ** 2 + (10 * 8) ** 2)
-    expected = {"dice": 0, "hd95": diagonal, "assd": diagonal, "missed": 1}
+    in_plane = math.hypot(32 * 1.5, 30 * 1.25)
+    expected = {"dice": 0, "hd95": diagonal, "assd": diagonal, "hd95_2d": in_plane, "assd_2d": in_plane, "missed": 1}
     assert structure_metrics(*pair, SPACING) == pytest.approx(expected)
 
 

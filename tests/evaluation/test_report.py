@@ -10,8 +10,8 @@ from matplotlib.image import imsave
 from utils.evaluation.report import summary_text, write_report
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'
-METRICS = {"dice": 87.125, "hd95": 9.5, "assd": 1.25}
-SPREADS = {"dice_ci95": [85.0, 90.0], "hd95_ci95": None, "assd_ci95": None}
+METRICS = {"dice": 87.125, "hd95": 9.5, "assd": 1.25, "hd95_2d": 8.5, "assd_2d": 1.125}
+SPREADS = {f"{name}_ci95": [85.0, 90.0] if name == "dice" else None for name in METRICS}
 
 
 class Page(HTMLParser):
@@ -141,14 +141,14 @@ def test_values_are_there(report):
     ):
         assert text in page.text
     volumetric, _ = page.tables
-    assert volumetric[1] == ["LV", "87.12 [85.00, 90.00]", "9.50", "1.25", "1", "2", "4"]
+    assert volumetric[1] == ["LV", "87.12 [85.00, 90.00]", "9.50", "1.25", "8.50", "1.12", "1", "2", "4"]
 
 
 def test_cases_run_from_the_worst_to_the_best(report):
     _, cases = report().tables
     assert (
         cases[0][:4] == ["patient", "phase", "patient's paper Dice (%)", "LV Dice (%)"]
-        and cases[0][-1] == "RV ASSD (mm)"
+        and cases[0][-1] == "RV in-plane ASSD (mm)"
     )
     assert [line[:3] for line in cases[1:]] == [
         ["bad", "ED", "40.00"],
@@ -156,7 +156,7 @@ def test_cases_run_from_the_worst_to_the_best(report):
         ["good", "ED", "90.00"],
         ["good", "ES", "90.00"],
     ]
-    assert cases[1][3:] == ["87.12", "87.12", "9.50", "9.50", "1.25", "1.25"]
+    assert cases[1][3:] == ["87.12", "87.12", "9.50", "9.50", "1.25", "1.25", "8.50", "8.50", "1.12", "1.12"]
 
 
 def test_what_there_is_not_is_a_dash(report, arguments):
@@ -166,7 +166,7 @@ def test_what_there_is_not_is_a_dash(report, arguments):
     case = {"patient": "p", "phase": "", "structure": "GM", "paper_dice": 65.0}
     page = report(summary=summary, cases=[case | {"dice": None, "hd95": float("nan")}])  # and no assd
     assert "Dice 65.00 %" in page.text and "±" not in page.text.split("Mean")[0]
-    assert page.tables[0][1] == ["GM", "–", "–", "–", "0", "1", "1"]
+    assert page.tables[0][1] == ["GM", *["–"] * 5, "0", "1", "1"]
     assert page.tables[1][1] == ["p", "", "65.00", "–", "–", "–"]
 
 
@@ -217,7 +217,7 @@ def test_markdown_says_the_same(arguments):
         "seed 7, test-time augmentation, 288 px. Method: plain CPS. Checkpoint: best, step 3; selection: highest Dice.",
         "**Phantom data: these numbers say nothing about real scans.**",
         "Dice (%) 65.00 ± 35.36 [40.00, 90.00]",
-        "\n| LV | 87.12 [85.00, 90.00] | 9.50 | 1.25 | 1 | 2 | 4 |\n",
+        "\n| LV | 87.12 [85.00, 90.00] | 9.50 | 1.25 | 8.50 | 1.12 | 1 | 2 | 4 |\n",
     ):
         assert expected in text
     assert "Phantom" not in summary_text(arguments["title"], arguments["summary"])
@@ -242,6 +242,6 @@ def test_hostile_values_are_only_text(report, arguments, tmp_path):
     assert not page.attributes("script") and len(page.attributes("img")) == 1
     assert page.attributes("img")[0]["alt"] == HOSTILE
     assert page.tables[-1][1][:2] == [HOSTILE, HOSTILE] and page.tables[1][1][:2] == [f"{HOSTILE} ({HOSTILE})", HOSTILE]
-    # title and heading, 3 facts, structure, quantity, unit, n, header of 3 columns, patient, phase, 2 captions; the
+    # title and heading, 3 facts, structure, quantity, unit, n, header of 5 columns, patient, phase, 2 captions; the
     # setting's name and value, the hash: each as it was given
-    assert page.text.count(HOSTILE) == 2 + 3 + 4 + 3 + 2 + 2 + 3
+    assert page.text.count(HOSTILE) == 2 + 3 + 4 + 5 + 2 + 2 + 3

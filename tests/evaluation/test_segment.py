@@ -1,5 +1,8 @@
 """New scans: label maps in the scan's own grid, in the right place, whatever its size, spacing and orientation."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,6 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from torch import nn
 
 import mms_dataloader
@@ -61,6 +65,7 @@ def write(path, labels, affine, sform=2, qform=1):
     image = nib.Nifti1Image(labels.astype(np.int16) * 1000, affine)
     image.set_sform(affine, sform)
     image.set_qform(affine, qform)
+    path.parent.mkdir(exist_ok=True)
     nib.save(image, path)
 
 
@@ -267,3 +272,75 @@ def test_a_bad_scan_does_not_stop_the_others(tmp_path, capsys):
     write(tmp_path / "other/good.nii", phantom((50, 50, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
     with pytest.raises(UserError, match=r"several inputs would be written as good_seg\.nii\.gz"):
         segment_files(segmenter(), [folder / "good.nii.gz", tmp_path / "other"], tmp_path / "out")
+
+
+def test_label_maps_and_hidden_files_are_no_scans(tmp_path, capsys):
+    write(tmp_path / "in/scan.nii.gz", phantom((60, 60, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
+    names = ["a-mask-r1", "a_GT", "a_mask", "a_label", "a_gmseg", "a_dseg", "a-seg", "a_T2starw_gmseg-manual", "a_seg"]
+    for name in [*names, "._scan", ".DS_Store"]:
+        (tmp_path / f"in/{name}.nii.gz").write_bytes(b"none")
+    segment_files(segmenter(), [tmp_path / "in"], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scan_seg.nii.gz"]
+    out = capsys.readouterr()
+    assert all(f"left out as no scan: {tmp_path / 'in' / name}.nii.gz" in out.out for name in names)
+    assert "is it a label map and no scan?" in out.out + out.err  # the phantom is painted in few grey values
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_slices_on_another_axis(tmp_path, axis):
+    labels = phantom((120, 100, 6), (1.5, 1.5, 8))
+    write(tmp_path / "scan.nii.gz", labels, np.diag([1.5, 1.5, 8, 1]))
+    zooms = np.ones(3) * 1.5
+    zooms[axis] = 8
+    write(tmp_path / "turned.nii.gz", np.moveaxis(labels, 2, axis), np.diag([*zooms, 1]))
+    with pytest.raises(UserError, match=r"turned\.nii\.gz: voxels of .*\(--slice-axis says which axis"):
+        segment_files(segmenter(), [tmp_path / "turned.nii.gz"], tmp_path / "out")
+    segment_files(segmenter(), [tmp_path / "scan.nii.gz"], tmp_path / "out")
+    segment_files(segmenter(), [tmp_path / "turned.nii.gz"], tmp_path / "out", slice_axis=axis)
+    ours, turned = (nib.load(tmp_path / f"out/{name}_seg.nii.gz") for name in ("scan", "turned"))
+    assert (np.moveaxis(np.asarray(turned.dataobj), axis, 2) == np.asarray(ours.dataobj)).all()
+    assert np.asarray(ours.dataobj).any() and (turned.affine == np.diag([*zooms, 1])).all()
+
+
+def test_memory_that_does_not_suffice_costs_one_scan(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write(tmp_path / f"in/{name}.nii.gz", phantom((60, 60, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
+    original, calls = Segmenter.volume, []
+
+    def scarce(self, volume):
+        calls.append(volume)
+        if len(calls) == 1:
+            np.empty((1 << 40, 1 << 10))  # numpy's own error
+        return original(self, volume)
+
+    monkeypatch.setattr(Segmenter, "volume", scarce)
+    with pytest.raises(
+        UserError, match=r"1 of 2 scans failed:\n  .*a\.nii\.gz: too little memory: a smaller --batch-size"
+    ):
+        segment_files(segmenter(), [tmp_path / "in"], tmp_path / "out")
+    assert (tmp_path / "out/b_seg.nii.gz").exists()
+
+
+MEASURE = """
+import resource, sys
+from pathlib import Path
+import numpy as np, torch
+sys.path[:0] = sys.argv[1:3]
+from test_segment import Brightness, segmenter
+from utils.evaluation.segment import segment_files
+used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = used()
+segment_files(segmenter(batch_size=4), [Path(sys.argv[3])], Path(sys.argv[4]))
+print("peak", used() - before)
+"""
+
+
+def test_memory_of_a_large_scan(tmp_path):
+    """At most 6 times the scan as float32; all classes of a frame at once were 21 times."""
+    scan = np.random.default_rng(0).integers(0, 900, (512, 512, 60)).astype(np.int16)
+    nib.save(nib.Nifti1Image(scan, np.diag([0.7, 0.7, 5, 1])), tmp_path / "scan.nii")
+    command = [sys.executable, "-c", MEASURE, ROOT, ROOT / "tests/evaluation", tmp_path / "scan.nii", tmp_path / "out"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 6 * scan.size * 4

@@ -33,6 +33,7 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         overwrite: bool = False,
         confidence: bool = False,
         center: tuple[float, float] | None = None,
+        slice_axis: Literal[0, 1, 2] = 2,
         tta: bool = False,
         keep_largest: bool = False,
         batch_size: int = 32,
@@ -55,6 +56,7 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
                 scans.
             center: the organ's centre in new scans, in voxels along the two axes of a slice, counted from 0; by
                 default the image's centre.
+            slice_axis: axis of the slices in new scans, counted from 0.
             tta: average the prediction over the 8 flips and right-angle rotations, in 8 times the time.
             keep_largest: keep only the largest connected component of every structure, in the scan's own grid.
             batch_size: slices of new scans that are predicted at a time, at least 1; fewer take less memory.
@@ -79,7 +81,7 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             trained = load_run(run[0], checkpoint, dataset, build_network, where)
             maps = {"batch_size": batch_size, "confidence": confidence, "center": center}
             segmenter = Segmenter(run=trained, dataset=dataset, **maps, **options)
-            return segment_files(segmenter, input, output, overwrite=overwrite)
+            return segment_files(segmenter, input, output, overwrite=overwrite, slice_axis=slice_axis)
         if len({folder.resolve() for folder in run}) < len(run):
             raise UserError("--run names a run twice")
         for folder in run:  # before the first of them is evaluated

@@ -108,6 +108,15 @@ def mean_dice(scans: Iterable[tuple[str, str, Sequence[float]]]) -> dict[str, fl
     return {patient: 100 * float(np.mean(dice)) for patient, dice in slices.items()}
 
 
+def native_labels(probability: torch.Tensor, plane: PlaneMap) -> np.ndarray:
+    """Map softmax (S, K, size, size) to the scan's grid and take its argmax: (S, X, Y) uint8, background outside.
+
+    Slice by slice: all classes of a whole scan in its own grid can take many times its memory.
+    """
+    slices = [plane.to_native(part.float().cpu().numpy()).argmax(0).astype(np.uint8) for part in probability]
+    return np.stack(slices)
+
+
 class NativeScan(NamedTuple):
     """A prediction in the scan's own grid, beside its truth."""
 
@@ -122,7 +131,7 @@ def to_native(scan: ScanPrediction, data: PreparedData, *, keep_largest: bool = 
     classes, size = scan.probability.shape[1:3]
     truth = read_volume(data.truth_path(scan.patient, scan.phase), 3)
     plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, data.info["spacing_mm"] * FIELD_PX / size)
-    labels = plane.to_native(scan.probability.float().cpu().numpy()).argmax(1).astype(np.uint8)  # outside: background
+    labels = native_labels(scan.probability, plane)
     known = np.where(truth.array < classes, truth.array, 0)
     outside = np.count_nonzero(known[~plane.inside()]), np.count_nonzero(known)
     labels = np.ascontiguousarray(np.moveaxis(labels, 0, 2))

@@ -12,17 +12,27 @@ from tqdm import tqdm
 
 from utils.data.dataset import DatasetInfo
 from utils.data.prepare import quantile_curves
-from utils.data.volume import PlaneMap, Volume, frame_count, frame_slices, read_volume, write_volume
+from utils.data.volume import (
+    PlaneMap,
+    Volume,
+    frame_count,
+    frame_slices,
+    implausible,
+    read_volume,
+    write_volume,
+)
 from utils.errors import UserError
 from utils.evaluation.metrics import largest_components
-from utils.evaluation.predict import predict, prepare_view
+from utils.evaluation.predict import native_labels, predict, prepare_view
 from utils.evaluation.runs import TrainedRun
 from utils.method.augment import CANVAS_PX, FIELD_PX, fourier_view
 from utils.method.losses import kl_variance
 
 NOTE = "SemiDG-Seg: for research use, not for clinical decisions"
 SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
-MAPS = ("_gt", "_seg", "_confidence", "_agreement")  # endings of what lies beside scans and is none
+# Endings of what lies beside scans and is none: label maps as this and other tools name them, and our own maps.
+MAPS = re.compile(r"[_-](gt|seg|[dg]m?seg|mask(-r\d+)?|labels?|confidence|agreement)([_-]manual)?$", re.IGNORECASE)
+FEW_VALUES = 10  # a scan has more different values than a label map
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +59,9 @@ class Segmenter:
             Maps (Z, X, Y) by name: "seg", labels as uint8; where wanted also "confidence", exp(-V), and "agreement"
             of the networks, both float32 and 0 outside the field of view.
         """
-        canvas = plane.to_canvas(self.dataset.normalize(slices.astype(np.float32))).astype(np.float16)
+        parts = np.split(slices, range(self.batch_size, len(slices), self.batch_size))  # float copies of few slices
+        normalized = (plane.to_canvas(self.dataset.normalize(part.astype(np.float32))) for part in parts)
+        canvas = np.concatenate([part.astype(np.float16) for part in normalized])
         config, device = self.run.config, self.run.device
         curves = torch.from_numpy(quantile_curves(canvas)).to(device)
         images = torch.from_numpy(canvas)[:, None].to(device)
@@ -57,7 +69,7 @@ class Segmenter:
         probability, agreement = self._predict(view, tta=self.tta)
         spacing = self.dataset.spacing * FIELD_PX / config.image_size
         grid = PlaneMap(plane.shape, plane.zooms, config.image_size, spacing, plane.center)
-        labels = grid.to_native(probability.cpu().numpy()).argmax(1).astype(np.uint8)
+        labels = native_labels(probability, grid)
         maps = {"seg": largest_components(labels) if self.keep_largest else labels}
         if self.confidence:
             # A new scan comes without partners from other scanners: half the scan away lies another amplitude.
@@ -71,7 +83,7 @@ class Segmenter:
         return maps
 
     def _predict(self, view: torch.Tensor, *, tta: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean softmax and agreement of the networks, `batch_size` slices at a time."""
+        """Return mean softmax and agreement of the networks, computed `batch_size` slices at a time."""
         parts = [
             predict(self.run.nets, part, precision=self.precision, tta=tta) for part in view.split(self.batch_size)
         ]
@@ -91,11 +103,14 @@ class Segmenter:
         return {name: array.reshape(volume.array.shape) for name, array in stacked.items()}
 
 
-def segment_files(segmenter: Segmenter, inputs: Sequence[Path], output: Path, *, overwrite: bool = False) -> None:
+def segment_files(
+    segmenter: Segmenter, inputs: Sequence[Path], output: Path, *, overwrite: bool = False, slice_axis: int = 2
+) -> None:
     """Segment files, and all NIfTI files of folders, into OUTPUT/STEM_seg.nii.gz.
 
     With confidence also STEM_confidence.nii.gz (exp(-V), V the KL variance between plain and Fourier view) and
-    STEM_agreement.nii.gz (exp(-KL) between the two networks). A file that cannot be read does not stop the others.
+    STEM_agreement.nii.gz (exp(-KL) between the two networks). A file that cannot be segmented does not stop the
+    others. `slice_axis` is the axis of the slices in the files, counted from 0.
 
     Raises:
         UserError: no input, two inputs of one name, a label map that is there already (unless `overwrite`), or, after
@@ -115,14 +130,28 @@ def segment_files(segmenter: Segmenter, inputs: Sequence[Path], output: Path, *,
             volume = read_volume(path)
             if volume.warning:
                 tqdm.write(f"warning: {path}: {volume.warning}")
-            for name, array in segmenter.volume(volume).items():
+            stack = _slices_last(volume, slice_axis)
+            if reasons := implausible(stack):
+                raise UserError("; ".join(reasons) + " (--slice-axis says which axis that of the slices is)")
+            if len(np.unique(stack.array[::4, ::4])) <= FEW_VALUES:
+                tqdm.write(f"warning: {path}: at most {FEW_VALUES} different values: is it a label map and no scan?")
+            for name, array in segmenter.volume(stack).items():
+                array = np.moveaxis(array, 2, slice_axis)
                 write_volume(output / f"{stem}_{name}.nii.gz", array, like=volume, description=NOTE)
-            slices += volume.array[0, 0].size
+            slices += stack.array[0, 0].size
         except UserError as error:
             problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")
+        except (MemoryError, torch.OutOfMemoryError):
+            problems.append(f"{path}: too little memory: a smaller --batch-size, --device cpu or --precision bf16")
     print(f"{len(stems) - len(problems)} scans in {output}: {slices / (monotonic() - began):.1f} slices/s. {NOTE}.")
     if problems:
         raise UserError(f"{len(problems)} of {len(stems)} scans failed:\n  " + "\n  ".join(problems))
+
+
+def _slices_last(volume: Volume, axis: int) -> Volume:
+    """Return the volume with its slices on the third axis, for the networks only: its header stays that of the file."""
+    zooms = [zoom for number, zoom in enumerate(volume.zooms) if number != axis] + [volume.zooms[axis]]
+    return volume._replace(array=np.moveaxis(volume.array, axis, 2), zooms=tuple(zooms))
 
 
 def _output_stems(inputs: Sequence[Path], output: Path) -> dict[Path, str]:
@@ -130,9 +159,10 @@ def _output_stems(inputs: Sequence[Path], output: Path) -> dict[Path, str]:
     for path in inputs:
         if not path.exists():
             raise UserError(f"--input {path}: no such file or folder")
-        files += sorted(p for p in path.iterdir() if SUFFIX.search(p.name)) if path.is_dir() else [path]
+        found = [p for p in path.glob("[!.]*") if SUFFIX.search(p.name)] if path.is_dir() else [path]
+        files += sorted(found)
     stems = {path: SUFFIX.sub("", path.name) for path in files}
-    for path in [path for path, stem in stems.items() if stem.endswith(MAPS) and path not in inputs]:
+    for path in [path for path, stem in stems.items() if MAPS.search(stem) and path not in inputs]:
         print(f"left out as no scan: {path}")
         del stems[path]
     if not stems:
