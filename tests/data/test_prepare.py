@@ -235,6 +235,14 @@ def test_prepare_refuses_an_existing_folder(raw, tmp_path):
         prepare_dataset(raw, tmp_path / "out", MMS, workers=1)
 
 
+def test_folder_of_the_user_named_partial_is_kept(raw, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/mine.npy").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.partial is there and was not left by this program"):
+        prepare_dataset(raw, tmp_path / "out", MMS, workers=1)
+    assert (tmp_path / "out.partial/mine.npy").read_text() == "mine"
+
+
 def test_two_preparations_of_one_folder_do_not_meet(raw, tmp_path):
     """The second refuses, and leaves alone what the first has written so far."""
     reader, writer = os.pipe()

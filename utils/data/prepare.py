@@ -64,6 +64,10 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
         UserError: `out` exists, the disk is too small or read-only, or a file has an error (all are printed).
     """
     unfinished = out.with_name(out.name + ".partial")
+    if unfinished.exists() and not (unfinished / LOCK).exists():
+        raise UserError(
+            f"{unfinished} is there and was not left by this program: move it away, or choose another --out"
+        )
     with folder_lock(unfinished):
         try:
             if out.exists():  # asked under the lock: another process may have made it just now
