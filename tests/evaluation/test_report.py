@@ -11,7 +11,8 @@ from utils.evaluation.report import summary_text, write_report
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'
 METRICS = {"dice": 87.125, "hd95": 9.5, "assd": 1.25, "hd95_2d": 8.5, "assd_2d": 1.125}
-SPREADS = {f"{name}_ci95": [85.0, 90.0] if name == "dice" else None for name in METRICS}
+SPREADS = {f"{name}_ci95": None for name in METRICS} | {"dice_ci95": [85.0, 90.0]}
+COUNTS = {"missed": 1, "both_empty": 2, "scans": 4, "slices": 40, "missed_slices": 3}
 
 
 class Page(HTMLParser):
@@ -72,9 +73,7 @@ def arguments(tmp_path):
             "selection": "highest Dice",
             "phantom": False,
             "paper_protocol": {"mean": 65.0, "std": 35.3553, "ci95": [40.0, 90.0]},
-            "volumetric": {
-                name: {**METRICS, **SPREADS, "missed": 1, "both_empty": 2, "scans": 4} for name in ("LV", "RV")
-            },
+            "volumetric": {name: {**METRICS, **SPREADS, **COUNTS} for name in ("LV", "RV")},
             "outside_field_percent": 0.5,
             "content_hash": "abc123",
             "trained_by": {"git_commit": "c0ffee", "versions": {"torch": "2.10"}},
@@ -141,7 +140,7 @@ def test_values_are_there(report):
     ):
         assert text in page.text
     volumetric, _ = page.tables
-    assert volumetric[1] == ["LV", "87.12 [85.00, 90.00]", "9.50", "1.25", "8.50", "1.12", "1", "2", "4"]
+    assert volumetric[1] == ["LV", "87.12 [85.00, 90.00]", "9.50", "1.25", "8.50", "1.12", "1", "2", "4", "3 of 40"]
 
 
 def test_cases_run_from_the_worst_to_the_best(report):
@@ -156,18 +155,18 @@ def test_cases_run_from_the_worst_to_the_best(report):
         ["good", "ED", "90.00"],
         ["good", "ES", "90.00"],
     ]
-    assert cases[1][3:] == ["87.12", "87.12", "9.50", "9.50", "1.25", "1.25", "8.50", "8.50", "1.12", "1.12"]
+    assert cases[1][3:] == [text for text in ("87.12", "9.50", "1.25", "8.50", "1.12") for _ in range(2)]
 
 
 def test_what_there_is_not_is_a_dash(report, arguments):
     summary = arguments["summary"] | {"paper_protocol": {"mean": 65.0, "std": None, "ci95": None}}
     absent = dict.fromkeys((*METRICS, *SPREADS))
-    summary["volumetric"] = {"GM": {**absent, "missed": 0, "both_empty": 1, "scans": 1}}
+    summary["volumetric"] = {"GM": {**absent, **COUNTS, "missed": 0, "both_empty": 1, "scans": 1}}
     case = {"patient": "p", "phase": "", "structure": "GM", "paper_dice": 65.0}
     page = report(summary=summary, cases=[case | {"dice": None, "hd95": float("nan")}])  # and no assd
     assert "Dice 65.00 %" in page.text and "±" not in page.text.split("Mean")[0]
-    assert page.tables[0][1] == ["GM", *["–"] * 5, "0", "1", "1"]
-    assert page.tables[1][1] == ["p", "", "65.00", *["–"] * 5]
+    assert page.tables[0][1] == ["GM", *5 * ["–"], "0", "1", "1", "3 of 40"]
+    assert page.tables[1][1] == ["p", "", "65.00", *5 * ["–"]]
 
 
 def test_phantom_and_options_are_announced(report, arguments):
@@ -217,7 +216,7 @@ def test_markdown_says_the_same(arguments):
         "seed 7, test-time augmentation, 288 px. Method: plain CPS. Checkpoint: best, step 3; selection: highest Dice.",
         "**Phantom data: these numbers say nothing about real scans.**",
         "Dice (%) 65.00 ± 35.36 [40.00, 90.00]",
-        "\n| LV | 87.12 [85.00, 90.00] | 9.50 | 1.25 | 8.50 | 1.12 | 1 | 2 | 4 |\n",
+        "\n| LV | 87.12 [85.00, 90.00] | 9.50 | 1.25 | 8.50 | 1.12 | 1 | 2 | 4 | 3 of 40 |\n",
     ):
         assert expected in text
     assert "Phantom" not in summary_text(arguments["title"], arguments["summary"])

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from torch import nn
 
 import mms_dataloader
@@ -129,7 +133,10 @@ def test_evaluation_writes_everything_and_agrees_with_itself(trained, build_tiny
             np.mean([float(r["dice"]) for r in own if r["patient"] == p]) for p in {r["patient"] for r in own}
         ]
         assert metrics["dice"] == pytest.approx(np.mean(by_patient))
-        assert metrics["missed"] == sum(int(row["missed"]) for row in own)
+        for count in ("missed", "slices", "missed_slices"):
+            assert metrics[count] == sum(int(row[count]) for row in own)
+        planes = [np.mean([float(r["hd95_2d"]) for r in own if r["patient"] == p]) for p in paper]
+        assert metrics["hd95_2d"] == pytest.approx(np.mean(planes)) and len(metrics["assd_2d_ci95"]) == 2
         assert metrics["scans"] == 8
     # The predictions are where their truth is, and give the Dice of the table.
     data = PreparedData.open(mms_root, MMS)
@@ -276,3 +283,36 @@ def test_missing_and_foreign_runs_are_refused(trained, build_tiny, tmp_path):
     (tmp_path / "best.safetensors").write_bytes(b"\x08" * 100)
     with pytest.raises(UserError, match="damaged"):
         load_run(tmp_path, "best", MMS, build_tiny, CPU)
+
+
+def run_script(cwd, *arguments, **environment):
+    """Run the inference script's main part, with the small network, as a process of its own."""
+    code = (
+        "from helpers import TinyNetwork; from mms_dataloader import DATASET\n"
+        "from utils.evaluation.commands import run_inference; run_inference(DATASET, TinyNetwork)"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | environment
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, check=False)
+
+
+def test_evaluation_from_another_directory_names_data_root(trained, build_tiny, tmp_path):
+    metadata = read_metadata(trained / "best.safetensors")
+    metadata["config"]["data_root"] = "data/mms"
+    save_networks(trained / "best.safetensors", [build_tiny(4), build_tiny(4)], metadata)
+    done = run_script(tmp_path, "--run", trained, "--device", "cpu")
+    assert done.returncode == 1
+    assert f"data/mms, which is not there (seen from {tmp_path}): --data-root" in done.stderr.decode()
+    assert b"ub.edu" not in done.stderr  # nobody needs to register
+
+
+def test_full_memory_of_an_evaluation_is_named(trained, tmp_path):
+    code = (
+        "import torch, helpers; from mms_dataloader import DATASET; from utils.evaluation import commands\n"
+        "def full(*args, **options): raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "commands.evaluate_run = full; commands.run_inference(DATASET, helpers.TinyNetwork)"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", code, "--run", trained, "--device", "cpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and f"error: {trained}: out of memory: try --device cpu" in done.stderr

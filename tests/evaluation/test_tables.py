@@ -33,8 +33,9 @@ def combine(summaries):
 
 def summary(domain="A", mean=80.0, std=5.0, *, seed=0, structures=("LV", "MYO", "RV"), **changes):
     """A run's summary.json, as far as the table reads it; every structure has Dice `mean`."""
-    figures = {"dice": mean, "dice_std": std, "hd95": 9.0, "hd95_std": 3.0, "assd": 2.0, "assd_std": None}
-    figures |= {"hd95_2d": 8.0, "hd95_2d_std": None, "assd_2d": 1.0, "assd_2d_std": None}
+    metrics = {"dice": mean, "dice_std": std, "hd95": 9.0, "hd95_std": 3.0, "assd": 2.0, "assd_std": None}
+    metrics |= {"hd95_2d": 7.0, "hd95_2d_std": 1.0, "assd_2d": 1.5, "assd_2d_std": None}
+    counts = {"scans": 40, "missed": 1, "both_empty": 0, "slices": 300, "missed_slices": 30}
     return {
         "dataset": "mms",
         "test_domain": domain,
@@ -42,7 +43,7 @@ def summary(domain="A", mean=80.0, std=5.0, *, seed=0, structures=("LV", "MYO", 
         "selection": RULE,
         "patients": 50,
         "paper_protocol": {"mean": mean, "std": std, "ci95": None},
-        "volumetric": {name: {**figures, "scans": 40, "missed": 1, "both_empty": 0} for name in structures},
+        "volumetric": {name: {**metrics, **counts} for name in structures},
         "phantom": False,
         "method": "full",
         "unfinished": "",
@@ -82,6 +83,8 @@ def test_average_has_the_population_deviation_of_the_domain_means():
     assert cells(volumetric, "RV HD95 (mm)")["average"][:2] == (9, 0)
     assert str(cells(volumetric, "LV ASSD (mm)")["B"]) == "2.00"
     assert cells(volumetric, "LV missed (% of scans)")["C"][:2] == (2.5, None)
+    assert cells(volumetric, "LV missed (% of slices)")["C"][:2] == (10, None)
+    assert str(cells(volumetric, "MYO in-plane HD95 (mm)")["A"]) == "7.00 ± 1.00"
 
 
 def test_seeds_are_averaged_with_their_sample_deviation():
@@ -136,7 +139,7 @@ def test_what_is_not_comparable_is_marked(changes, reason):
     for text in (to_markdown(table), to_latex(table).replace("\\", "")):
         assert reason in text and "Not comparable" in text
     marks = [line["not_comparable"] for line in csv.DictReader(io.StringIO(to_csv(table)))]
-    assert marks.count(reason) == 5 * 19
+    assert marks.count(reason) == 5 * (1 + 3 * 7)
 
 
 def test_a_mark_stays_in_its_domain_but_reaches_the_average():

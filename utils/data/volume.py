@@ -77,7 +77,9 @@ def read_volume(path: Path, ndim: int | Sequence[int] = (3, 4)) -> Volume:
         raise UserError(f"{path}: not a valid NIfTI file ({error})") from error
     if array.dtype.kind not in "biuf":
         raise UserError(f"{path}: voxels are of type {array.dtype}, expected one number per voxel")
-    if bad := 0 if array.dtype.kind != "f" else np.count_nonzero(~(np.abs(array) <= LARGEST)):
+    del content  # its memory, before more is needed
+    if not (array.min() >= -LARGEST and array.max() <= LARGEST):  # NaN is neither
+        bad = np.count_nonzero(~(np.abs(array) <= LARGEST))
         slope = header["scl_slope"]
         raise UserError(f"{path}: {bad} voxels are NaN, infinite or above {LARGEST:g} (the header scales by {slope})")
     if not (np.abs(affine) < 1e6).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
@@ -154,13 +156,13 @@ def frame_slices(volume: Volume, frame: int) -> np.ndarray:
     return np.moveaxis(array, 2, 0)
 
 
-def implausible(volume: Volume) -> list[str]:
+def implausible(volume: Volume, *, any_thickness: bool = False) -> list[str]:
     """Return reasons why a scan cannot be a stack of slices along its third axis; empty for a plausible one."""
     reasons, zooms = [], np.round(volume.zooms, 3).tolist()
     field = [round(n * zoom, 1) for n, zoom in zip(volume.array.shape[:2], volume.zooms, strict=False)]
     if min(field) < 20 or max(field) > 1000:
         reasons.append(f"the slices measure {field} mm, expected 20 to 1000 mm: correct the voxel size in the header")
-    if max(zooms[:2]) > 1.05 * zooms[2] or zooms[2] > 25:
+    if not any_thickness and (max(zooms[:2]) > 1.05 * zooms[2] or zooms[2] > 25):
         reasons.append(
             f"voxels of {zooms} mm: the third axis must be that of the slices, up to 25 mm thick, and the fourth that "
             "of the frames; exchange the axes"

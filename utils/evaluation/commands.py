@@ -13,7 +13,7 @@ from utils.errors import UserError, clear_errors
 from utils.evaluation.domains import leave_one_domain_out
 from utils.evaluation.results import evaluate_run
 from utils.evaluation.runs import load_run, require_run, runs_table
-from utils.evaluation.segment import Segmenter, segment_files
+from utils.evaluation.segment import OUT_OF_MEMORY, Segmenter, is_out_of_memory, segment_files
 from utils.evaluation.tables import to_csv, to_latex, to_markdown
 from utils.files import OutputFolder
 
@@ -33,7 +33,7 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         overwrite: bool = False,
         confidence: bool = False,
         center: tuple[float, float] | None = None,
-        slice_axis: Literal[0, 1, 2] = 2,
+        slice_axis: Literal[1, 2, 3] | None = None,
         tta: bool = False,
         keep_largest: bool = False,
         batch_size: int = 32,
@@ -56,7 +56,8 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
                 scans.
             center: the organ's centre in new scans, in voxels along the two axes of a slice, counted from 0; by
                 default the image's centre.
-            slice_axis: axis of the slices in new scans, counted from 0.
+            slice_axis: axis of the file, 1 to 3, along which the slices of new scans follow one another; by default the
+                third, with a warning where another one has the largest voxels.
             tta: average the prediction over the 8 flips and right-angle rotations, in 8 times the time.
             keep_largest: keep only the largest connected component of every structure, in the scan's own grid.
             batch_size: slices of new scans that are predicted at a time, at least 1; fewer take less memory.
@@ -70,8 +71,8 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         where = choose_device(device)
         if bool(input) != bool(output):
             raise UserError("--input and --output belong together: new scans, and the folder for their label maps")
-        if (center or confidence) and not input:
-            raise UserError("--center and --confidence are for new scans: --input names them")
+        if (center or confidence or slice_axis) and not input:
+            raise UserError("--center, --confidence and --slice-axis are for new scans: --input names them")
         if input and len(run) > 1:
             raise UserError("new scans are segmented by one --run")
         if batch_size < 1:
@@ -79,9 +80,9 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         options = {"precision": precision, "tta": tta, "keep_largest": keep_largest}
         if input:
             trained = load_run(run[0], checkpoint, dataset, build_network, where)
-            maps = {"batch_size": batch_size, "confidence": confidence, "center": center}
+            maps = {"batch_size": batch_size, "confidence": confidence, "center": center, "slice_axis": slice_axis}
             segmenter = Segmenter(run=trained, dataset=dataset, **maps, **options)
-            return segment_files(segmenter, input, output, overwrite=overwrite, slice_axis=slice_axis)
+            return segment_files(segmenter, input, output, overwrite=overwrite)
         if len({folder.resolve() for folder in run}) < len(run):
             raise UserError("--run names a run twice")
         for folder in run:  # before the first of them is evaluated
@@ -91,7 +92,12 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             trained = load_run(folder, checkpoint, dataset, build_network, where)
             results = out if out and len(run) == 1 else folder / "results" / trained.config.test_domain
             files = {"data_root": data_root, "out": results, "save_predictions": save_predictions}
-            summaries.append(evaluate_run(trained, dataset, **files, **options))
+            try:
+                summaries.append(evaluate_run(trained, dataset, **files, **options))
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise UserError(f"{folder}: {OUT_OF_MEMORY}") from error
         if len(run) > 1:
             write_table(summaries, dataset, out or run[0].parent)
 

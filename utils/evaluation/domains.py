@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 from utils.data.dataset import DatasetInfo
 from utils.errors import UserError
-from utils.evaluation.metrics import METRICS
+from utils.evaluation.metrics import METRICS, MISSED_SLICES
 from utils.evaluation.tables import Cell, Table
 from utils.method.augment import FIELD_PX
 
 VARYING = {"seed", "test_domain"}  # settings in which the runs of a table differ by design
+MISSED = {"missed": "missed (% of scans)", "missed_slices": "missed (% of slices)"}
+SHARES = {"missed": "scans", "missed_slices": "slices"}  # what they are shares of, as keys of a summary
 SELECTION_NOTE = (
     "A published checkpoint may have been chosen on the held-out domain itself; those of this implementation never are."
 )
@@ -98,11 +100,14 @@ def leave_one_domain_out(summaries: list[dict[str, Any]], dataset: DatasetInfo) 
     footnotes = [*sources.values(), *not_comparable, *remarks]
     tables = [Table("Paper protocol", note, header, rows, footnotes, [len(methods)] if published else [])]
     structures = list(summaries[0]["volumetric"])
-    note = f"In the scans' own grid; a miss counts as Dice 0 and as distances of the image diagonal. {setting}"
+    note = (
+        "In the scans' own grid; a miss counts as Dice 0 and as distances of the image diagonal. In-plane: by the "
+        f"contours of each slice. {MISSED_SLICES} {setting}"
+    )
     for method, runs in methods.items():
         rows = [
             [f"{name} {text}", *_cells(runs, published, _volumetric(name, key))]
-            for key, text in {**METRICS, "missed": "missed (% of scans)"}.items()
+            for key, text in {**METRICS, **MISSED}.items()
             for name in structures
         ]
         rules = range(len(structures), len(rows), len(structures))
@@ -137,8 +142,9 @@ def _paper_dice(summary: dict[str, Any]) -> MeanStd:
 def _volumetric(structure: str, metric: str) -> Callable[[dict[str, Any]], MeanStd]:
     def mean_std(summary: dict[str, Any]) -> MeanStd:
         of_structure = summary["volumetric"][structure]
-        if metric == "missed":
-            return 100 * of_structure["missed"] / of_structure["scans"], None
+        if metric in SHARES:
+            count = of_structure[SHARES[metric]]
+            return 100 * of_structure[metric] / count if count else None, None
         return of_structure[metric], of_structure[f"{metric}_std"]
 
     return mean_std

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from utils.data.prepared import PreparedData
 from utils.data.volume import PlaneMap, Volume, read_volume
 from utils.distributed import autocast_context
-from utils.evaluation.metrics import largest_components, paper_dice, structure_metrics
+from utils.evaluation.metrics import largest_components, paper_dice, plane_metrics, structure_metrics
 from utils.method.augment import FIELD_PX, canvas_to_view, match_histogram
 
 
@@ -101,15 +101,6 @@ def mean_dice(scans: Iterable[tuple[str, str, Sequence[float]]]) -> dict[str, fl
     return {patient: 100 * float(np.mean(dice)) for patient, dice in slices.items()}
 
 
-def native_labels(probability: torch.Tensor, plane: PlaneMap) -> np.ndarray:
-    """Map softmax (S, K, size, size) to the scan's grid and take its argmax: (S, X, Y) uint8, background outside.
-
-    Slice by slice: all classes of a whole scan in its own grid can take many times its memory.
-    """
-    slices = [plane.to_native(part.float().cpu().numpy()).argmax(0).astype(np.uint8) for part in probability]
-    return np.stack(slices)
-
-
 class NativeScan(NamedTuple):
     """A prediction in the scan's own grid, beside its truth."""
 
@@ -124,10 +115,11 @@ def to_native(scan: ScanPrediction, data: PreparedData, *, keep_largest: bool = 
     classes, size = scan.probability.shape[1:3]
     truth = read_volume(data.truth_path(scan.patient, scan.phase), 3)
     plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, data.info["spacing_mm"] * FIELD_PX / size)
-    labels = native_labels(scan.probability, plane)
+    labels = np.empty(truth.array.shape, np.uint8)
+    for z, probability in enumerate(scan.probability.float().cpu().numpy()):  # all slices at once would take gigabytes
+        labels[..., z] = plane.to_native(probability).argmax(0)  # outside the field of view: background
     known = np.where(truth.array < classes, truth.array, 0)
     outside = np.count_nonzero(known[~plane.inside()]), np.count_nonzero(known)
-    labels = np.ascontiguousarray(np.moveaxis(labels, 0, 2))
     return NativeScan(largest_components(labels) if keep_largest else labels, known, truth, outside)
 
 
@@ -135,11 +127,9 @@ def volumetric_rows(scan: ScanPrediction, native: NativeScan, class_names: Seque
     """Return metrics and volumes (ml) of every structure of one scan; one empty on both sides has no metrics."""
     rows = []
     for label, name in enumerate(class_names[1:], start=1):
-        metrics = structure_metrics(native.labels == label, native.truth == label, native.grid.zooms)
-        voxel = float(np.prod(native.grid.zooms)) / 1000  # ml
-        volumes = {
-            "predicted_ml": np.count_nonzero(native.labels == label) * voxel,
-            "truth_ml": np.count_nonzero(native.truth == label) * voxel,
-        }
-        rows.append({"patient": scan.patient, "phase": scan.phase, "structure": name, **(metrics or {}), **volumes})
+        pair, zooms = (native.labels == label, native.truth == label), native.grid.zooms
+        metrics = (structure_metrics(*pair, zooms) or {}) | (plane_metrics(*pair, zooms) or {})
+        ml = float(np.prod(zooms)) / 1000  # of a voxel
+        volumes = {"predicted_ml": np.count_nonzero(pair[0]) * ml, "truth_ml": np.count_nonzero(pair[1]) * ml}
+        rows.append({"patient": scan.patient, "phase": scan.phase, "structure": name, **metrics, **volumes})
     return rows

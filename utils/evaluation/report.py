@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from utils.evaluation.metrics import METRICS
+from utils.evaluation.metrics import METRICS, MISSED_SLICES
 from utils.evaluation.tables import Cell, Table, interval, to_markdown
 from utils.method.augment import FIELD_PX
 
@@ -91,13 +91,14 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
     rows: list[list[Any]] = []
     for name, of in summary["volumetric"].items():
         means = [Cell(of[key], ci95=of[f"{key}_ci95"]) for key in METRICS]
-        rows.append([name, *means, of["missed"], of["both_empty"], of["scans"]])
+        counts = [of["missed"], of["both_empty"], of["scans"], f"{of['missed_slices']} of {of['slices']}"]
+        rows.append([name, *means, *counts])
     note = (
         "Mean over patients [95 % bootstrap interval]. A miss counts as Dice 0 and as distances of the image diagonal; "
-        f"empty in both is left out. {summary['outside_field_percent']:.2f} % of the labelled voxels lie outside the "
-        "field of view."
+        f"empty in both is left out. In-plane: by the contours of each slice. {MISSED_SLICES} "
+        f"{summary['outside_field_percent']:.2f} % of the labelled voxels lie outside the field of view."
     )
-    header = ["structure", *METRICS.values(), "missed", "both empty", "scans"]
+    header = ["structure", *METRICS.values(), "missed", "both empty", "scans", "missed slices"]
     tables = [Table("Volumetric, in the scans' own grid", note, header, rows)]
     if "clinical" in summary:
         rows = []

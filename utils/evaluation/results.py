@@ -35,7 +35,8 @@ from utils.run.logger import read_log
 
 RESULT_FILES = ("summary.json", "summary.md", "per_case.csv", "report.html", "dice_per_case.png", "bland_altman.png")
 NO_SELECTION = "none, the last state of the training"
-CASE_COLUMNS = ("patient", "phase", "structure", *METRICS, "missed", "predicted_ml", "truth_ml", "paper_dice")
+COUNTS = ("missed", "slices", "missed_slices")  # of a structure in a scan: is it missed, and in how many slices
+CASE_COLUMNS = ("patient", "phase", "structure", *METRICS, *COUNTS, "predicted_ml", "truth_ml", "paper_dice")
 
 
 def evaluate_run(
@@ -56,6 +57,11 @@ def evaluate_run(
     """
     config, domain = run.config, run.config.test_domain
     remark = unfinished(run.folder)
+    if not data_root and not Path(config.data_root).exists():
+        raise UserError(
+            f"{run.folder} was trained on the data in {config.data_root}, which is not there (seen from {Path.cwd()}): "
+            "--data-root names the folder where these data lie now"
+        )
     data = PreparedData.open(data_root or config.data_root, dataset)
     patients = data.patients_with_masks(domain)
     if not patients:
@@ -144,7 +150,7 @@ def _volumetric(cases: Sequence[dict[str, Any]], structure: str) -> dict[str, An
         spread = mean_std_interval([np.mean([case[metric] for case in found]) for found in of_patient.values()])
         result |= {metric: spread["mean"], f"{metric}_std": spread["std"], f"{metric}_ci95": spread["ci95"]}
     result["scans"] = len(scans)
-    result["missed"] = sum(case.get("missed", 0) for case in scans)
+    result |= {count: sum(case.get(count, 0) for case in scans) for count in COUNTS}
     result["both_empty"] = sum("dice" not in case for case in scans)
     return result
 

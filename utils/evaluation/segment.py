@@ -12,27 +12,20 @@ from tqdm import tqdm
 
 from utils.data.dataset import DatasetInfo
 from utils.data.prepare import quantile_curves
-from utils.data.volume import (
-    PlaneMap,
-    Volume,
-    frame_count,
-    frame_slices,
-    implausible,
-    read_volume,
-    write_volume,
-)
+from utils.data.volume import PlaneMap, Volume, frame_count, frame_slices, implausible, read_volume, write_volume
 from utils.errors import UserError
 from utils.evaluation.metrics import largest_components
-from utils.evaluation.predict import native_labels, predict, prepare_view
+from utils.evaluation.predict import predict, prepare_view
 from utils.evaluation.runs import TrainedRun
 from utils.method.augment import CANVAS_PX, FIELD_PX, fourier_view
 from utils.method.losses import kl_variance
 
 NOTE = "SemiDG-Seg: for research use, not for clinical decisions"
 SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
-# Endings of what lies beside scans and is none: label maps as this and other tools name them, and our own maps.
-MAPS = re.compile(r"[_-](gt|seg|[dg]m?seg|mask(-r\d+)?|labels?|confidence|agreement)([_-]manual)?$", re.IGNORECASE)
-FEW_VALUES = 10  # a scan has more different values than a label map
+MAP = re.compile(  # endings of what lies beside scans and is none: ours, and those of public data sets and tools
+    r"[-_](seg|confidence|agreement|gt|mask|labels?|dseg|gmseg)(-r\d+)?([-_]manual)?$", re.IGNORECASE
+)
+OUT_OF_MEMORY = "out of memory: try --device cpu, --precision bf16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +39,8 @@ class Segmenter:
     tta: bool
     keep_largest: bool
     confidence: bool  # also map exp(-V) and the networks' agreement
-    center: tuple[float, float] | None  # voxel of the organ's centre in the first two axes; None: the image's centre
+    center: tuple[float, float] | None = None  # voxel of the organ's centre along a slice's axes; None: the image's
+    slice_axis: int | None = None  # of the file, from 1; None: the third
 
     def frame(self, slices: np.ndarray, plane: PlaneMap) -> dict[str, np.ndarray]:
         """Segment one frame.
@@ -59,58 +53,101 @@ class Segmenter:
             Maps (Z, X, Y) by name: "seg", labels as uint8; where wanted also "confidence", exp(-V), and "agreement"
             of the networks, both float32 and 0 outside the field of view.
         """
-        parts = np.split(slices, range(self.batch_size, len(slices), self.batch_size))  # float copies of few slices
-        normalized = (plane.to_canvas(self.dataset.normalize(part.astype(np.float32))) for part in parts)
-        canvas = np.concatenate([part.astype(np.float16) for part in normalized])
         config, device = self.run.config, self.run.device
-        curves = torch.from_numpy(quantile_curves(canvas)).to(device)
-        images = torch.from_numpy(canvas)[:, None].to(device)
-        view = prepare_view(images, curves, size=config.image_size, reference=self.run.reference)
-        probability, agreement = self._predict(view, tta=self.tta)
         spacing = self.dataset.spacing * FIELD_PX / config.image_size
         grid = PlaneMap(plane.shape, plane.zooms, config.image_size, spacing, plane.center)
-        labels = native_labels(probability, grid)
-        maps = {"seg": largest_components(labels) if self.keep_largest else labels}
+        batches = [slice(first, first + self.batch_size) for first in range(0, len(slices), self.batch_size)]
+        # Slice by slice, here and below: a whole scan at its own resolution, with all classes, would take gigabytes.
+        normalized = (self.dataset.normalize(image[None].astype(np.float32)) for image in slices)
+        canvas = np.concatenate([plane.to_canvas(image).astype(np.float16) for image in normalized])
+        # A new scan comes without partners from other scanners: half the scan away lies another amplitude.
+        partners = np.roll(canvas, len(canvas) // 2, 0)
+        maps = {"seg": np.empty(slices.shape, np.uint8)}
         if self.confidence:
-            # A new scan comes without partners from other scanners: half the scan away lies another amplitude.
-            partner = prepare_view(images.roll(len(images) // 2, 0), curves, size=config.image_size, reference=None)
-            # Training with AM draws the share up to fourier_alpha; here it is the largest, so that maps are repeatable.
-            ratio = config.fourier_alpha if config.fourier_mode == "AM" else config.fourier_ratio
-            fourier = fourier_view(view, partner, mode=config.fourier_mode, window=config.fourier_window, ratio=ratio)
-            plain, augmented = (self._predict(x)[0].clamp_min(1e-12).log() for x in (view, fourier))
-            maps["confidence"] = grid.to_native(torch.exp(-kl_variance(plain, augmented)).cpu().numpy())
-            maps["agreement"] = grid.to_native(agreement.cpu().numpy())
+            maps |= {name: np.empty(slices.shape, np.float32) for name in ("confidence", "agreement")}
+        for batch in batches:
+            curves = torch.from_numpy(quantile_curves(canvas[batch])).to(device)
+            images, other = (torch.from_numpy(array[batch])[:, None].to(device) for array in (canvas, partners))
+            view = prepare_view(images, curves, size=config.image_size, reference=self.run.reference)
+            probability, agreement = predict(self.run.nets, view, precision=self.precision, tta=self.tta)
+            found = {"seg": probability, "agreement": agreement}
+            if self.confidence:
+                partner = prepare_view(other, curves, size=config.image_size, reference=None)
+                found["confidence"] = self._confidence(view, partner)
+            for name, array in maps.items():
+                for number, values in enumerate(found[name].cpu().numpy(), start=batch.start):
+                    native = grid.to_native(values)
+                    array[number] = native.argmax(0) if name == "seg" else native
+        if self.keep_largest:
+            maps["seg"] = largest_components(maps["seg"])
         return maps
 
-    def _predict(self, view: torch.Tensor, *, tta: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return mean softmax and agreement of the networks, computed `batch_size` slices at a time."""
-        parts = [
-            predict(self.run.nets, part, precision=self.precision, tta=tta) for part in view.split(self.batch_size)
-        ]
-        probability, agreement = zip(*parts, strict=True)
-        return torch.cat(probability), torch.cat(agreement)
+    def _confidence(self, view: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
+        """Return exp(-V), V the KL variance between the prediction of a view and that of its Fourier view."""
+        config = self.run.config
+        # Training with AM draws the share up to fourier_alpha; here it is the largest, so that maps are repeatable.
+        ratio = config.fourier_alpha if config.fourier_mode == "AM" else config.fourier_ratio
+        fourier = fourier_view(view, partner, mode=config.fourier_mode, window=config.fourier_window, ratio=ratio)
+        predictions = (predict(self.run.nets, image, precision=self.precision)[0] for image in (view, fourier))
+        return torch.exp(-kl_variance(*(probability.clamp_min(1e-12).log() for probability in predictions)))
 
     def volume(self, volume: Volume) -> dict[str, np.ndarray]:
-        """Segment all frames of a 3D or 4D volume; maps as `frame` gives them, of the volume's shape."""
-        plane = PlaneMap(volume.array.shape[:2], volume.zooms[:2], CANVAS_PX, self.dataset.spacing, self.center)
+        """Segment all frames of a 3D or 4D volume, slices on the third axis; return maps of its shape as `frame`."""
+        shape = volume.array.shape
+        plane = PlaneMap(shape[:2], volume.zooms[:2], CANVAS_PX, self.dataset.spacing, self.center)
         if self.center and not all(0 <= c < n for c, n in zip(self.center, plane.shape, strict=True)):
             raise UserError(f"--center {self.center} lies outside the image of {plane.shape} voxels")
-        if self.confidence and volume.array.shape[2] < 2:
+        if self.confidence and shape[2] < 2:
             raise UserError("--confidence compares with another slice, and there is only one: leave it out")
         frames = [self.frame(frame_slices(volume, number), plane) for number in range(frame_count(volume))]
-        # Slices back to the third axis; frames to the fourth, where the volume has one.
-        stacked = {name: np.stack([np.moveaxis(maps[name], 0, 2) for maps in frames], axis=-1) for name in frames[0]}
-        return {name: array.reshape(volume.array.shape) for name, array in stacked.items()}
+        maps = {}
+        for name in list(frames[0]):
+            found = [maps_of_frame.pop(name) for maps_of_frame in frames]
+            stacked = np.stack(found) if len(found) > 1 else found[0][None]  # (T, Z, X, Y), of one frame without a copy
+            maps[name] = stacked.transpose(2, 3, 1, 0).reshape(shape)
+        return maps
+
+    def file(self, path: Path, target: str) -> int:
+        """Segment a file, write TARGET_seg.nii.gz and, where wanted, the other maps; return the number of slices.
+
+        What is doubtful about the scan is printed.
+
+        Raises:
+            UserError: it cannot be read, or is no plausible scan.
+        """
+        volume = read_volume(path)
+        axis = (self.slice_axis or 3) - 1
+        zooms = list(volume.zooms)
+        turned = volume._replace(array=np.moveaxis(volume.array, axis, 2), zooms=(*np.delete(zooms, axis), zooms[axis]))
+        if reasons := implausible(turned, any_thickness=True):
+            raise UserError("; ".join(reasons))
+        warnings = [volume.warning] if volume.warning else []
+        if not self.slice_axis and max(zooms) > 1.05 * zooms[2]:
+            warnings.append(
+                f"with voxels of {np.round(zooms, 2).tolist()} mm its slices seem to lie on axis "
+                f"{int(np.argmax(zooms)) + 1}, not 3: --slice-axis names their axis"
+            )
+        values = np.unique(volume.array[::4, ::4, ::2])
+        if len(values) <= 10 and (values == np.rint(values)).all():
+            warnings.append(f"it holds only the values {', '.join(f'{v:g}' for v in values)}: is it a label map?")
+        for warning in warnings:
+            tqdm.write(f"warning: {path}: {warning}")
+        for name, array in self.volume(turned).items():
+            write_volume(Path(f"{target}_{name}.nii.gz"), np.moveaxis(array, 2, axis), like=volume, description=NOTE)
+        return turned.array[0, 0].size
 
 
-def segment_files(
-    segmenter: Segmenter, inputs: Sequence[Path], output: Path, *, overwrite: bool = False, slice_axis: int = 2
-) -> None:
+def is_out_of_memory(error: Exception) -> bool:
+    """Return True if an exception says that the memory, of the machine or its GPU, is full."""
+    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return full or "can't allocate memory" in str(error)  # PyTorch has no class of its own for the machine's memory
+
+
+def segment_files(segmenter: Segmenter, inputs: Sequence[Path], output: Path, *, overwrite: bool = False) -> None:
     """Segment files, and all NIfTI files of folders, into OUTPUT/STEM_seg.nii.gz.
 
     With confidence also STEM_confidence.nii.gz (exp(-V), V the KL variance between plain and Fourier view) and
-    STEM_agreement.nii.gz (exp(-KL) between the two networks). A file that cannot be segmented does not stop the
-    others. `slice_axis` is the axis of the slices in the files, counted from 0.
+    STEM_agreement.nii.gz (exp(-KL) between the two networks). A file that cannot be read does not stop the others.
 
     Raises:
         UserError: no input, two inputs of one name, a label map that is there already (unless `overwrite`), or, after
@@ -127,31 +164,16 @@ def segment_files(
     problems, slices, began = [], 0, monotonic()
     for path, stem in tqdm(stems.items(), unit="scan", desc="segment"):
         try:
-            volume = read_volume(path)
-            if volume.warning:
-                tqdm.write(f"warning: {path}: {volume.warning}")
-            stack = _slices_last(volume, slice_axis)
-            if reasons := implausible(stack):
-                raise UserError("; ".join(reasons) + " (--slice-axis says which axis that of the slices is)")
-            if len(np.unique(stack.array[::4, ::4])) <= FEW_VALUES:
-                tqdm.write(f"warning: {path}: at most {FEW_VALUES} different values: is it a label map and no scan?")
-            for name, array in segmenter.volume(stack).items():
-                array = np.moveaxis(array, 2, slice_axis)
-                write_volume(output / f"{stem}_{name}.nii.gz", array, like=volume, description=NOTE)
-            slices += stack.array[0, 0].size
+            slices += segmenter.file(path, f"{output / stem}")
         except UserError as error:
             problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")
-        except (MemoryError, torch.OutOfMemoryError):
-            problems.append(f"{path}: too little memory: a smaller --batch-size, --device cpu or --precision bf16")
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            problems.append(f"{path}: {OUT_OF_MEMORY}, or a smaller --batch-size (now {segmenter.batch_size})")
     print(f"{len(stems) - len(problems)} scans in {output}: {slices / (monotonic() - began):.1f} slices/s. {NOTE}.")
     if problems:
         raise UserError(f"{len(problems)} of {len(stems)} scans failed:\n  " + "\n  ".join(problems))
-
-
-def _slices_last(volume: Volume, axis: int) -> Volume:
-    """Return the volume with its slices on the third axis, for the networks only: its header stays that of the file."""
-    zooms = [zoom for number, zoom in enumerate(volume.zooms) if number != axis] + [volume.zooms[axis]]
-    return volume._replace(array=np.moveaxis(volume.array, axis, 2), zooms=tuple(zooms))
 
 
 def _output_stems(inputs: Sequence[Path], output: Path) -> dict[Path, str]:
@@ -159,11 +181,12 @@ def _output_stems(inputs: Sequence[Path], output: Path) -> dict[Path, str]:
     for path in inputs:
         if not path.exists():
             raise UserError(f"--input {path}: no such file or folder")
-        found = [p for p in path.glob("[!.]*") if SUFFIX.search(p.name)] if path.is_dir() else [path]
-        files += sorted(found)
+        files += (
+            sorted(p for p in path.iterdir() if SUFFIX.search(p.name) and p.name[0] != ".") if path.is_dir() else [path]
+        )
     stems = {path: SUFFIX.sub("", path.name) for path in files}
-    for path in [path for path, stem in stems.items() if MAPS.search(stem) and path not in inputs]:
-        print(f"left out as no scan: {path}")
+    for path in [path for path, stem in stems.items() if MAP.search(stem) and path not in inputs]:
+        print(f"left out as a label map, by its name: {path}")
         del stems[path]
     if not stems:
         raise UserError(f"no .nii or .nii.gz scan in {', '.join(map(str, inputs))} (folders in it are not searched)")
