@@ -48,7 +48,7 @@ class Config:
     cutmix: bool = True  # pseudo supervision on pairs of images mixed by boxes
 
     # --- method ---
-    cps_loss: Literal["pixel", "scalar", "plain"] = "pixel"  # confidence per pixel; as released; no confidence
+    cps_loss: Literal["pixel", "scalar", "plain"] = "pixel"  # use of the confidence: see utils/method/losses.py
     cps_weight: float  # beta; 0: supervised only
     cps_warmup: float = 0  # epochs before the pseudo supervision begins
     cps_ramp: float = 0  # epochs over which its weight then rises to cps_weight

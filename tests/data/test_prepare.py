@@ -235,6 +235,14 @@ def test_prepare_refuses_an_existing_folder(raw, tmp_path):
         prepare_dataset(raw, tmp_path / "out", MMS, workers=1)
 
 
+def test_folder_of_the_user_named_partial_is_kept(raw, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/mine.npy").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.partial is there and was not left by this program"):
+        prepare_dataset(raw, tmp_path / "out", MMS, workers=1)
+    assert (tmp_path / "out.partial/mine.npy").read_text() == "mine"
+
+
 def test_two_preparations_of_one_folder_do_not_meet(raw, tmp_path):
     """The second refuses, and leaves alone what the first has written so far."""
     reader, writer = os.pipe()
@@ -381,10 +389,10 @@ def test_odd_geometry_is_counted_and_named_and_work_goes_on(raw, capsys):
 
 
 def test_extreme_slices_are_prepared_and_trained_on(raw, tmp_path, mms_config, build_tiny):
-    """Constant and empty slices, 512 px and 20 px matrices: valid input all the way through a training."""
+    """Constant and empty slices, 512 px and 24 px matrices: valid input all the way through a training."""
     constant, large, small = labeled_folders(raw)
     rng = np.random.default_rng(0)
-    shapes = {constant: None, large: (512, 512), small: (24, 20)}
+    shapes = {constant: None, large: (512, 512), small: (24, 21)}
     for folder, plane in shapes.items():
         scan, mask = (folder / f"{folder.name}_{kind}.nii.gz" for kind in ("sa", "sa_gt"))
         array = np.asarray(nib.load(scan).dataobj)

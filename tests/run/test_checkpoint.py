@@ -202,6 +202,10 @@ def test_weights_of_another_user_are_not_called_damaged(tmp_path, monkeypatch):
     def refuse(*args, **kwargs):  # the tests may run as root, who reads everything
         raise PermissionError(13, "Permission denied")
 
+    save_checkpoint(tmp_path, state(1))
+    monkeypatch.setattr("utils.run.checkpoint._check_seal", refuse)
+    with pytest.raises(UserError, match=r"last\.pt cannot be read \(Permission denied\): ask its owner"):
+        load_checkpoint(tmp_path)
     monkeypatch.setattr("utils.run.checkpoint.safe_open", refuse)
     with pytest.raises(UserError, match=r"best\.safetensors cannot be read \(Permission denied\): ask its owner"):
         read_metadata(tmp_path / "best.safetensors")

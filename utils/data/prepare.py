@@ -64,6 +64,10 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
         UserError: `out` exists, the disk is too small or read-only, or a file has an error (all are printed).
     """
     unfinished = out.with_name(out.name + ".partial")
+    if unfinished.exists() and not (unfinished / LOCK).exists():
+        raise UserError(
+            f"{unfinished} is there and was not left by this program: move it away, or choose another --out"
+        )
     with folder_lock(unfinished):
         try:
             if out.exists():  # asked under the lock: another process may have made it just now
@@ -157,12 +161,8 @@ def process_case(case: Case, dataset: DatasetInfo, target: tuple[Path, tuple[int
     errors = [f"{case.image}: {reason}" for reason in implausible(image)]
     for number, path in enumerate(case.masks):
         try:
-            mask = whole_numbers(masks[number])
-            if mask.array.min() < 0 or mask.array.max() >= dataset.num_raw_labels:
-                unknown = np.setdiff1d(mask.array, range(dataset.num_raw_labels))
-                errors.append(f"{path}: labels {unknown[:5].tolist()} outside 0..{dataset.num_raw_labels - 1}")
-            masks[number] = mask = mask_in_grid(mask, image)
-            warnings += [f"{path}: {mask.note}"] if mask.note else []
+            masks[number] = mask_in_grid(_labels(masks[number], dataset), image)
+            warnings += [f"{path}: {masks[number].note}"] if masks[number].note else []
         except UserError as error:
             errors.append(f"{path}: {error}")
     for phase, frame in case.phases.items():
@@ -190,6 +190,15 @@ def process_case(case: Case, dataset: DatasetInfo, target: tuple[Path, tuple[int
         warnings.append(f"{case.image}: {share:.1f} % of its labelled voxels lie outside the network's field of view")
     report = Report(errors, warnings, [], outside)
     return _convert(case, dataset, image, truth, plane, *target, report) if target else report
+
+
+def _labels(mask: Volume, dataset: DatasetInfo) -> Volume:
+    """Return a mask with whole labels; raise UserError, which names no file, if the data set has no such label."""
+    mask = whole_numbers(mask)
+    if mask.array.min() < 0 or mask.array.max() >= dataset.num_raw_labels:
+        unknown = np.setdiff1d(mask.array, range(dataset.num_raw_labels))
+        raise UserError(f"labels {unknown[:5].tolist()} outside 0..{dataset.num_raw_labels - 1}")
+    return mask
 
 
 def _convert(

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from utils.data.loaders import SliceDataset, batch_loader, scan_batches
 from utils.data.prepared import PreparedData
 from utils.data.volume import PlaneMap, Volume, read_volume
 from utils.distributed import autocast_context
@@ -64,12 +63,6 @@ def predict(
     first, second = sum(softmax(*view) for view in views) / len(views)
     divergence = (first * (first.clamp_min(1e-12) / second.clamp_min(1e-12)).log()).sum(1)
     return (first + second) / 2, torch.exp(-divergence.clamp_min(0))
-
-
-def scan_loader(data: PreparedData, patients: Sequence[str]) -> DataLoader:
-    """Return a loader of the labelled scans of some patients, one scan per batch."""
-    dataset = SliceDataset(data, data.rows(list(patients), with_mask=True), with_mask=True)
-    return batch_loader(dataset, scan_batches(data, dataset.rows), 0)
 
 
 def predict_scans(

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from config import RUNTIME_SETTINGS
 from utils.data.dataset import DatasetInfo
+from utils.data.loaders import scan_loader
 from utils.data.prepared import PreparedData
 from utils.data.volume import write_volume
 from utils.errors import UserError
@@ -22,7 +23,6 @@ from utils.evaluation.predict import (
     ScanPrediction,
     mean_dice,
     predict_scans,
-    scan_loader,
     to_native,
     volumetric_rows,
 )

@@ -70,6 +70,10 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         try:
             _check_seal(path)
             state = torch.load(path, map_location="cpu", weights_only=True)
+        except PermissionError as error:
+            raise UserError(
+                f"{path} cannot be read ({error.strerror}): ask its owner for the right to read it"
+            ) from error
         except Exception as error:  # damaged files raise a dozen kinds
             problems.append(f"{path} is damaged or no checkpoint ({first_line(error)})")
             continue
