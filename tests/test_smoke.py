@@ -70,7 +70,10 @@ def test_without_data_the_way_there_is_named(name, tmp_path):
         (["mms_train.py", "--batch-size", "1"], "--batch-size must be at least 2"),
         (["mms_train.py", "--learning-rate", "1"], "learning-rate"),
         (["inference_mms.py", "--run", "nowhere"], "nowhere: no such run"),
-        (["inference_mms.py", "--run", "nowhere", "--center", "5", "5"], "--center and --confidence are for new scans"),
+        (
+            ["inference_mms.py", "--run", "nowhere", "--center", "5", "5"],
+            "--center, --confidence and --slice-axis are for new scans",
+        ),
     ],
 )
 def test_mistakes_are_named_without_a_traceback(arguments, message, tmp_path):

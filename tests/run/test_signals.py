@@ -38,7 +38,12 @@ def test_signal_to_the_process_group_saves_the_run(mms_config, number):
     cfg = replace(mms_config, workers=2, max_steps=None, num_epoch=1000, cps_warmup=0, cps_ramp=0)
     command = [sys.executable, "-c", TRAINING, str(ROOT), str(ROOT / "tests"), json.dumps(asdict(cfg))]
     started = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # the tests may run under nohup
     )
     folder = Path(cfg.out_root) / "run"
     while not (folder / "last.pt").exists():  # the first epoch is over: the workers are at work
