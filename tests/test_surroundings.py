@@ -57,6 +57,7 @@ run_inference(DATASET, lambda classes, pretrained="none": TinyNetwork(classes))
     assert "±" in (run / "results/D/summary.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_evaluating_from_another_folder_names_data_root(tmp_path):
     done = script("mms_train.py", "--no-wandb", cwd=tmp_path)
     assert done.returncode == 1

@@ -319,6 +319,7 @@ def test_no_scan_is_refused_and_the_others_go_on(tmp_path, array, zoom, reason):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["scan_seg.nii.gz"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(150, 140, 4), (150, 140, 4, 2)])
 @pytest.mark.parametrize("axis", [1, 2])
 def test_slices_on_another_axis(tmp_path, capsys, axis, shape):
@@ -379,6 +380,7 @@ def test_other_errors_of_the_network_are_not_hidden(tmp_path):
         segment_files(segmenter(Full(RuntimeError("shapes do not fit"))), [tmp_path], tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_memory_grows_by_little_more_than_the_scan(tmp_path):
     """All classes of a frame at once took 18 times the scan's float32 size."""
     scan = np.random.default_rng(0).integers(0, 1000, (512, 512, 40)).astype(np.float32)
