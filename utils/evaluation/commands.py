@@ -36,7 +36,7 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         slice_axis: Literal[1, 2, 3] | None = None,
         tta: bool = False,
         keep_largest: bool = False,
-        batch_size: int = 32,
+        batch_size: int = 8,
         device: str = "auto",
         precision: Literal["auto", "bf16", "fp32"] = "fp32",
     ) -> None:

@@ -61,13 +61,13 @@ class Segmenter:
         normalized = (self.dataset.normalize(image[None].astype(np.float32)) for image in slices)
         canvas = np.concatenate([plane.to_canvas(image).astype(np.float16) for image in normalized])
         # A new scan comes without partners from other scanners: half the scan away lies another amplitude.
-        partners = np.roll(canvas, len(canvas) // 2, 0)
+        partners = np.roll(range(len(canvas)), len(canvas) // 2)
         maps = {"seg": np.empty(slices.shape, np.uint8)}
         if self.confidence:
             maps |= {name: np.empty(slices.shape, np.float32) for name in ("confidence", "agreement")}
         for batch in batches:
             curves = torch.from_numpy(quantile_curves(canvas[batch])).to(device)
-            images, other = (torch.from_numpy(array[batch])[:, None].to(device) for array in (canvas, partners))
+            images, other = (torch.from_numpy(canvas[s])[:, None].to(device) for s in (batch, partners[batch]))
             view = prepare_view(images, curves, size=config.image_size, reference=self.run.reference)
             probability, agreement = predict(self.run.nets, view, precision=self.precision, tta=self.tta)
             found = {"seg": probability, "agreement": agreement}
