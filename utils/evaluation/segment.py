@@ -23,7 +23,7 @@ from utils.method.losses import kl_variance
 NOTE = "SemiDG-Seg: for research use, not for clinical decisions"
 SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 MAP = re.compile(  # endings of what lies beside scans and is none: ours, and those of public data sets and tools
-    r"[-_](seg|confidence|agreement|gt|mask|labels?|dseg|gmseg)(-r\d+)?([-_]manual)?$", re.IGNORECASE
+    r"[-_](seg|confidence|agreement|gt|mask|labels?|dseg|gmseg|manual)(-r\d+)?([-_]manual)?$", re.IGNORECASE
 )
 OUT_OF_MEMORY = "out of memory: try --device cpu, --precision bf16"
 
