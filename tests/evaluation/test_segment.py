@@ -322,8 +322,8 @@ def test_no_scan_is_refused_and_the_others_go_on(tmp_path, array, zoom, reason):
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(150, 140, 4), (150, 140, 4, 2)])
 @pytest.mark.parametrize("axis", [1, 2])
-def test_slices_on_another_axis(tmp_path, capsys, axis, shape):
-    """A scan with its slices on another axis gives the same map on that axis, and without the flag a warning."""
+def test_slices_on_another_axis(tmp_path, axis, shape):
+    """A scan with its slices on another axis gives the same map on that axis, and without the flag is refused."""
     scan = np.random.default_rng(0).gamma(2, 200, shape).astype(np.int16)
     scan[40:90, 50:80] += 2000
     moved, zooms = np.moveaxis(scan, 2, axis - 1), np.insert([1.5, 1.25], axis - 1, 8)
@@ -331,17 +331,25 @@ def test_slices_on_another_axis(tmp_path, capsys, axis, shape):
     nib.save(nib.Nifti1Image(moved, np.diag([*zooms, 1])), tmp_path / "moved.nii.gz")
     center = (60.0, 70.0)
     segment_files(segmenter(center=center, confidence=True), [tmp_path / "third.nii.gz"], tmp_path)
-    assert "--slice-axis" not in capsys.readouterr().out
-    segment_files(segmenter(), [tmp_path / "moved.nii.gz"], tmp_path / "unaware")
-    assert f"lie on axis {axis}, not 3: --slice-axis names their axis" in capsys.readouterr().out
+    unaware = tmp_path / "unaware"
+    with pytest.raises(UserError, match=rf"1 of 2 .*\n  .*moved.* axis {axis}, not 3: name their axis by --slice-axis"):
+        segment_files(segmenter(), [tmp_path / "moved.nii.gz", tmp_path / "third.nii.gz"], unaware)
+    assert [path.name for path in unaware.iterdir()] == ["third_seg.nii.gz"]
+    segment_files(segmenter(slice_axis=3), [tmp_path / "moved.nii.gz"], unaware)
+    assert (unaware / "moved_seg.nii.gz").exists()  # taken as it is
     aware = segmenter(center=center, confidence=True, slice_axis=axis)
     segment_files(aware, [tmp_path / "moved.nii.gz"], tmp_path)
-    assert "--slice-axis" not in capsys.readouterr().out
     for kind in ("seg", "confidence", "agreement"):
         third, found = (nib.load(tmp_path / f"{stem}_{kind}.nii.gz") for stem in ("third", "moved"))
         assert found.shape == moved.shape and (found.affine == np.diag([*zooms, 1])).all()
         assert np.array_equal(np.moveaxis(third.get_fdata(), 2, axis - 1), found.get_fdata())
     assert len(np.unique(nib.load(tmp_path / "third_seg.nii.gz").dataobj)) > 1
+
+
+def test_square_pixels_wider_than_the_slices_are_thick_are_no_other_axis(tmp_path):
+    write(tmp_path / "thin.nii.gz", phantom((60, 60, 2), (2, 2, 1.5)), np.diag([2, 2, 1.5, 1]))
+    segment_files(segmenter(), [tmp_path], tmp_path / "out")
+    assert (tmp_path / "out/thin_seg.nii.gz").exists()
 
 
 class Full(nn.Module):

@@ -57,7 +57,7 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             center: the organ's centre in new scans, in voxels along the two axes of a slice, counted from 0; by
                 default the image's centre.
             slice_axis: axis of the file, 1 to 3, along which the slices of new scans follow one another; by default the
-                third, with a warning where another one has the largest voxels.
+                third, and a scan whose voxels are largest along one of the others is refused.
             tta: average the prediction over the 8 flips and right-angle rotations, in 8 times the time.
             keep_largest: keep only the largest connected component of every structure, in the scan's own grid.
             batch_size: slices of new scans that are predicted at a time, at least 1; fewer take less memory.

@@ -119,14 +119,15 @@ class Segmenter:
         axis = (self.slice_axis or 3) - 1
         zooms = list(volume.zooms)
         turned = volume._replace(array=np.moveaxis(volume.array, axis, 2), zooms=(*np.delete(zooms, axis), zooms[axis]))
+        thick = int(np.argmax(zooms))
+        if not self.slice_axis and thick != 2 and zooms[thick] > 1.05 * sorted(zooms)[1]:
+            raise UserError(
+                f"with voxels of {np.round(zooms, 2).tolist()} mm its slices seem to lie on axis {thick + 1}, not 3: "
+                "name their axis by --slice-axis"
+            )
         if reasons := implausible(turned, any_thickness=True):
             raise UserError("; ".join(reasons))
         warnings = [volume.warning] if volume.warning else []
-        if not self.slice_axis and max(zooms) > 1.05 * zooms[2]:
-            warnings.append(
-                f"with voxels of {np.round(zooms, 2).tolist()} mm its slices seem to lie on axis "
-                f"{int(np.argmax(zooms)) + 1}, not 3: --slice-axis names their axis"
-            )
         values = np.unique(volume.array[::4, ::4, ::2])
         if len(values) <= 10 and (values == np.rint(values)).all():
             warnings.append(f"it holds only the values {', '.join(f'{v:g}' for v in values)}: is it a label map?")
