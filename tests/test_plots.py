@@ -1,5 +1,6 @@
 """The pictures are read back: colours must lie where the arrays say, not merely exist."""
 
+import os
 import subprocess
 import sys
 
@@ -166,3 +167,11 @@ def test_bland_altman_numbers(tmp_path, figures):
     titles = [ax.get_title() for ax in figures[0].axes]
     # differences 1, 2, 3: mean 2, sample standard deviation 1, limits 2 -+ 1.96
     assert titles == ["EDV (n = 3)\nbias +2.0 ml, limits +0.0 to +4.0", "EF (n = 1)\nbias -2.0 %"]
+
+
+def test_preview_in_a_notebook(mms_root, tmp_path):
+    """Its kernel hands its own backend on to the scripts that it starts."""
+    command = [sys.executable, ROOT / "mms_dataloader.py", "preview", "--data", mms_root, "--out", tmp_path / "p.png"]
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
