@@ -70,7 +70,7 @@ class Trainer:
         ]
         reference = torch.from_numpy(loaders.reference).to(self.device) if cfg.histogram_matching else None
         self.mean_reference = None if reference is None else reference.mean(0)
-        self.augmentation = Augmentation.from_config(cfg, reference)
+        self.augmentation = Augmentation(cfg, reference)
         self.generator = torch.Generator(self.device)
         self.statistics = [
             buffer for norm in batch_norms(self.nets) for buffer in (norm.running_mean, norm.running_var)
@@ -102,7 +102,7 @@ class Trainer:
     def unlabeled_views(self, batch: Batch) -> UnlabeledViews:
         """Augment an unlabelled batch of B, or with CutMix 2 B, canvases."""
         image, quantiles = (batch[name].to(self.device, non_blocking=True) for name in ("image", "quantiles"))
-        plain, fourier = self.augmentation.unlabeled(image, quantiles, self.generator, fourier=self.cfg.fourier_aug)
+        plain, fourier = self.augmentation.unlabeled(image, quantiles, self.generator)
         parts = 2 if self.cfg.cutmix else 1
         box_mask = None
         if self.cfg.cutmix:
