@@ -53,13 +53,8 @@ def fit(cfg: Config, loaders: Loaders, build_network: Callable[..., nn.Module], 
         logger = outputs = None
         with main_first(process):
             if process.is_main:
-                outputs = begin_run(
-                    folder,
-                    cfg,
-                    world_size=process.world_size,
-                    split=loaders.split._asdict(),
-                    weight_bytes=sum(p.numel() * p.element_size() for net in trainer.nets for p in net.parameters()),
-                )
+                weight_bytes = sum(p.nbytes for net in trainer.nets for p in net.parameters())
+                outputs = begin_run(folder, cfg, process.world_size, loaders.split._asdict(), weight_bytes)
                 logger = stack.enter_context(
                     Logger(folder, since=trainer.step, use_wandb=cfg.wandb, config=asdict(cfg))
                 )

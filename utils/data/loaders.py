@@ -55,9 +55,6 @@ class BatchSampler:
     def __iter__(self) -> Iterator[np.ndarray]:
         return map(self.batch_of_number, range(self.start, self.stop))
 
-    def __len__(self) -> int:
-        return self.stop - self.start
-
 
 def labeled_batches(count: int, cfg: Config, *, rank: int = 0) -> BatchSampler:
     """Return batches of labelled positions, drawn with replacement."""

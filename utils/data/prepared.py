@@ -134,7 +134,7 @@ def split_patients(data: PreparedData, dataset: DatasetInfo, cfg: Config) -> Spl
                     f"ratio {ratio} asks for {count} labelled patients of group {group}, {data.root} has "
                     f"{len(members)}: hold that {dataset.domain_kind} out, use a smaller --ratio or more data"
                 )
-            chosen += members[:count] if members else []
+            chosen += members[:count]
         if not chosen or len(chosen) <= val_patients:
             raise UserError(
                 f"{dataset.domain_kind} {domain}: {len(chosen)} patients are labelled in {data.root}, of "
