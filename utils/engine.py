@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -84,8 +83,7 @@ def fit(cfg: Config, loaders: Loaders, build_network: Callable[..., nn.Module], 
                 means = trainer.means()
                 progress.set_postfix(loss=f"{means['loss']:.3f}", cps=f"{means['cps']:.3f}")
             if epoch_ends:
-                line = {"seconds": round(time.monotonic() - began, 1)}
-                end_epoch(trainer, means, line, batches[0][1], logger, outputs)
+                end_epoch(trainer, means, time.monotonic() - began, batches[0][1], logger, outputs)
                 began = time.monotonic()
             # Several processes agree on a stop where they wait for each other anyway.
             stop = any_process(bool(interrupt.received)) if at_sync or process.world_size == 1 else False
@@ -114,7 +112,7 @@ def training_batches(loaders: Loaders, accumulate: int, first: int, last: int) -
 def end_epoch(
     trainer: Trainer,
     means: dict[str, float | None],
-    line: dict[str, Any],
+    seconds: float,
     unlabeled: Batch,
     logger: Logger | None,
     outputs: OutputFolder | None,
@@ -123,7 +121,7 @@ def end_epoch(
     epoch = math.ceil(trainer.step / trainer.loaders.steps_per_epoch)
     dice, skipped = trainer.validate(), int(trainer.bad_steps[1])
     line = {"epoch": epoch, "step": trainer.step, **means, "lr": trainer.cfg.lr, "val_dice": dice,
-            "skipped_steps": skipped, **line}  # fmt: skip
+            "skipped_steps": skipped, "seconds": round(seconds, 1)}  # fmt: skip
     # Weights that no step of the epoch has changed are not worth keeping.
     better = dice > trainer.best and float(trainer.sums["steps"]) > 0
     trainer.best = dice if better else trainer.best
