@@ -54,9 +54,8 @@ def fit(cfg: Config, loaders: Loaders, build_network: Callable[..., nn.Module], 
             if process.is_main:
                 weight_bytes = sum(p.nbytes for net in trainer.nets for p in net.parameters())
                 outputs = begin_run(folder, cfg, process.world_size, loaders.split._asdict(), weight_bytes)
-                logger = stack.enter_context(
-                    Logger(folder, since=trainer.step, use_wandb=cfg.wandb, config=asdict(cfg))
-                )
+                logger = Logger(folder, since=trainer.step, use_wandb=cfg.wandb, config=asdict(cfg))
+                stack.enter_context(logger)
                 images = cfg.batch_size * cfg.accumulate * process.world_size
                 print(f"{folder}: steps of {images} labelled and {images * (1 + cfg.cutmix)} unlabelled images")
         if trainer.best >= 0 and not is_intact(folder / "best.safetensors"):
