@@ -102,11 +102,10 @@ class Config:
         for name in (*counts, "cps_weight", "cps_warmup", "cps_ramp", "weight_decay"):
             rules[f"--{name.replace('_', '-')} must not be negative"] = getattr(self, name) >= 0
         for field in fields(self):
-            choices = get_args(field.type) if get_origin(field.type) is Literal else ()
-            names = ", ".join(map(str, choices))
-            rules[f"--{field.name.replace('_', '-')} must be one of {names}"] = (
-                not choices or getattr(self, field.name) in choices
-            )
+            if get_origin(field.type) is Literal:
+                choices = get_args(field.type)
+                rule = f"--{field.name.replace('_', '-')} must be one of {', '.join(choices)}"
+                rules[rule] = getattr(self, field.name) in choices
         for rule, holds in rules.items():
             if not holds:
                 raise UserError(rule)

@@ -65,7 +65,7 @@ def find_cases(raw: Path) -> RawDataset:
         if not CODE.fullmatch(code):
             errors.append(f"{folders[0]}: a patient's folder is named by letters, digits, _ and -")
         for folder in folders:  # the files are checked whatever the table says, so that one pass names every problem
-            case, problems = _case(folder, base, table.get(code, UNKNOWN), known=code in table)
+            case, problems = _case(folder, base, table.get(code, UNKNOWN))
             cases += [case] if case else []
             errors += problems
     missing = sorted(set(table) - set(folders_of))
@@ -74,7 +74,7 @@ def find_cases(raw: Path) -> RawDataset:
     return RawDataset(cases, errors, warnings)
 
 
-def _case(folder: Path, base: Path, row: TableRow, *, known: bool) -> tuple[Case | None, list[str]]:
+def _case(folder: Path, base: Path, row: TableRow) -> tuple[Case | None, list[str]]:
     """Return the scan of a patient's folder, of the files that are there (None without an image), and its problems."""
     image, mask = (nifti_path(folder, f"{folder.name}_sa{suffix}") for suffix in ("", "_gt"))
     labeled = folder.parent.name != "Unlabeled"
@@ -85,7 +85,7 @@ def _case(folder: Path, base: Path, row: TableRow, *, known: bool) -> tuple[Case
     group = f"B{row.centre}" if row.vendor == "B" else row.vendor
     case = None if problems[image] else Case(folder.name, row.vendor, group, image, masks, row.phases if masks else {})
     of_table = [*row.problems]
-    if known and labeled and not row.phases:
+    if row is not UNKNOWN and labeled and not row.phases:
         of_table.append("a patient with masks needs ED and ES in the info table, two different frame numbers from 0")
     return case, [*filter(None, problems.values()), *(f"patient {folder.name!r}: {text}" for text in of_table)]
 

@@ -28,10 +28,11 @@ def test_flop_of_a_step_are_those_of_its_forwards(mms_root):
 
 
 def test_table_puts_precisions_side_by_side():
-    text = benchmark.table({"auto": {"step, ms": 100.0}, "fp32": {"step, ms": 250.0}})
-    assert text.splitlines()[0].split() == ["auto", "fp32", "fp32", "/", "auto"]
-    assert text.splitlines()[1].split() == ["step,", "ms", "100", "250", "2.50"]
-    assert "/" not in benchmark.table({"auto": {"step, ms": 100.0}})
+    table = benchmark.table("title", {"auto": {"step, ms": 100.0}, "fp32": {"step, ms": 250.0}})
+    assert (table.title, table.header) == ("title", ["", "auto", "fp32", "fp32 / auto"])
+    assert table.rows == [["step, ms", "100", "250", "2.50"]]
+    alone = benchmark.table("title", {"auto": {"step, ms": 100.0}})
+    assert (alone.header, alone.rows) == (["", "auto"], [["step, ms", "100"]])
 
 
 def test_command_measures_input_and_inference(tmp_path):
@@ -40,6 +41,7 @@ def test_command_measures_input_and_inference(tmp_path):
                "--out", tmp_path / "b.json"]  # fmt: skip
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "|  | baseline | auto | auto / baseline |" in done.stdout
     measured = json.loads((tmp_path / "b.json").read_text())["measured"]
     assert list(measured) == ["baseline", "auto"]
     for column in measured.values():

@@ -9,8 +9,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,8 +27,10 @@ from network import build_network
 from utils.data.loaders import build_loaders
 from utils.data.prepare import prepare_dataset
 from utils.distributed import Process, autocast_context, choose_device
+from utils.engine import training_batches
 from utils.errors import UserError, clear_errors
 from utils.evaluation.predict import predict
+from utils.evaluation.tables import Table, to_markdown
 from utils.trainer import Trainer
 
 WARM_UP = 2  # calls before the timed ones
@@ -72,18 +73,9 @@ def benchmark(
             raise UserError(f"--steps {steps}: at least 1 must be timed")
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
-        cfg = replace(
-            MMS,
-            data_root=f"{folder}/data",
-            device=device,
-            image_size=image_size,
-            batch_size=batch_size,
-            accumulate=accumulate,
-            compile=compile,
-            checkpoint_activations=checkpoint_activations,
-            workers=workers,
-            pretrained="none",
-        )
+        settings = {"image_size": image_size, "batch_size": batch_size, "accumulate": accumulate, "compile": compile}
+        settings |= {"checkpoint_activations": checkpoint_activations, "workers": workers}
+        cfg = replace(MMS, data_root=f"{folder}/data", pretrained="none", **settings)
         where = choose_device(device)
         DATASET.write_phantom(Path(folder, "raw"), patients=4, frames=2 + batch_size * accumulate // 64)
         prepare_dataset(Path(folder, "raw"), Path(cfg.data_root), DATASET, workers=2)
@@ -99,12 +91,11 @@ def benchmark(
             for name in ("baseline",) * baseline + precision
         }
     machine = torch.cuda.get_device_name(where) if where.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"\n{machine}, torch {torch.__version__}: {image_size} px, steps of {batch_size} x {accumulate} images")
-    print(table(columns))
+    title = f"{machine}, torch {torch.__version__}: {image_size} px, steps of {batch_size} x {accumulate} images"
+    print("\n" + to_markdown([table(title, columns)]))
     if out:
-        settings = {"machine": machine, "torch": torch.__version__, "image_size": image_size, "batch_size": batch_size}
-        settings |= {"accumulate": accumulate, "compile": compile, "checkpoint_activations": checkpoint_activations}
-        out.write_text(json.dumps({**settings, "workers": workers, "measured": columns}, indent=2) + "\n")
+        found = {"machine": machine, "torch": torch.__version__, **settings, "measured": columns}
+        out.write_text(json.dumps(found, indent=2) + "\n")
         print(out)
 
 
@@ -123,15 +114,15 @@ def measure(
     trainer = Trainer(cfg, build_loaders(cfg, DATASET), build_network, Process(device))
     for net in trainer.nets:
         net.to(memory_format=memory_format)
-    with reading(trainer, 0) as read:
-        batches = [[{k: v.to(device) for k, v in part.items()} for part in pair] for pair in read()]
+    (read,) = training_batches(trainer.loaders, cfg.accumulate, 0, 1)
+    batches = [[{name: value.to(device) for name, value in part.items()} for part in pair] for pair in read]
     if training:
         flop = step_flop(cfg, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         step = median(lambda: trainer.train_step(batches), device, steps, "step")
-        with reading(trainer, steps) as read:
-            loading = median(lambda: trainer.train_step(read()), device, steps, "step with loading")
+        read = training_batches(trainer.loaders, cfg.accumulate, 0, WARM_UP + steps)
+        loading = median(lambda: trainer.train_step(next(read)), device, steps, "step with loading")
         figures |= {
             "FLOP of a step, TFLOP": flop / 1e12,
             "step, ms": 1e3 * step,
@@ -146,8 +137,8 @@ def measure(
             trainer.train_step(batches)
         order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
         print(record.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=50))
-    with reading(trainer, steps) as read:
-        views = median(lambda: [trainer.unlabeled_views(pair[1]) for pair in read()], device, steps, "input pipeline")
+    read = training_batches(trainer.loaders, cfg.accumulate, 0, WARM_UP + steps)
+    views = median(lambda: [trainer.unlabeled_views(pair[1]) for pair in next(read)], device, steps, "input pipeline")
     image = trainer.unlabeled_views(batches[0][1]).plain[0]
     for net in trainer.nets:
         net.eval()
@@ -165,32 +156,16 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
 
 
-@contextmanager
-def reading(trainer: Trainer, steps: int) -> Iterator[Callable[[], list[Any]]]:
-    """A function that reads the batches of a next step, from freshly started loaders."""
-    loaders, accumulate = (trainer.loaders.labeled, trainer.loaders.unlabeled), trainer.cfg.accumulate
-    for loader in loaders:
-        loader.sampler.start, loader.sampler.stop = 0, (WARM_UP + steps) * accumulate
-    pairs = zip(*loaders, strict=True)
-    yield lambda: [next(pairs) for _ in range(accumulate)]
-
-
 def median(call: Callable[[], Any], device: torch.device, repeats: int, name: str) -> float:
     """Median seconds of a call, the device synchronised before and after."""
-    seconds = []
+    seconds, synchronize = [], torch.get_device_module(device).synchronize
     for _ in tqdm(range(WARM_UP + repeats), desc=name, leave=False):
-        synchronize(device)
+        synchronize()
         began = time.perf_counter()
         call()
-        synchronize(device)
+        synchronize()
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[WARM_UP:])
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def matmul_peak(device: torch.device, precision: str) -> float:
@@ -213,21 +188,21 @@ def step_flop(cfg: Config, device: torch.device) -> int:
     """FLOP of a training step by PyTorch's counter, without what activation checkpointing computes twice."""
     small = replace(cfg, batch_size=2, accumulate=1, compile=False, checkpoint_activations=False, workers=0)
     trainer = Trainer(small, build_loaders(small, DATASET), build_network, Process(device))
-    with reading(trainer, 1) as read, FlopCounterMode(display=False) as counter:
-        trainer.train_step(read())
+    with FlopCounterMode(display=False) as counter:
+        trainer.train_step(*training_batches(trainer.loaders, 1, 0, 1))
     return counter.get_total_flops() * cfg.batch_size * cfg.accumulate // small.batch_size
 
 
-def table(columns: dict[str, dict[str, float]]) -> str:
-    """The figures, a column per precision, and how many times larger the last column's are than the first's."""
+def table(title: str, columns: dict[str, dict[str, float]]) -> Table:
+    """Return the metrics, a column per precision, and how many times larger the last column's are than the first's."""
     names = list(columns)
-    lines = [f"{'':42}" + "".join(f"{name:>12}" for name in names)]
-    lines[0] += f"{names[-1] + ' / ' + names[0]:>18}" * (len(names) > 1)
-    for figure in columns[names[0]]:
-        values = [columns[name][figure] for name in names]
-        line = f"{figure:42}" + "".join(f"{value:>12.4g}" for value in values)
-        lines.append(line + f"{values[-1] / values[0]:>18.2f}" * (len(names) > 1))
-    return "\n".join(lines)
+    compared = len(names) > 1
+    header = ["", *names] + [f"{names[-1]} / {names[0]}"] * compared
+    rows = []
+    for metric in columns[names[0]]:
+        values = [column[metric] for column in columns.values()]
+        rows.append([metric, *(f"{value:.4g}" for value in values)] + [f"{values[-1] / values[0]:.2f}"] * compared)
+    return Table(title, "", header, rows)
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def convert_released(
         cps_weight=cfg.cps_weight,
     )
     with folder_lock(out):
-        require_space(out, sum(p.numel() * p.element_size() for net in nets for p in net.parameters()))
+        require_space(out, sum(p.nbytes for net in nets for p in net.parameters()))
         outputs = OutputFolder(out)
         save_networks(outputs.claim("best.safetensors"), nets, metadata)
         write_json(outputs.claim("config.json"), config)

@@ -70,15 +70,12 @@ def choose_device(name: str, number: int = 0) -> torch.device:
 
 def autocast_context(device: torch.device, precision: str) -> AbstractContextManager:
     """Return a context of bf16 autocast, or of float32; "auto" is bf16 where the device computes it natively."""
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_bf16()
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # by AVX-512 BF16 or AMX; PyTorch 2.10 has no public way to ask
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     enabled = precision == "bf16" or (precision == "auto" and native)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-def cpu_has_bf16() -> bool:
-    """Return True where the processor multiplies bf16 natively (AVX-512 BF16 or AMX)."""
-    # PyTorch 2.10 has no public way to ask.
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def average(tensors: Sequence[torch.Tensor]) -> None:

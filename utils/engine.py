@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -53,16 +52,10 @@ def fit(cfg: Config, loaders: Loaders, build_network: Callable[..., nn.Module], 
         logger = outputs = None
         with main_first(process):
             if process.is_main:
-                outputs = begin_run(
-                    folder,
-                    cfg,
-                    world_size=process.world_size,
-                    split=loaders.split._asdict(),
-                    weight_bytes=sum(p.numel() * p.element_size() for net in trainer.nets for p in net.parameters()),
-                )
-                logger = stack.enter_context(
-                    Logger(folder, since=trainer.step, use_wandb=cfg.wandb, config=asdict(cfg))
-                )
+                weight_bytes = sum(p.nbytes for net in trainer.nets for p in net.parameters())
+                outputs = begin_run(folder, cfg, process.world_size, loaders.split._asdict(), weight_bytes)
+                logger = Logger(folder, since=trainer.step, use_wandb=cfg.wandb, config=asdict(cfg))
+                stack.enter_context(logger)
                 images = cfg.batch_size * cfg.accumulate * process.world_size
                 print(f"{folder}: steps of {images} labelled and {images * (1 + cfg.cutmix)} unlabelled images")
         if trainer.best >= 0 and not is_intact(folder / "best.safetensors"):
@@ -89,8 +82,7 @@ def fit(cfg: Config, loaders: Loaders, build_network: Callable[..., nn.Module], 
                 means = trainer.means()
                 progress.set_postfix(loss=f"{means['loss']:.3f}", cps=f"{means['cps']:.3f}")
             if epoch_ends:
-                line = {"seconds": round(time.monotonic() - began, 1)}
-                end_epoch(trainer, means, line, batches[0][1], logger, outputs)
+                end_epoch(trainer, means, time.monotonic() - began, batches[0][1], logger, outputs)
                 began = time.monotonic()
             # Several processes agree on a stop where they wait for each other anyway.
             stop = any_process(bool(interrupt.received)) if at_sync or process.world_size == 1 else False
@@ -119,7 +111,7 @@ def training_batches(loaders: Loaders, accumulate: int, first: int, last: int) -
 def end_epoch(
     trainer: Trainer,
     means: dict[str, float | None],
-    line: dict[str, Any],
+    seconds: float,
     unlabeled: Batch,
     logger: Logger | None,
     outputs: OutputFolder | None,
@@ -128,7 +120,7 @@ def end_epoch(
     epoch = math.ceil(trainer.step / trainer.loaders.steps_per_epoch)
     dice, skipped = trainer.validate(), int(trainer.bad_steps[1])
     line = {"epoch": epoch, "step": trainer.step, **means, "lr": trainer.cfg.lr, "val_dice": dice,
-            "skipped_steps": skipped, **line}  # fmt: skip
+            "skipped_steps": skipped, "seconds": round(seconds, 1)}  # fmt: skip
     # Weights that no step of the epoch has changed are not worth keeping.
     better = dice > trainer.best and float(trainer.sums["steps"]) > 0
     trainer.best = dice if better else trainer.best

@@ -7,7 +7,7 @@ therefore needs no generator states, and a run that was stopped anywhere continu
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ class Trainer:
     ):
         """Begin anew, or where the method `state` was called."""
         self.cfg, self.loaders, self.process, self.device = cfg, loaders, process, process.device
+        self.autocast = partial(autocast_context, self.device, cfg.precision)  # makes the context of forward passes
         self.nets = []
         for i in range(2):
             torch.manual_seed(derive_seed(cfg.seed, 3, i))
@@ -70,7 +71,7 @@ class Trainer:
         ]
         reference = torch.from_numpy(loaders.reference).to(self.device) if cfg.histogram_matching else None
         self.mean_reference = None if reference is None else reference.mean(0)
-        self.augmentation = Augmentation.from_config(cfg, reference)
+        self.augmentation = Augmentation(cfg, reference)
         self.generator = torch.Generator(self.device)
         self.statistics = [
             buffer for norm in batch_norms(self.nets) for buffer in (norm.running_mean, norm.running_var)
@@ -81,10 +82,6 @@ class Trainer:
         self.bad_steps = torch.zeros(2, device=self.device)  # non-finite steps: in a row, since the last line
         if state:
             self._load_state(state)
-
-    def autocast(self) -> AbstractContextManager:
-        """Make the context of the forward passes."""
-        return autocast_context(self.device, self.cfg.precision)
 
     def cps_weight(self, step: int) -> float:
         """Return beta at a step, after warm-up and ramp."""
@@ -102,7 +99,7 @@ class Trainer:
     def unlabeled_views(self, batch: Batch) -> UnlabeledViews:
         """Augment an unlabelled batch of B, or with CutMix 2 B, canvases."""
         image, quantiles = (batch[name].to(self.device, non_blocking=True) for name in ("image", "quantiles"))
-        plain, fourier = self.augmentation.unlabeled(image, quantiles, self.generator, fourier=self.cfg.fourier_aug)
+        plain, fourier = self.augmentation.unlabeled(image, quantiles, self.generator)
         parts = 2 if self.cfg.cutmix else 1
         box_mask = None
         if self.cfg.cutmix:

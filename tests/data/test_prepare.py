@@ -20,6 +20,7 @@ import torch
 from helpers import ROOT
 from scipy.ndimage import map_coordinates
 
+import config
 import mms_dataloader
 import scgm_dataloader
 from utils.data.loaders import build_loaders
@@ -536,7 +537,7 @@ def test_the_published_table_is_prepared_and_labels_the_published_numbers(tmp_pa
                             (0.05, {"A": 6, "B2": 5, "B3": 4, "C": 4, "D": 4})):  # fmt: skip
         counts = {}
         for held_out in "AD":
-            split = split_patients(data, MMS, test_domain=held_out, ratio=ratio)
+            split = split_patients(data, MMS, replace(config.MMS, test_domain=held_out, ratio=ratio))
             for patient in split.labeled:
                 counts.setdefault(str(group_of[patient]), set()).add(patient)
         assert {group: len(patients) for group, patients in counts.items()} == expected

@@ -9,6 +9,7 @@ import pytest
 
 import mms_dataloader
 import scgm_dataloader
+from config import MMS
 from utils.data.loaders import SliceDataset, build_loaders, labeled_batches, scan_batches, unlabeled_batches
 from utils.data.prepared import PreparedData
 from utils.errors import UserError
@@ -94,8 +95,9 @@ def test_array_with_objects_is_refused_and_never_executed(mms_root, tmp_path, mo
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_an_epoch_uses_every_image_once_in_each_half(world_size):
     count, size = 60, 4
+    cfg = replace(MMS, batch_size=size)
     parts = [{"rank": rank, "world_size": world_size} for rank in range(world_size)]
-    samplers = [unlabeled_batches(count, batch_size=size, pairs=True, seed=0, **part) for part in parts]
+    samplers = [unlabeled_batches(count, cfg, **part) for part in parts]
     steps = count // (size * world_size)
     batches = np.array([[s.batch_of_number(step) for s in samplers] for step in range(2 * steps)])  # (steps, ranks, 2B)
     first, second = batches[..., :size], batches[..., size:]
@@ -108,28 +110,27 @@ def test_an_epoch_uses_every_image_once_in_each_half(world_size):
 
 def test_no_image_is_twice_in_a_step():
     """Else it could be its own Fourier partner; uneven counts, many epochs, and too few images to avoid it."""
-    count, size = 21, 5
+    count, cfg = 21, replace(MMS, batch_size=5, seed=1)
     for world_size in (1, 2):
-        samplers = [
-            unlabeled_batches(count, batch_size=size, pairs=True, seed=1, rank=rank, world_size=world_size)
-            for rank in range(world_size)
-        ]
+        samplers = [unlabeled_batches(count, cfg, rank=rank, world_size=world_size) for rank in range(world_size)]
         for number in range(200):
             step = np.concatenate([sampler.batch_of_number(number) for sampler in samplers])
             assert len(set(step)) == len(step)
-    few = unlabeled_batches(6, batch_size=5, pairs=True, seed=1).batch_of_number(0)
+    few = unlabeled_batches(6, cfg).batch_of_number(0)
     assert (few[:5] != few[5:]).all()
 
 
 def test_batches_follow_from_the_step_alone():
+    cfg = replace(MMS, batch_size=8, seed=3)
+
     def batches(start, stop):
-        sampler = labeled_batches(50, batch_size=8, seed=3)
+        sampler = labeled_batches(50, cfg)
         sampler.start, sampler.stop = start, stop
         return [batch.tolist() for batch in sampler]
 
     assert batches(0, 9)[5:] == batches(5, 9)
     assert batches(0, 1) != batches(1, 2)
-    assert labeled_batches(50, batch_size=8, seed=3, rank=1).batch_of_number(0).tolist() != batches(0, 1)[0]
+    assert labeled_batches(50, cfg, rank=1).batch_of_number(0).tolist() != batches(0, 1)[0]
 
 
 def test_scans_come_whole_and_in_order(mms_root):

@@ -1,5 +1,7 @@
 """Augmentation against NumPy, SciPy, scikit-image, torchvision and the released fixture."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from scipy import ndimage
 from skimage.exposure import match_histograms
 from torchvision.transforms.functional import gaussian_blur as torchvision_blur
 
+from config import MMS
 from utils.data.prepare import quantile_curves
 from utils.method.augment import (
     CANVAS_PX,
@@ -23,8 +26,7 @@ from utils.method.augment import (
     random_partner,
 )
 
-PLAIN = {"size": 64, "rotation": 0, "max_shift": 0, "flip": False, "blur": False, "fourier_mode": "AS",
-         "fourier_window": 0.01, "fourier_ratio": 1.0, "fourier_alpha": 0.3}  # fmt: skip
+PLAIN = replace(MMS, image_size=64, rotation=0, max_shift=0, flip=False, blur=False)
 
 
 def seeded(seed=0):
@@ -261,7 +263,7 @@ def test_geometry_is_reproducible():
 @pytest.mark.parametrize("size", [64, FIELD_PX])
 def test_image_and_mask_stay_aligned(size):
     mask = (smooth(6, sigma=25) > 0.5).to(torch.uint8)
-    augmentation = Augmentation(**PLAIN | {"size": size, "rotation": 90, "max_shift": 6, "flip": True})
+    augmentation = Augmentation(replace(PLAIN, image_size=size, rotation=90, max_shift=6, flip=True))
     image_view, mask_view = augmentation.labeled(mask.float(), mask, torch.zeros(6, 256), seeded())
     assert image_view.shape == (6, 1, size, size) and image_view.dtype == torch.float32
     assert mask_view.shape == (6, size, size) and mask_view.dtype == torch.int64
@@ -334,10 +336,10 @@ def test_a_lone_image_has_no_partner():
 # --- the views of training
 
 
-def unlabeled(image, *, seed=0, fourier=True, **settings):
-    augmentation = Augmentation(**PLAIN | settings)
+def unlabeled(image, *, seed=0, reference=None, **settings):
+    augmentation = Augmentation(replace(PLAIN, **settings), reference)
     curves = torch.from_numpy(np.ascontiguousarray(quantile_curves(image[:, 0].half().numpy())))
-    return augmentation.unlabeled(image, curves, seeded(seed), fourier=fourier)
+    return augmentation.unlabeled(image, curves, seeded(seed))
 
 
 @pytest.mark.parametrize("mode", ["AS", "AM"])
@@ -351,7 +353,7 @@ def test_unlabeled_views(mode):
     again, other = unlabeled(image, **settings), unlabeled(image, seed=1, **settings)
     assert torch.equal(plain, again[0]) and torch.equal(fourier, again[1])
     assert not torch.equal(plain, other[0])
-    assert unlabeled(image, fourier=False, **settings)[1] is None
+    assert unlabeled(image, fourier_aug=False, cps_loss="plain", **settings)[1] is None
 
 
 @pytest.mark.parametrize("off", [{"fourier_ratio": 0.0}, {"fourier_mode": "AM", "fourier_alpha": 0.0}])
@@ -368,15 +370,15 @@ def test_fourier_view_of_ratio_0_is_the_plain_view(off):
 
 
 def test_both_views_are_blurred_alike():
-    plain, fourier = unlabeled(smooth(2, sigma=1), size=FIELD_PX, blur=True, fourier_ratio=0.0)
-    sharp, _ = unlabeled(smooth(2, sigma=1), size=FIELD_PX)
+    plain, fourier = unlabeled(smooth(2, sigma=1), image_size=FIELD_PX, blur=True, fourier_ratio=0.0)
+    sharp, _ = unlabeled(smooth(2, sigma=1), image_size=FIELD_PX)
     torch.testing.assert_close(fourier, plain, rtol=0, atol=1e-5)
     assert plain.diff().abs().mean() < 0.97 * sharp.diff().abs().mean()
 
 
 @pytest.mark.parametrize("size", [64, 96, FIELD_PX])
 def test_fourier_window_is_two_cycles_at_every_size(size):
-    plain, fourier = unlabeled(smooth(2, sigma=3), size=size)
+    plain, fourier = unlabeled(smooth(2, sigma=3), image_size=size)
     change = torch.fft.fftshift(torch.fft.fft2(fourier - plain), dim=(-2, -1)).abs()
     changed = change > 1e-4 * change.amax((-2, -1), keepdim=True)
     expected = torch.zeros(size, size, dtype=torch.bool)

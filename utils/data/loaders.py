@@ -40,11 +40,7 @@ class SliceDataset(Dataset):
 
     def __getitem__(self, positions: list[int]) -> dict[str, torch.Tensor]:
         rows = self.rows[positions]
-        batch = {
-            "image": self.data.images[rows][:, None],
-            "quantiles": self.data.quantiles[rows],
-            "row": rows,
-        }
+        batch = {"image": self.data.images[rows][:, None], "quantiles": self.data.quantiles[rows], "row": rows}
         if self.with_mask:
             batch["mask"] = self.data.masks[self.data.index["mask"][rows]][:, None]
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
@@ -59,37 +55,33 @@ class BatchSampler:
     def __iter__(self) -> Iterator[np.ndarray]:
         return map(self.batch_of_number, range(self.start, self.stop))
 
-    def __len__(self) -> int:
-        return self.stop - self.start
 
-
-def labeled_batches(count: int, *, batch_size: int, seed: int, rank: int = 0) -> BatchSampler:
+def labeled_batches(count: int, cfg: Config, *, rank: int = 0) -> BatchSampler:
     """Return batches of labelled positions, drawn with replacement."""
-    return BatchSampler(lambda number: np.random.default_rng([seed, 1, number, rank]).integers(count, size=batch_size))
+    return BatchSampler(lambda n: np.random.default_rng([cfg.seed, 1, n, rank]).integers(count, size=cfg.batch_size))
 
 
-def unlabeled_batches(
-    count: int, *, batch_size: int, pairs: bool, seed: int, rank: int = 0, world_size: int = 1, accumulate: int = 1
-) -> BatchSampler:
+def unlabeled_batches(count: int, cfg: Config, *, rank: int = 0, world_size: int = 1) -> BatchSampler:
     """Return batches of unlabelled positions: an epoch is a permutation of all images, cut into whole steps.
 
-    With `pairs` a batch holds 2 x batch_size positions: u0 and its CutMix partners u1, the same permutation rotated
-    by a random distance. So every image is used once in each, and never as its own partner. If there are enough
-    images, none is twice in a batch over all processes.
+    With CutMix a batch holds 2 x batch_size positions: u0 and its partners u1, the same permutation rotated by a
+    random distance. So every image is used once in each, and never as its own partner. If there are enough images,
+    none is twice in a batch over all processes.
     """
-    batches = count // (batch_size * world_size * accumulate) * accumulate  # in an epoch
-    apart = min(batch_size * world_size, count // 2)  # the least distance
+    size = cfg.batch_size
+    batches = count // (size * world_size * cfg.accumulate) * cfg.accumulate  # in an epoch
+    apart = min(size * world_size, count // 2)  # the least distance
 
     @lru_cache(maxsize=1)
     def epoch_order(epoch: int) -> tuple[np.ndarray, ...]:
-        rng = np.random.default_rng([seed, 2, epoch])
+        rng = np.random.default_rng([cfg.seed, 2, epoch])
         order = rng.permutation(count)
-        return (order, np.roll(order, rng.integers(apart, count - apart + 1))) if pairs else (order,)
+        return (order, np.roll(order, rng.integers(apart, count - apart + 1))) if cfg.cutmix else (order,)
 
     def batch_of_number(number: int) -> np.ndarray:
         epoch, position = divmod(number, batches)
-        first = (position * world_size + rank) * batch_size
-        return np.concatenate([order[first : first + batch_size] for order in epoch_order(epoch)])
+        first = (position * world_size + rank) * size
+        return np.concatenate([order[first : first + size] for order in epoch_order(epoch)])
 
     return BatchSampler(batch_of_number)
 
@@ -119,14 +111,7 @@ class Loaders(NamedTuple):
 def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_size: int = 1) -> Loaders:
     """Open the prepared data of `cfg.data_root`, split its patients, and return the loaders of one process."""
     data = PreparedData.open(cfg.data_root, dataset)
-    split = split_patients(
-        data,
-        dataset,
-        test_domain=cfg.test_domain,
-        ratio=cfg.ratio,
-        val_patients=cfg.val_patients,
-        use_extra_unlabeled=cfg.use_extra_unlabeled,
-    )
+    split = split_patients(data, dataset, cfg)
     unlabeled_rows = data.rows(split.unlabeled)
     steps = len(unlabeled_rows) // (cfg.batch_size * world_size * cfg.accumulate)
     if not steps:
@@ -143,24 +128,14 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
                 f"the masks of all {part} patients in {data.root} are empty: nothing can be learnt or measured. Check "
                 f"the masks, and prepare the data again: {', '.join(sorted(set(data.index['patient'][rows])))}"
             )
-    labeled_sampler = labeled_batches(len(labeled), batch_size=cfg.batch_size, seed=cfg.seed, rank=rank)
-    unlabeled_sampler = unlabeled_batches(
-        len(unlabeled),
-        batch_size=cfg.batch_size,
-        pairs=cfg.cutmix,
-        seed=cfg.seed,
-        rank=rank,
-        world_size=world_size,
-        accumulate=cfg.accumulate,
-    )
     workers = min(cfg.workers, usable_cores())  # more only slow each other down
     row_bytes = [sum(tensor.nbytes for tensor in dataset[[0]].values()) for dataset in (labeled, unlabeled)]
     batch_bytes = cfg.batch_size * (row_bytes[0] + row_bytes[1] * (1 + cfg.cutmix))
     if not shared_memory_suffices(batch_bytes, workers * world_size, warn=rank == 0):
         workers = 0
     return Loaders(
-        batch_loader(labeled, labeled_sampler, workers),
-        batch_loader(unlabeled, unlabeled_sampler, workers),
+        batch_loader(labeled, labeled_batches(len(labeled), cfg, rank=rank), workers),
+        batch_loader(unlabeled, unlabeled_batches(len(unlabeled), cfg, rank=rank, world_size=world_size), workers),
         scan_loader(data, split.validation, rank=rank, world_size=world_size),
         data,
         dataset,

@@ -7,9 +7,10 @@ import os
 import shutil
 import signal
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,35 +97,28 @@ def _process(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path | None)
     if not raw.is_dir():
         raise UserError(f"{raw}: no such folder\n{dataset.download_help}")
     found = dataset.find_cases(raw)
-    reports: Reports = [(None, Report(found.errors, found.warnings, []))]
-    offsets = _allocate(found.cases, dataset.ndim, out) if out and not found.errors else None
+    targets = _allocate(found.cases, dataset.ndim, out) if out and not found.errors else None
     ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process alone: it ends the workers
     with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore_interrupt) as pool:
-        jobs = {}
-        for number, case in enumerate(found.cases):
-            target = (out, offsets[number]) if offsets else None
-            jobs[pool.submit(process_case, case, dataset, target)] = case
+        results = pool.map(process_case, found.cases, repeat(dataset), targets or repeat(None))
+        progress = tqdm(results, total=len(found.cases), unit="scan", desc="prepare" if out else "check")
         try:
-            progress = tqdm(as_completed(jobs), total=len(jobs), unit="scan", desc="prepare" if out else "check")
-            reports += [(jobs[job], job.result()) for job in progress]
+            return [(None, Report(found.errors, found.warnings, [])), *zip(found.cases, progress, strict=True)]
         except BrokenProcessPool as error:
             raise UserError("a worker process died, most likely for lack of memory: use fewer --workers") from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    # In the order of the cases, which is the order of their slices in the arrays.
-    order = {case.patient: number for number, case in enumerate(found.cases)}
-    return sorted(reports, key=lambda pair: order[pair[0].patient] if pair[0] else -1)
 
 
-def _allocate(cases: list[Case], ndim: int, out: Path) -> list[tuple[int, int]] | None:
+def _allocate(cases: list[Case], ndim: int, out: Path) -> list[tuple[Path, int, int]] | None:
     """Create the arrays for all slices that the headers promise.
 
-    Returns the first slice and the first mask of each case, or None if a header is damaged.
+    Returns the folder, the first slice and the first mask of each case, or None if a header is damaged.
     """
-    offsets, slices, masks = [], 0, 0
+    targets, slices, masks = [], 0, 0
     for case in cases:
-        offsets.append((slices, masks))
+        targets.append((out, slices, masks))
         try:
             shape = read_shape(case.image, ndim)
         except UserError:
@@ -142,10 +136,10 @@ def _allocate(cases: list[Case], ndim: int, out: Path) -> list[tuple[int, int]] 
         if hasattr(os, "posix_fallocate"):  # Linux: take the space now; a disk that fills up later kills a memory map
             with open(path, "rb+") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return offsets
+    return targets
 
 
-def process_case(case: Case, dataset: DatasetInfo, target: tuple[Path, tuple[int, int]] | None) -> Report:
+def process_case(case: Case, dataset: DatasetInfo, target: tuple[Path, int, int] | None) -> Report:
     """Check the files of one scan and, if `target` (folder, first slice and mask) is given, convert it."""
     errors: list[str] = []
     volumes: list[Volume] = []
@@ -208,13 +202,13 @@ def _convert(
     truth: dict[str, np.ndarray],
     plane: PlaneMap,
     out: Path,
-    offset: tuple[int, int],
+    row: int,
+    mask_row: int,
     report: Report,
 ) -> Report:
     """Write the slices and masks of one checked scan."""
     images, masks, quantiles = (np.load(out / f"{n}.npy", mmap_mode="r+") for n in ("images", "masks", "quantiles"))
-    row, mask_row = offset
-    phases = {frame: phase for phase, frame in case.phases.items() if phase in truth}
+    phases = {frame: phase for phase, frame in case.phases.items()}
     depth = image.array.shape[2]
     digest = hashlib.sha256()
     for frame in range(frame_count(image)):
@@ -224,8 +218,7 @@ def _convert(
         digest.update(canvas.tobytes())
         phase = phases.get(frame, "")
         if phase:
-            label = np.where(truth[phase] < len(dataset.class_names), truth[phase], 0).astype(np.uint8)
-            label = plane.to_canvas(label)
+            label = plane.to_canvas(truth[phase] * (truth[phase] < len(dataset.class_names)))  # the others: background
             masks[mask_row : mask_row + depth] = label
             digest.update(label.tobytes() + truth[phase].tobytes())
             path = out / "truth" / f"{case.patient}_{phase}.nii.gz"

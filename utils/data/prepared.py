@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from config import Config
 from utils.data.dataset import DatasetInfo
 from utils.errors import UserError
 
@@ -105,21 +106,14 @@ class Split(NamedTuple):
     held_out: list[str]
 
 
-def split_patients(
-    data: PreparedData,
-    dataset: DatasetInfo,
-    *,
-    test_domain: str,
-    ratio: float,
-    val_patients: int = 0,
-    use_extra_unlabeled: bool = False,
-) -> Split:
+def split_patients(data: PreparedData, dataset: DatasetInfo, cfg: Config) -> Split:
     """Split patients for one held-out domain.
 
     In each group the first `labeled_count` patients with masks, by code, are labelled. All source patients are used
     without their labels. With `val_patients`, that many labelled patients per domain only select the checkpoint;
     else the labelled patients do. Patients of the test domain are in `held_out` and nowhere else.
     """
+    test_domain, ratio, val_patients = cfg.test_domain, cfg.ratio, cfg.val_patients
     has_mask = set(data.index["patient"][data.index["mask"] >= 0])
     membership = zip(data.index["domain"], data.index["group"], strict=True)
     patients = dict(zip(data.index["patient"], membership, strict=True))
@@ -140,7 +134,7 @@ def split_patients(
                     f"ratio {ratio} asks for {count} labelled patients of group {group}, {data.root} has "
                     f"{len(members)}: hold that {dataset.domain_kind} out, use a smaller --ratio or more data"
                 )
-            chosen += members[:count] if members else []
+            chosen += members[:count]
         if not chosen or len(chosen) <= val_patients:
             raise UserError(
                 f"{dataset.domain_kind} {domain}: {len(chosen)} patients are labelled in {data.root}, of "
@@ -153,6 +147,6 @@ def split_patients(
     unlabeled = sorted(
         p
         for p, (domain, _) in patients.items()
-        if domain != test_domain and p not in validation and (p in has_mask or use_extra_unlabeled)
+        if domain != test_domain and p not in validation and (p in has_mask or cfg.use_extra_unlabeled)
     )
     return Split(labeled, unlabeled, validation or labeled, held_out)

@@ -26,12 +26,11 @@ def draw_preview(root: Path, out: Path, dataset: DatasetInfo, cfg: Config, *, co
     index = {name: column[rows] for name, column in data.index.items()}
     first_domain = data.index["domain"] == min(index["domain"])
     reference = torch.from_numpy(data.quantiles[first_domain]) if cfg.histogram_matching else None
-    cfg = replace(cfg, image_size=FIELD_PX, rotation=0, max_shift=0, flip=False, blur=False)
+    cfg = replace(cfg, image_size=FIELD_PX, rotation=0, max_shift=0, flip=False, blur=False, fourier_aug=True)
     generator = torch.Generator().manual_seed(cfg.seed)
     batch = SliceDataset(data, rows, with_mask=True)[list(range(count))]
     mask = canvas_to_view(batch["mask"], FIELD_PX)[:, 0]
-    views = Augmentation.from_config(cfg, reference)
-    plain, fourier = views.unlabeled(batch["image"], batch["quantiles"], generator, fourier=True)
+    plain, fourier = Augmentation(cfg, reference).unlabeled(batch["image"], batch["quantiles"], generator)
     boxes = cutmix_mask(count, FIELD_PX, generator=generator)
     mixed = torch.where(boxes > 0, plain.roll(1, 0), plain)
     truths = [data.truth_path(*scan) for scan in zip(index["patient"], index["phase"], strict=True)]

@@ -286,8 +286,8 @@ class PlaneMap:
     def to_canvas(self, array: np.ndarray) -> np.ndarray:
         """Resample (..., X, Y) to (..., size, size): labels (uint8) by nearest neighbour, else bilinear in float32."""
         for axis in (0, 1):
-            position = self._center(axis) + self._offsets(self.size) * self.spacing / self.zooms[axis]
-            array = _sample(array, position, axis - 2)
+            distance = (np.arange(self.size) - (self.size - 1) / 2) * self.spacing
+            array = _sample(array, self._center(axis) + distance / self.zooms[axis], axis - 2)
         return array
 
     def to_native(self, array: np.ndarray) -> np.ndarray:
@@ -303,10 +303,6 @@ class PlaneMap:
 
     def _center(self, axis: int) -> float:
         return (self.shape[axis] - 1) / 2 if self.center is None else self.center[axis]
-
-    @staticmethod
-    def _offsets(size: int) -> np.ndarray:
-        return np.arange(size) - (size - 1) / 2
 
 
 def _sample(array: np.ndarray, position: np.ndarray, axis: int) -> np.ndarray:

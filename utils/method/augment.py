@@ -5,7 +5,7 @@ Images are (B, 1, H, W). Images from `prepare` are canvases, wider than the fiel
 Lengths in px (max_shift, blur, Fourier window) are given for a field of view of 288 px, whatever the image size.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -217,26 +217,12 @@ def random_partner(count: int, generator: torch.Generator) -> torch.Tensor:
 # --- what training does with them ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Augmentation:
-    """The views that training takes of prepared canvases."""
+    """The views that training takes of prepared canvases, as the settings say."""
 
-    size: int  # px of the views
-    rotation: int  # degrees, the largest random angle
-    max_shift: int  # px, the largest random shift; at most the canvas's margin
-    flip: bool
-    blur: bool
-    fourier_mode: str  # "AS", "AM"
-    fourier_window: float  # L of mode AS
-    fourier_ratio: float  # lambda of mode AS
-    fourier_alpha: float  # the largest l of mode AM
+    cfg: Config
     reference: torch.Tensor | None = None  # (P, Q) quantile curves, one drawn per image; None: no histogram matching
-
-    @classmethod
-    def from_config(cls, cfg: Config, reference: torch.Tensor | None) -> "Augmentation":
-        """Take every setting from the config field of the same name; the reference is (P, Q) or None."""
-        names = {field.name for field in fields(cls)} & {field.name for field in fields(cfg)}
-        return cls(size=cfg.image_size, reference=reference, **{name: getattr(cfg, name) for name in names})
 
     def labeled(
         self, image: torch.Tensor, mask: torch.Tensor, quantiles: torch.Tensor, generator: torch.Generator
@@ -251,37 +237,36 @@ class Augmentation:
             image (B, 1, size, size) float32, mask (B, size, size) int64.
         """
         theta = self._affine(len(image), generator)
-        view = self._match(canvas_to_view(image, self.size, theta), quantiles, generator)
+        view = self._match(canvas_to_view(image, self.cfg.image_size, theta), quantiles, generator)
         view = self._blur(view, generator)[0]
-        return view, canvas_to_view(mask, self.size, theta)[:, 0].long()
+        return view, canvas_to_view(mask, self.cfg.image_size, theta)[:, 0].long()
 
     def unlabeled(
-        self, image: torch.Tensor, quantiles: torch.Tensor, generator: torch.Generator, *, fourier: bool
+        self, image: torch.Tensor, quantiles: torch.Tensor, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Take the plain and, where `fourier`, the Fourier view of an unlabelled batch, of the same geometry.
+        """Take the plain and, with `fourier_aug`, the Fourier view of an unlabelled batch, of the same geometry.
 
         Args:
             image: canvases (B, 1, C, C), quantiles: (B, Q).
 
         Returns:
-            plain and Fourier view, each (B, 1, size, size) float32; None for a view not asked for.
+            plain and Fourier view, each (B, 1, size, size) float32; None without Fourier augmentation.
         """
-        theta = self._affine(len(image), generator)
-        plain = self._match(canvas_to_view(image, self.size, theta), quantiles, generator)
-        if not fourier:
+        cfg, theta = self.cfg, self._affine(len(image), generator)
+        plain = self._match(canvas_to_view(image, cfg.image_size, theta), quantiles, generator)
+        if not cfg.fourier_aug:
             return self._blur(plain, generator)[0], None
         # The partner comes from the unmatched batch and undergoes the image's own geometry.
-        partner = canvas_to_view(image[random_partner(len(image), generator)], self.size, theta)
-        ratio: float | torch.Tensor = self.fourier_ratio
-        if self.fourier_mode == "AM":
-            ratio = torch.rand(len(image), 1, 1, 1, generator=generator, device=image.device) * self.fourier_alpha
-        view = fourier_view(plain, partner, mode=self.fourier_mode, window=self.fourier_window, ratio=ratio)
+        partner = canvas_to_view(image[random_partner(len(image), generator)], cfg.image_size, theta)
+        ratio: float | torch.Tensor = cfg.fourier_ratio
+        if cfg.fourier_mode == "AM":
+            ratio = torch.rand(len(image), 1, 1, 1, generator=generator, device=image.device) * cfg.fourier_alpha
+        view = fourier_view(plain, partner, mode=cfg.fourier_mode, window=cfg.fourier_window, ratio=ratio)
         return self._blur(plain, generator, view)
 
     def _affine(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        return random_affine(
-            count, generator=generator, rotation=self.rotation, max_shift=self.max_shift, flip=self.flip
-        )
+        cfg = self.cfg
+        return random_affine(count, generator=generator, rotation=cfg.rotation, max_shift=cfg.max_shift, flip=cfg.flip)
 
     def _match(self, image: torch.Tensor, quantiles: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if self.reference is None:
@@ -291,7 +276,7 @@ class Augmentation:
 
     def _blur(self, image: torch.Tensor, generator: torch.Generator, *more: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Blur views of one batch alike: sigma U(0.25, 1.25) px at 288 px."""
-        if not self.blur:
+        if not self.cfg.blur:
             return image, *more
         sigma = 0.25 + torch.rand(len(image), generator=generator, device=image.device)
-        return tuple(gaussian_blur(view, sigma * self.size / FIELD_PX) for view in (image, *more))
+        return tuple(gaussian_blur(view, sigma * self.cfg.image_size / FIELD_PX) for view in (image, *more))

@@ -63,7 +63,7 @@ def require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def begin_run(
-    folder: Path, cfg: Config, *, world_size: int, split: dict[str, list[str]], weight_bytes: int
+    folder: Path, cfg: Config, world_size: int, split: dict[str, list[str]], weight_bytes: int
 ) -> OutputFolder:
     """Make `folder` the run of these settings; with `cfg.restart`, delete what an earlier run of that name made.
 
