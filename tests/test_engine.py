@@ -54,7 +54,7 @@ def test_weight_of_the_pseudo_supervision_warms_up_and_ramps(mms_config, build_t
     # Logged are means over the steps that had the pseudo supervision, here 2 of 4.
     sums = {"loss": 12, "supervised": 8, "cps": 1, "cps_weight": 4, "variance": 0.5, "steps": 4, "cps_steps": 2}
     trainer.sums = {name: torch.tensor(float(total)) for name, total in sums.items()}
-    assert trainer.means() == {"loss": 3, "supervised": 2, "cps": 0.5, "cps_weight": 2, "variance": 0.25}
+    assert trainer.means(trainer.sums) == {"loss": 3, "supervised": 2, "cps": 0.5, "cps_weight": 2, "variance": 0.25}
 
 
 def run(cfg, build, dataset=MMS):
@@ -260,7 +260,7 @@ def test_step_that_is_not_finite_changes_nothing(mms_config, build_tiny):
     assert trainer.bad_steps.tolist() == [1, 1] and trainer.step == 2
     trainer.train_step(batches)
     assert trainer.bad_steps.tolist() == [0, 1]
-    assert np.isfinite([value for value in trainer.means().values() if value is not None]).all()
+    assert np.isfinite([value for value in trainer.means(trainer.sums).values() if value is not None]).all()
 
 
 def first_batches(trainer, count):

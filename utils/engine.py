@@ -26,7 +26,7 @@ from utils.run.logger import Logger
 from utils.trainer import Batch, Trainer
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row before training gives up
-SYNC_EVERY = 10  # steps between looks at the device's counters, for the progress bar
+SYNC_EVERY = 10  # steps between looks at the device's counters, for the progress bar and the curves
 
 
 def fit(cfg: Config, loaders: Loaders, build_network: Callable[..., nn.Module], process: Process) -> None:
@@ -79,10 +79,12 @@ def fit(cfg: Config, loaders: Loaders, build_network: Callable[..., nn.Module], 
             at_sync = trainer.step % SYNC_EVERY == 0 or epoch_ends
             if at_sync:
                 stop_if_diverged(trainer, recent, folder / "not_finite.txt")
-                means = trainer.means()
-                progress.set_postfix(loss=f"{means['loss']:.3f}", cps=f"{means['cps']:.3f}")
+                point, trainer.recent = trainer.means(trainer.recent), {}
+                progress.set_postfix(loss=f"{point['loss']:.3f}", cps=f"{point['cps']:.3f}")
+                if logger:
+                    logger.log_point({"step": trainer.step, **point})
             if epoch_ends:
-                end_epoch(trainer, means, time.monotonic() - began, batches[0][1], logger, outputs)
+                end_epoch(trainer, time.monotonic() - began, batches[0][1], logger, outputs)
                 began = time.monotonic()
             # Several processes agree on a stop where they wait for each other anyway.
             stop = any_process(bool(interrupt.received)) if at_sync or process.world_size == 1 else False
@@ -96,7 +98,7 @@ def fit(cfg: Config, loaders: Loaders, build_network: Callable[..., nn.Module], 
                     print(f"stopped by a signal at step {trainer.step}, saved; the same command goes on from there")
                 sys.exit(EXIT_INTERRUPTED)
     if logger:
-        print(f"{folder}: {trainer.step} steps, best source Dice {trainer.best:.2f} %")
+        print(f"{folder}: {trainer.step} steps, best Dice on {trainer.validated} {trainer.best:.2f} %")
 
 
 def training_batches(loaders: Loaders, accumulate: int, first: int, last: int) -> Iterator[list[tuple[Batch, Batch]]]:
@@ -110,7 +112,6 @@ def training_batches(loaders: Loaders, accumulate: int, first: int, last: int) -
 
 def end_epoch(
     trainer: Trainer,
-    means: dict[str, float | None],
     seconds: float,
     unlabeled: Batch,
     logger: Logger | None,
@@ -118,7 +119,7 @@ def end_epoch(
 ) -> None:
     """Evaluate on source images; keep the best weights; log, and draw curves and samples of `unlabeled`."""
     epoch = math.ceil(trainer.step / trainer.loaders.steps_per_epoch)
-    dice, skipped = trainer.validate(), int(trainer.bad_steps[1])
+    means, dice, skipped = trainer.means(trainer.sums), trainer.validate(), int(trainer.bad_steps[1])
     line = {"epoch": epoch, "step": trainer.step, **means, "lr": trainer.cfg.lr, "val_dice": dice,
             "skipped_steps": skipped, "seconds": round(seconds, 1)}  # fmt: skip
     # Weights that no step of the epoch has changed are not worth keeping.
@@ -130,11 +131,14 @@ def end_epoch(
     if better:
         save_networks(outputs.folder / "best.safetensors", trainer.nets, trainer.metadata())
     samples = outputs.claim(f"samples/epoch_{epoch:03d}.png")
-    trainer.draw_samples(samples, unlabeled)
+    title = f"run {outputs.folder.resolve().name}, data {trainer.loaders.data.name}, step {trainer.step}"
+    trainer.draw_samples(samples, unlabeled, title)
     logger.log(line, {"samples": samples})
-    best_epoch = max(logger.lines, key=lambda line: line["val_dice"])["epoch"]
-    plot_curves(logger.lines, outputs.folder / "curves.png", selected_epoch=best_epoch)
-    text = f"epoch {epoch}: loss {means['loss']:.4f}, source Dice {dice:.2f} % (best {trainer.best:.2f})"
+    selected = max(logger.lines, key=lambda line: line["val_dice"])["step"]
+    curves = {"points": logger.points, "epochs": logger.lines, "selected_step": selected}
+    plot_curves(outputs.folder / "curves.png", **curves, validated=trainer.validated, title=title)
+    text = f"epoch {epoch}: loss {means['loss']:.4f}, Dice on {trainer.validated} {dice:.2f} %"
+    text += f" (best {trainer.best:.2f})"
     tqdm.write(text + (f"; {skipped} steps were not finite and skipped" if skipped else ""))
 
 

@@ -1,8 +1,8 @@
 """Pictures of a run, each written as one PNG: curves, training samples, previews, overlays, result plots.
 
 Conventions shared by all: images are arrays as stored, (H, W) with H along NIfTI axis 0; structures are the
-labels 1..K, named by `class_names` (label 1 first, no background); the truth is a solid contour, a prediction
-or pseudo label a translucent fill. Figures are built without pyplot, so no display is needed.
+labels 1..K, named by `class_names` (label 1 first, no background); the truth is a line, a prediction or pseudo label
+a translucent fill; `title` stands above all. Figures are built without pyplot, so no display is needed.
 """
 
 import os
@@ -17,59 +17,75 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
-# Okabe-Ito colours of the labels 1, 2, 3. To colour-blind eyes, too, these three look neither grey, like the
-# image below them, nor like each other.
-STRUCTURE_COLOURS = ("#D55E00", "#56B4E9", "#F0E442")  # M&Ms: LV, MYO, RV; SCGM: GM
-LINE_COLOURS = ("#000000", "#0072B2", "#009E73")  # Okabe-Ito colours that stand for no structure
+# Colours of the labels 1, 2, 3. To colour-blind eyes, too, these three as fills on whatever grey, white blood among
+# it, look neither grey nor like each other.
+STRUCTURE_COLOURS = ("#D55E00", "#56B4E9", "#7A3CFF")  # M&Ms: LV, MYO, RV; SCGM: GM
+LINE_STYLES = (("#000000", "-"), ("#0072B2", "--"), ("#009E73", ":"))  # Okabe-Ito colours
 FILL_ALPHA = 0.5
+MOST_POINTS = 200  # of a curve; more would hide each other
+CASING = [withStroke(linewidth=2, foreground="black")]  # makes what is white visible on white
 
 
-def plot_curves(log: list[dict], path, *, selected_epoch: int | None = None) -> None:
-    """Losses, source validation Dice, variance and confidence over the epochs.
+def plot_curves(
+    path, *, points: list[dict], epochs: list[dict], validated: str, title: str, selected_step: int | None = None
+) -> None:
+    """Losses, variance and confidence, and Dice on the images that selected the weights, over the steps.
 
-    log: a dict per epoch with `epoch` and any of loss, supervised, variance (mean KL, >= 0),
-    val_dice (percent); a missing, None or NaN value is a gap in its curve.
-    selected_epoch: the epoch whose weights were kept, marked in the Dice panel.
+    points: dicts with `step` and any of loss, supervised, variance (mean KL, >= 0), means over the steps since the
+    point before; a missing, None or NaN value is a gap in its curve. Of many, the means of neighbours are drawn;
+    epochs: dicts with `step` and `val_dice` (percent), of the images that `validated` names;
+    selected_step: the step whose weights were kept.
     """
 
     def column(key):
-        return np.array([line.get(key) for line in log], dtype=float)  # None becomes NaN
+        values = np.array([point.get(key) for point in points], dtype=float)  # None becomes NaN
+        return np.array([part.mean() for part in np.array_split(values, min(len(values), MOST_POINTS))])
 
-    weighted_cps = column("loss") - column("supervised")
+    steps, loss, supervised, variance = map(column, ("step", "loss", "supervised", "variance"))
+    losses = {"L = L_s + β L_cacps": loss, "L_s: Dice, all classes": supervised, "β L_cacps": loss - supervised}
+    dice = [[line[key] for line in epochs] for key in ("step", "val_dice")]
     panels = {
-        "Loss": {"total": column("loss"), "supervised": column("supervised"), "weight × CPS": weighted_cps},
-        "Source validation Dice (%)": {"validation": column("val_dice")},
-        "Variance V (mean KL)": {"variance": column("variance")},
-        "Confidence exp(−mean V)": {"confidence": np.exp(-column("variance"))},
+        "loss, summed over both networks": {name: (steps, values) for name, values in losses.items()},
+        f"Dice (%) on {validated}": {"": dice},
+        "variance V (mean KL)": {"": (steps, variance)},
+        "confidence exp(−mean V)": {"": (steps, np.exp(-variance))},
     }
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots(2, 2, sharex=True).flat
-    if selected_epoch is not None:
-        axes[1].axvline(selected_epoch, color="grey", linestyle="--", label=f"kept: epoch {selected_epoch}")
-    for ax, (title, curves) in zip(axes, panels.items(), strict=True):
-        for (name, values), colour in zip(curves.items(), LINE_COLOURS, strict=False):
-            # The markers keep a run of one epoch, or an epoch between two gaps, visible.
-            ax.plot(column("epoch"), values, color=colour, marker="o", markersize=3, label=name)
-        ax.set_title(title, fontsize=10)
+    if selected_step is not None:
+        axes[1].axvline(selected_step, color="grey", linestyle="--", label=f"kept: step {selected_step}")
+    for ax, (name, curves) in zip(axes, panels.items(), strict=True):
+        for (label, values), (colour, style) in zip(curves.items(), LINE_STYLES, strict=False):
+            # The markers keep a lone point, such as one between two gaps, visible.
+            ax.plot(*values, color=colour, linestyle=style, marker="o", markersize=2.5, label=label)
+        ax.set_ylabel(name, fontsize=9)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=8)
-        ax.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-    axes[0].set_xlim(column("epoch").min() - 0.5, column("epoch").max() + 0.5)
-    figure.supxlabel("epoch", fontsize=10)
+        if any(not line.get_label().startswith("_") for line in ax.lines):
+            ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False, borderaxespad=0.2)
+    if np.isnan(variance).all():
+        for ax in list(axes)[2:]:
+            ax.text(0.5, 0.5, "no pseudo supervision so far", ha="center", transform=ax.transAxes)
+    axes[0].set_xlim(0, None)
+    figure.supxlabel("step", fontsize=10)
+    figure.suptitle(title, fontsize=10)
     _save(figure, path)
 
 
-def plot_training_samples(path, *, plain, fourier, mixed, mask_box, pseudo_labels, confidence, class_names) -> None:
+def plot_training_samples(
+    path, *, plain, fourier, mixed, mask_box, pseudo_labels, confidence, class_names, title
+) -> None:
     """What one unlabelled training step works with, a row per image (the first 4).
 
     plain, fourier, mixed: (N, H, W) in about [0, 1], `mixed` after CutMix; mask_box: (N, H, W), 1 where the
     other image was pasted; pseudo_labels: (2, N, H, W) int, for the mixed image, and confidence: (2, N, H, W)
     exp(-V) in [0, 1], both per network.
     """
-    titles = ["plain", "Fourier view", "CutMix"]
-    titles += [f"{kind} {network}" for kind in ("pseudo label", "confidence") for network in (1, 2)]
-    figure, axes = _grid(min(len(plain), 4), titles)
+    name = "CutMix image" if mask_box.any() else "plain image"  # the one that is pseudo-labelled
+    titles = ["plain image", "Fourier view", name]
+    titles += [f"{kind} {network}\non {name}" for kind in ("pseudo label", "confidence") for network in (1, 2)]
+    figure, axes = _grid(min(len(plain), 4), titles, title=title)
     for n, row in enumerate(axes):
         for ax, image in zip(row, (plain[n], fourier[n], mixed[n], mixed[n], mixed[n]), strict=False):
             _show(ax, image)
@@ -79,45 +95,52 @@ def plot_training_samples(path, *, plain, fourier, mixed, mask_box, pseudo_label
             confidence_map = _show(row[5 + network], confidence[network, n], cmap="viridis")
     figure.colorbar(confidence_map, ax=axes, shrink=0.6, label="confidence exp(−V)")
     box = Line2D([], [], color="white", label="edge of pasted region")
-    _finish(figure, path, class_names, fill="pseudo label", more_handles=[box])
+    _finish(figure, path, [*_fills(class_names, "pseudo label"), box])
 
 
-def plot_preview(path, *, images, masks, fourier, mixed, titles, class_names) -> None:
+def plot_preview(path, *, images, masks, fourier, mixed, letters, spacing, titles, class_names, title) -> None:
     """What the networks see, a row per image.
 
     images, fourier, mixed: (N, H, W) in about [0, 1]; masks: N label maps (H, W);
-    titles: N row names, such as "vendor A, P012 ED slice 4".
+    letters: N texts as in `plot_case`; spacing: mm per px; titles: N row names, such as "vendor A, P012 ED slice 4".
     """
     difference = np.asarray(fourier, dtype=float) - images
     limit = max(np.abs(difference).max(), 1e-6)
-    figure, axes = _grid(len(images), ["plain", "truth", "Fourier view", "Fourier − plain", "CutMix"], titles)
+    figure, axes = _grid(
+        len(images), ["plain", "truth", "Fourier view", "Fourier − plain", "CutMix"], titles, title=title
+    )
     for n, row in enumerate(axes):
         for column, image in ((0, images[n]), (1, images[n]), (2, fourier[n]), (4, mixed[n])):
             _show(row[column], image)
+        _orient(row[0], letters[n], spacing)
         _contour_structures(row[1], masks[n], class_names)
         difference_map = _show(row[3], difference[n], cmap="RdBu_r", limits=(-limit, limit))
     figure.colorbar(difference_map, ax=axes, shrink=0.6, label="Fourier − plain")
-    _finish(figure, path, class_names, contour="truth")
+    handles = [Line2D([], [], color=colour, label=f"{name} truth") for _, name, colour in _structures(class_names)]
+    _finish(figure, path, handles)
 
 
-def plot_case(path, *, image, truth, prediction, agreement, slices, class_names, title) -> None:
+def plot_case(path, *, image, truth, prediction, agreement, slices, letters, spacing, class_names, title) -> None:
     """One held-out scan, a column per chosen slice, cropped to its structures.
 
     image: (S, H, W), any intensity scale; truth, prediction: (S, H, W) int; agreement: (S, H, W) in [0, 1];
-    slices: the indices to draw, not empty.
+    slices: the indices to draw, not empty; letters: of the left, right, upper and lower edge, such as "RLAP", or "";
+    spacing: mm per px.
     """
     window = _structure_window(np.maximum(prediction, truth)[slices])
     limits = np.percentile(image[slices], (1, 99))  # one grey scale, so that slices can be compared
-    figure, axes = _grid(3, [f"slice {s}" for s in slices], ["image", "prediction, truth", "agreement"])
+    figure, axes = _grid(3, [f"slice {s}" for s in slices], ["image", "prediction, truth", "agreement"], title=title)
     for s, column in zip(slices, axes.T, strict=True):
         for ax in column[:2]:
             _show(ax, image[s][window], limits=limits)
         _fill_structures(column[1], prediction[s][window], class_names)
-        _contour_structures(column[1], truth[s][window], class_names)
+        for label, *_ in _structures(class_names):
+            _contour(column[1], truth[s][window] == label, "white", CASING)
         agreement_map = _show(column[2], agreement[s][window], cmap="viridis")
+    _orient(axes[0, 0], letters, spacing)
     figure.colorbar(agreement_map, ax=axes, shrink=0.6, label="agreement exp(−KL) of the two networks")
-    figure.suptitle(title, fontsize=10)
-    _finish(figure, path, class_names, contour="truth", fill="prediction")
+    truth_line = Line2D([], [], color="white", path_effects=CASING, label="truth")
+    _finish(figure, path, [*_fills(class_names, "prediction"), truth_line])
 
 
 def plot_dice_per_case(path, rows: list[dict], class_names, *, title, num_named: int = 3) -> None:
@@ -165,7 +188,7 @@ def plot_dice_per_case(path, rows: list[dict], class_names, *, title, num_named:
     _save(figure, path)
 
 
-def plot_bland_altman(path, pairs: dict, agreement: dict[str, dict]) -> None:
+def plot_bland_altman(path, pairs: dict, agreement: dict[str, dict], *, title: str) -> None:
     """Agreement of predicted with reference quantities: difference against mean, bias, limits of agreement.
 
     pairs: quantity -> (reference, predicted), two equally long sequences; a pair with a NaN is not drawn;
@@ -181,7 +204,7 @@ def plot_bland_altman(path, pairs: dict, agreement: dict[str, dict]) -> None:
         text = f"{quantity} (n = {n})"
         ax.axhline(0, color="grey", linewidth=0.8, label="no difference")
         mean = (reference + predicted) / 2
-        ax.plot(mean, predicted - reference, "o", color=LINE_COLOURS[1], markersize=4, alpha=0.7, label="one case")
+        ax.plot(mean, predicted - reference, "o", color="#0072B2", markersize=4, alpha=0.7, label="one case")
         if bias is not None:
             ax.axhline(bias, color="black", label="bias")
             text += f"\nbias {bias:+.1f} {unit}"
@@ -193,10 +216,14 @@ def plot_bland_altman(path, pairs: dict, agreement: dict[str, dict]) -> None:
         ax.set_xlabel(f"mean of both ({unit})", fontsize=8)
         ax.set_ylabel(f"predicted − truth ({unit})", fontsize=8)
         ax.tick_params(labelsize=8)
+        if not n:
+            ax.set(xticks=[], yticks=[])
+            ax.text(0.5, 0.6, "no patient has both", ha="center", fontsize=8, transform=ax.transAxes)
     for ax in axes[len(pairs) :]:
         ax.set_axis_off()
     by_label = {line.get_label(): line for ax in axes[: len(pairs)] for line in ax.lines}
     figure.legend(handles=list(by_label.values()), loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(title, fontsize=10)
     _save(figure, path)
 
 
@@ -214,9 +241,21 @@ def _show(ax, image, cmap="gray", limits=(0, 1)):
     return ax.imshow(_upright(image), cmap=cmap, vmin=limits[0], vmax=limits[1], origin="upper")
 
 
-def _contour(ax, mask, colour) -> None:
+def _contour(ax, mask, colour, path_effects=None) -> None:
     if mask.any() and not mask.all():  # matplotlib warns about a contour that is nowhere
-        ax.contour(_upright(mask), levels=[0.5], colors=[colour], linewidths=1.2)
+        contour = ax.contour(_upright(mask), levels=[0.5], colors=[colour], linewidths=1)
+        contour.set_path_effects(path_effects)
+
+
+def _orient(ax, letters, spacing) -> None:
+    """Write the letters of the edges and a scale bar into a picture of the upright image that `_show` has drawn."""
+    style = {"color": "white", "path_effects": CASING, "transform": ax.transAxes}
+    for x, y, letter in zip((0.05, 0.95, 0.5, 0.5), (0.5, 0.5, 0.94, 0.05), letters, strict=False):
+        ax.text(x, y, letter, ha="center", va="center", fontsize=8, **style)
+    width = np.ptp(ax.get_xlim()) * spacing
+    length = max(mm for mm in (1, 2, 5, 10, 20, 50, 100) if mm <= max(width / 3, 1))
+    ax.plot([0.05, 0.05 + length / width], [0.05, 0.05], linewidth=1.5, **style)
+    ax.text(0.05, 0.08, f"{length} mm", fontsize=7, **style)
 
 
 def _contour_structures(ax, labels, class_names) -> None:
@@ -244,7 +283,7 @@ def _structure_window(labels, margin: float = 0.35) -> tuple:
     return np.s_[x0:x1, y0:y1]
 
 
-def _grid(num_rows, column_titles, row_titles=()):
+def _grid(num_rows, column_titles, row_titles=(), *, title):
     figure = Figure(figsize=(1.65 * len(column_titles) + 1, 1.65 * num_rows + 1), layout="compressed")
     axes = figure.subplots(num_rows, len(column_titles), squeeze=False)
     for ax in axes.flat:
@@ -253,16 +292,17 @@ def _grid(num_rows, column_titles, row_titles=()):
         ax.set_title(text, fontsize=9)
     for ax, text in zip(axes[:, 0], row_titles, strict=False):
         ax.set_ylabel(text, fontsize=8)
+    figure.suptitle(title, fontsize=10)
     return figure, axes
 
 
-def _finish(figure, path, class_names, *, contour=None, fill=None, more_handles=()) -> None:
-    """Save a grid of images above a legend; contour, fill: what these mean in it, None where not drawn."""
-    handles = []
-    for _, name, colour in _structures(class_names):
-        handles += [Line2D([], [], color=colour, label=f"{name} {contour}")] if contour else []
-        handles += [Patch(color=colour, alpha=FILL_ALPHA, label=f"{name} {fill}")] if fill else []
-    handles += more_handles
+def _fills(class_names, meaning):
+    """Entries of a legend, for what `_fill_structures` draws."""
+    return [Patch(color=c, alpha=FILL_ALPHA, label=f"{name} {meaning}") for _, name, c in _structures(class_names)]
+
+
+def _finish(figure, path, handles) -> None:
+    """Save a grid of images above a legend."""
     # As dark as the images, so that the colours (one of them white) look as they do there.
     num_columns = figure.axes[0].get_gridspec().ncols
     figure.legend(

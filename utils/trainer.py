@@ -30,7 +30,7 @@ from utils.method.objective import UnlabeledViews, pseudo_label, training_step
 from utils.plots import plot_training_samples
 from utils.run.checkpoint import provenance
 
-SELECTION = "highest ensemble Dice (paper protocol) on labelled source images; the target domain is never looked at"
+SELECTION = "highest ensemble Dice (paper protocol) on {images}; the target domain is never looked at"
 
 Batch = dict[str, torch.Tensor]
 
@@ -79,6 +79,8 @@ class Trainer:
         self.step = 0
         self.best = -1.0  # percent
         self.sums: dict[str, torch.Tensor] = {}  # since the last line of the log, on the device
+        self.recent: dict[str, torch.Tensor] = {}  # the same since the last point of the curves
+        self.validated = f"{'validation' if cfg.val_patients else 'training'} images (labelled, source)"
         self.bad_steps = torch.zeros(2, device=self.device)  # non-finite steps: in a row, since the last line
         if state:
             self._load_state(state)
@@ -135,8 +137,9 @@ class Trainer:
         counts = {"steps": 1, "cps_steps": weight > 0, "cps_weight": weight}
         scalars |= {name: torch.full_like(scalars["loss"], count) for name, count in counts.items()}
         finite = self.bad_steps[0] == 0
-        for name, value in scalars.items():
-            self.sums[name] = self.sums.get(name, 0) + torch.where(finite, value, 0)
+        for sums in (self.sums, self.recent):
+            for name, value in scalars.items():
+                sums[name] = sums.get(name, 0) + torch.where(finite, value, 0)
         self.step += 1
 
     def _update(self, scalars: dict[str, torch.Tensor], statistics_before: torch.Tensor) -> None:
@@ -154,10 +157,10 @@ class Trainer:
         bad = (~finite).float()
         self.bad_steps = torch.stack([(self.bad_steps[0] + 1) * bad, self.bad_steps[1] + bad])
 
-    def means(self) -> dict[str, float | None]:
-        """Return mean scalars over the finite steps since the last line of the log; of the CPS term over its own."""
-        average(list(self.sums.values()))
-        sums = {name: float(total) for name, total in self.sums.items()}
+    def means(self, of: dict[str, torch.Tensor]) -> dict[str, float | None]:
+        """Return the mean scalars of `sums` or `recent` over their finite steps; of the CPS term over its own."""
+        average(list(of.values()))
+        sums = {name: float(total) for name, total in of.items()}
         steps, cps_steps = max(sums.pop("steps"), 1), sums.pop("cps_steps")
         means = {name: sums[name] / steps for name in ("loss", "supervised")}
         means |= {name: sums[name] / max(cps_steps, 1) for name in ("cps", "cps_weight")}
@@ -189,7 +192,7 @@ class Trainer:
         return float(np.mean(list(dice.values())))
 
     @torch.no_grad()
-    def draw_samples(self, path: Path, batch: Batch) -> None:
+    def draw_samples(self, path: Path, batch: Batch, title: str) -> None:
         """Draw the views of an unlabelled batch, the networks' pseudo labels on them and their confidence."""
         self.generator.manual_seed(derive_seed(self.cfg.seed, 6, self.step))
         half = len(batch["image"]) // (2 if self.cfg.cutmix else 1)
@@ -211,15 +214,17 @@ class Trainer:
             pseudo_labels=torch.stack(labels).cpu().numpy(),
             confidence=torch.exp(-torch.stack(variances)).cpu().numpy(),
             class_names=self.loaders.dataset.class_names[1:],
+            title=title,
         )
 
     def state(self) -> dict[str, Any]:
         """Return everything that resuming needs, as plain tensors and values: the same in every process."""
-        average(list(self.sums.values()))
+        average([*self.sums.values(), *self.recent.values()])
         return {
             "step": self.step,
             "best": self.best,
             "sums": self.sums,
+            "recent": self.recent,
             "bad_steps": self.bad_steps,
             "metadata": self.metadata(),
             "networks": [net.state_dict() for net in self.nets],
@@ -233,7 +238,9 @@ class Trainer:
                 "give its --data-root, or begin anew with --restart"
             )
         self.step, self.best = state["step"], state["best"]
-        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        self.sums, self.recent = (
+            {name: value.to(self.device) for name, value in state.get(key, {}).items()} for key in ("sums", "recent")
+        )
         self.bad_steps = state["bad_steps"].to(self.device)
         for net, weights in zip(self.nets, state["networks"], strict=True):
             net.load_state_dict(weights)
@@ -251,7 +258,7 @@ class Trainer:
             asdict(self.cfg),
             self.mean_reference,
             self.loaders.data.info,
-            selection=SELECTION,
+            selection=SELECTION.format(images=self.validated),
             step=self.step,
             cps_weight=self.cps_weight(self.step - 1),  # of the last step: 0 before the pseudo supervision began
         )

@@ -77,6 +77,11 @@ class PreparedData:
             raise UserError(f"{root} is damaged (index.csv and the arrays differ in length): prepare the data again")
         return cls(root, info, index, *arrays)
 
+    @property
+    def name(self) -> str:
+        """The folder's name, marked where it holds phantoms: pictures and reports bear it."""
+        return self.root.resolve().name + (" (phantom data)" if self.info["phantom"] else "")
+
     def rows(self, patients: list[str], *, with_mask: bool = False) -> np.ndarray:
         """Return the index rows of all slices (or all slices with a mask) of `patients`."""
         chosen = np.isin(self.index["patient"], patients)

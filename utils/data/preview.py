@@ -10,7 +10,7 @@ from config import Config
 from utils.data.dataset import DatasetInfo
 from utils.data.loaders import SliceDataset
 from utils.data.prepared import PreparedData
-from utils.data.volume import radiological, read_volume
+from utils.data.volume import edge_letters, radiological, read_volume
 from utils.errors import UserError
 from utils.method.augment import FIELD_PX, Augmentation, canvas_to_view, cutmix_mask
 from utils.plots import plot_preview
@@ -40,8 +40,11 @@ def draw_preview(root: Path, out: Path, dataset: DatasetInfo, cfg: Config, *, co
     plot_preview(
         out,
         **{name: list(map(radiological, images.numpy(), scans)) for name, images in columns.items()},
+        letters=[edge_letters(scan) for scan in scans],
+        spacing=dataset.spacing,
         titles=[f"{dataset.domain_kind} {domain}\n{patient} {phase} slice {z}" for domain, patient, phase, z in names],
         class_names=dataset.class_names[1:],
+        title=f"data {data.name}",
     )
 
 

@@ -269,6 +269,17 @@ def radiological(array: np.ndarray, like: Volume) -> np.ndarray:
     return array if axes[0][1] == -2 else array.swapaxes(-2, -1)
 
 
+def edge_letters(like: Volume) -> str:
+    """Return what the left, right, upper and lower edge of a `radiological` slice face, such as "RLAP".
+
+    Oblique planes get the closest directions. Empty if the scan does not say how its axes lie.
+    """
+    if not (like.header["sform_code"] or like.header["qform_code"]):
+        return ""
+    codes = nib.aff2axcodes(like.affine)[:2]
+    return "".join(pair for pair in ("RL", "AP", "SI") if set(pair) & set(codes))
+
+
 @dataclass(frozen=True)
 class PlaneMap:
     """Resampling between the slices of a scan and a square canvas on the same centre.

@@ -9,10 +9,10 @@ import torch
 
 from utils.data.dataset import DatasetInfo
 from utils.data.prepared import PreparedData
-from utils.data.volume import radiological, read_volume
+from utils.data.volume import edge_letters, radiological, read_volume
 from utils.evaluation.predict import ScanPrediction
 from utils.files import OutputFolder
-from utils.method.augment import canvas_to_view
+from utils.method.augment import FIELD_PX, canvas_to_view
 from utils.plots import plot_bland_altman, plot_case, plot_dice_per_case
 
 
@@ -37,7 +37,7 @@ def draw_results(
     pictures = [("Dice per structure and case", path)]
     if clinical:
         path = outputs.claim("bland_altman.png")
-        plot_bland_altman(path, clinical, agreement)
+        plot_bland_altman(path, clinical, agreement, title=title)
         pictures.append(("Clinical quantities: prediction against truth (Bland-Altman)", path))
     return pictures
 
@@ -50,6 +50,7 @@ def draw_patients(
     *,
     chosen: Mapping[str, str],
     paper_dice: Mapping[str, float],
+    title: str,
 ) -> list[tuple[str, Path]]:
     """Draw the scans of chosen patients; returns captions and files, for the report.
 
@@ -62,7 +63,7 @@ def draw_patients(
         for scan in (scan for scan in scans if scan.patient == patient):
             path = outputs.claim(f"overlays/{rank}_{patient}_{scan.phase}.png")
             heading = f"{rank} patient: {patient} {scan.phase}; paper Dice of the patient {paper_dice[patient]:.1f} %"
-            _draw_case(path, scan, data, dataset, heading)
+            _draw_case(path, scan, data, dataset, f"{heading}\n{title}")
             pictures.append((f"{rank} patient by the paper's Dice: {patient} {scan.phase}", path))
     return pictures
 
@@ -81,6 +82,8 @@ def _draw_case(path: Path, scan: ScanPrediction, data: PreparedData, dataset: Da
         path,
         **{name: radiological(array.cpu().numpy(), like) for name, array in maps.items()},
         slices=np.unique(np.linspace(0, depth - 1, min(depth, 6)).round().astype(int)).tolist(),
+        letters=edge_letters(like),
+        spacing=dataset.spacing * FIELD_PX / size,
         class_names=dataset.class_names[1:],
         title=title,
     )

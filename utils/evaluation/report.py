@@ -74,6 +74,7 @@ def _setting(summary: Mapping[str, Any]) -> str:
     """Return in a sentence what was evaluated."""
     options = {"tta": "test-time augmentation, ", "keep_largest": "largest components only, "}
     return (
+        f"Run {summary['run']}, data {summary['data']}. "
         f"{summary['patients']} patients, {100 * summary['ratio']:g} % labelled, seed {summary['seed']}, "
         f"{''.join(text for key, text in options.items() if summary.get(key))}{summary['image_size']} px. "
         f"Method: {summary['method']}. Checkpoint: {summary['checkpoint']}; selection: {summary['selection']}."

@@ -93,6 +93,8 @@ def evaluate_run(
     units, clinical = _clinical(cases, dataset)
     agreement = {name: agreement_limits(*pair) | {"unit": units[name]} for name, pair in clinical.items()}
     summary = {
+        "run": run.folder.resolve().name,
+        "data": data.name,
         "dataset": dataset.key,
         "test_domain": domain,
         "checkpoint": f"{run.checkpoint}, step {run.metadata['step']}{remark}",
@@ -125,9 +127,10 @@ def evaluate_run(
         writer.writerows(cases)
     ranked = sorted(paper_dice, key=paper_dice.__getitem__)
     chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
-    pictures = draw_results(outputs, cases, dataset, clinical=clinical, agreement=agreement, title=title)
+    heading = f"{title}: run {summary['run']}, data {data.name}"
+    pictures = draw_results(outputs, cases, dataset, clinical=clinical, agreement=agreement, title=heading)
     overlaid = predicted(scan_loader(data, sorted(set(chosen.values()))))
-    pictures += draw_patients(outputs, overlaid, data, dataset, chosen=chosen, paper_dice=paper_dice)
+    pictures += draw_patients(outputs, overlaid, data, dataset, chosen=chosen, paper_dice=paper_dice, title=heading)
     if (run.folder / "curves.png").is_file():
         pictures.append((f"Training, {len(read_log(run.folder / 'log.jsonl'))} epochs", run.folder / "curves.png"))
     outputs.claim("report.html")

@@ -12,7 +12,8 @@ from utils.errors import UserError
 from utils.files import RECORD, OutputFolder, folder_lock, read_json, require_space, write_json
 
 CHECKPOINTS = ("last.pt", "previous.pt", "best.safetensors")
-RUN_FILES = (*CHECKPOINTS, "config.json", "split.json", "log.jsonl", "curves.png", "not_finite.txt", "wandb_id")
+RUN_FILES = (*CHECKPOINTS, "config.json", "split.json", "log.jsonl", "steps.jsonl", "curves.png", "not_finite.txt",
+             "wandb_id")  # fmt: skip
 # Settings that may differ between the command that began a run and the one that resumes it.
 FREE_ON_RESUME = RUNTIME_SETTINGS | {"num_epoch", "max_steps"}
 DEFAULTS = {field.name: field.default for field in fields(Config) if field.default is not MISSING}

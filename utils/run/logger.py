@@ -1,4 +1,4 @@
-"""The run's log: one JSON line per epoch in log.jsonl, mirrored to wandb when that is wanted and there."""
+"""The run's log: a JSON line per epoch in log.jsonl, mirrored to wandb when that is wanted and there; steps.jsonl."""
 
 import json
 import os
@@ -16,13 +16,11 @@ WANDB_PATIENCE = 60  # seconds that a run waits for wandb, whose service may be 
 
 
 class Logger:
-    """Appends to FOLDER/log.jsonl; lines after step `since` are cut off, as the resumed run writes them again."""
+    """Appends to log.jsonl and steps.jsonl; what is after step `since` is cut off, as a resumed run writes it again."""
 
     def __init__(self, folder: Path, *, since: int, use_wandb: bool, config: dict[str, Any]):
-        self.path = folder / "log.jsonl"
-        self.lines = [line for line in read_log(self.path) if line["step"] <= since]
-        with atomic_write(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        self.path, self.steps_path = folder / "log.jsonl", folder / "steps.jsonl"
+        self.lines, self.points = (_cut(path, since) for path in (self.path, self.steps_path))
         self.wandb_run = None
         if use_wandb:
             self.wandb_run = self._guarded(lambda: _start_wandb(folder, config))
@@ -30,15 +28,17 @@ class Logger:
     def log(self, line: dict[str, Any], pictures: dict[str, Path] | None = None) -> None:
         """Write one line, at once to the disk; pictures go to wandb only."""
         self.lines.append(line)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        _append(self.path, line)
         if self.wandb_run:
             import wandb
 
             images = {name: wandb.Image(str(path)) for name, path in (pictures or {}).items()}
             self._guarded(lambda: self.wandb_run.log({**line, **images}, step=line["step"]))
+
+    def log_point(self, point: dict[str, Any]) -> None:
+        """Write a point of the curves, which several steps share; log.jsonl and wandb have the means of an epoch."""
+        self.points.append(point)
+        _append(self.steps_path, point)
 
     def __enter__(self) -> "Logger":
         return self
@@ -56,6 +56,21 @@ class Logger:
         self.wandb_run = None
         _within(1, _forget_wandb)
         return None
+
+
+def _cut(path: Path, since: int) -> list[dict[str, Any]]:
+    """Cut a log off after step `since`; returns what stays."""
+    lines = [line for line in read_log(path) if line["step"] <= since]
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
