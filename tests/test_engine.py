@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import mms_dataloader
 import scgm_dataloader
+from utils import engine
 from utils.data.loaders import build_loaders
 from utils.distributed import Process
 from utils.engine import MAX_BAD_STEPS, fit
@@ -110,6 +111,7 @@ def test_same_seed_same_weights_other_seed_others(mms_config, build_tiny):
         "log.jsonl",
         "samples",
         "split.json",
+        "steps.jsonl",
     }
     assert set(os.listdir(folder)) == expected
     metadata = read_metadata(Path(folder) / "best.safetensors")
@@ -117,7 +119,8 @@ def test_same_seed_same_weights_other_seed_others(mms_config, build_tiny):
 
 
 @pytest.mark.parametrize("interval", [0, 2])
-def test_stopped_and_resumed_run_equals_the_uninterrupted_one(mms_config, build_tiny, interval):
+def test_stopped_and_resumed_run_equals_the_uninterrupted_one(mms_config, build_tiny, interval, monkeypatch):
+    monkeypatch.setattr(engine, "SYNC_EVERY", 3)  # points of the curves after the steps 3, 6 and 8
     whole = run(replace(mms_config, run_name="whole"), build_tiny)
     cfg = replace(mms_config, run_name="parts", save_every=interval)
     original = Trainer.train_step
@@ -136,8 +139,32 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(mms_config, build_
         assert exit_info.value.code == EXIT_INTERRUPTED
         assert load_checkpoint(Path(cfg.out_root) / "parts")["step"] == stop
     assert_same(whole, run(cfg, build_tiny))
+    points = [Path(cfg.out_root, name, "steps.jsonl").read_text() for name in ("whole", "parts")]
+    assert points[0] == points[1] and [json.loads(line)["step"] for line in points[0].splitlines()] == [3, 6, 8]
     best = [load_file(f"{cfg.out_root}/{name}/best.safetensors") for name in ("whole", "parts")]
     assert all(torch.equal(best[0][key], best[1][key]) for key in best[0])
+
+
+def test_points_of_the_curves_are_means_over_their_steps(mms_config, build_tiny, monkeypatch):
+    """Against the loss of each step; the log has the mean over the epoch."""
+    losses = {}
+    for every in (1, 3):
+        monkeypatch.setattr(engine, "SYNC_EVERY", every)
+        cfg = replace(mms_config, run_name=f"every{every}")
+        _, [line] = run(cfg, build_tiny)
+        points = Path(cfg.out_root, cfg.run_name, "steps.jsonl").read_text().splitlines()
+        losses[every] = [json.loads(point)["loss"] for point in points]
+        assert line["loss"] == pytest.approx(np.mean(losses[1]), rel=1e-5)
+    assert losses[3] == pytest.approx([np.mean(losses[1][i:j]) for i, j in ((0, 3), (3, 6), (6, 8))], rel=1e-5)
+
+
+def test_the_images_that_select_the_weights_are_called_what_they_are(mms_config, build_tiny, capsys):
+    for patients, expected in ((0, "training images (labelled, source)"), (1, "validation images (labelled, source)")):
+        cfg = replace(mms_config, max_steps=1, val_patients=patients, ratio=0.3, run_name=f"{patients}")
+        run(cfg, build_tiny)
+        printed = capsys.readouterr().out
+        assert printed.count(f"Dice on {expected}") == 2
+        assert f"on {expected};" in read_metadata(Path(cfg.out_root, cfg.run_name, "best.safetensors"))["selection"]
 
 
 def test_killed_run_resumes_from_its_last_checkpoint(mms_config, build_tiny):

@@ -25,7 +25,7 @@ STRUCTURE_COLOURS = ("#D55E00", "#56B4E9", "#7A3CFF")  # M&Ms: LV, MYO, RV; SCGM
 LINE_STYLES = (("#000000", "-"), ("#0072B2", "--"), ("#009E73", ":"))  # Okabe-Ito colours
 FILL_ALPHA = 0.5
 MOST_POINTS = 200  # of a curve; more would hide each other
-CASING = [withStroke(linewidth=2, foreground="black")]  # makes what is white visible on white
+CASING = [withStroke(linewidth=2.4, foreground="black")]  # makes what is white visible on white
 
 
 def plot_curves(
@@ -48,24 +48,25 @@ def plot_curves(
     dice = [[line[key] for line in epochs] for key in ("step", "val_dice")]
     panels = {
         "loss, summed over both networks": {name: (steps, values) for name, values in losses.items()},
-        f"Dice (%) on {validated}": {"": dice},
+        f"Dice (%) on {validated}": {"mean of patients": dice},
         "variance V (mean KL)": {"": (steps, variance)},
         "confidence exp(−mean V)": {"": (steps, np.exp(-variance))},
     }
+    marker_size = 3 if len(steps) <= 50 else 1
     figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True).flat
+    axes = list(figure.subplots(2, 2, sharex=True).flat)
     if selected_step is not None:
         axes[1].axvline(selected_step, color="grey", linestyle="--", label=f"kept: step {selected_step}")
     for ax, (name, curves) in zip(axes, panels.items(), strict=True):
         for (label, values), (colour, style) in zip(curves.items(), LINE_STYLES, strict=False):
             # The markers keep a lone point, such as one between two gaps, visible.
-            ax.plot(*values, color=colour, linestyle=style, marker="o", markersize=2.5, label=label)
-        ax.set_ylabel(name, fontsize=9)
+            ax.plot(*values, color=colour, linestyle=style, marker="o", markersize=marker_size, label=label)
+        ax.set_title(name, fontsize=10)
         ax.grid(alpha=0.3)
-        if any(not line.get_label().startswith("_") for line in ax.lines):
-            ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False, borderaxespad=0.2)
+    for ax in axes[:2]:  # where no numbers of the steps stand below
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, fontsize=8, frameon=False)
     if np.isnan(variance).all():
-        for ax in list(axes)[2:]:
+        for ax in axes[2:]:
             ax.text(0.5, 0.5, "no pseudo supervision so far", ha="center", transform=ax.transAxes)
     axes[0].set_xlim(0, None)
     figure.supxlabel("step", fontsize=10)

@@ -8,8 +8,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
-from utils.data.volume import PlaneMap, Volume, radiological, read_shape, read_volume, write_volume
+from utils.data.volume import PlaneMap, Volume, edge_letters, radiological, read_shape, read_volume, write_volume
 from utils.errors import UserError
 
 DATA = np.random.default_rng(0).integers(-500, 500, (7, 6, 5)).astype(np.int16)
@@ -411,5 +412,9 @@ def test_pictures_show_the_patient_as_a_radiologist_does(axes):
     right, front, head = radiological(np.moveaxis(world, -1, 0), like)
     across, down = (right, front) if head.std() == 0 else (right if front.std() == 0 else front, head)
     assert (np.diff(across, axis=0) == -1).all() and (np.diff(down, axis=1) == -1).all()
+    assert edge_letters(like) == ("RL" if across is right else "AP") + ("AP" if down is front else "SI")
+    oblique = Rotation.from_euler("xyz", (20, -15, 10), degrees=True).as_matrix()
+    tilted = like._replace(affine=np.block([[oblique @ affine[:3, :3], np.zeros((3, 1))], [np.eye(4)[3:]]]))
+    assert edge_letters(tilted) == edge_letters(like)
     header["sform_code"] = 0
-    assert (radiological(world, like) == world).all()  # where the scan does not say: as stored
+    assert (radiological(world, like) == world).all() and not edge_letters(like)  # the scan does not say: as stored

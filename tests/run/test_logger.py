@@ -15,12 +15,14 @@ def test_lines_after_the_checkpoint_are_cut_off(tmp_path):
     with Logger(tmp_path, since=0, use_wandb=False, config={}) as logger:
         for step in (10, 20, 30):
             logger.log({"step": step, "loss": step / 7})
+            logger.log_point({"step": step, "loss": step / 3})
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 40, "lo')  # the process was killed while writing
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [10, 20, 30]
     with Logger(tmp_path, since=20, use_wandb=False, config={}) as logger:
         assert logger.lines == [{"step": 10, "loss": 10 / 7}, {"step": 20, "loss": 20 / 7}]
-    assert len(read_log(tmp_path / "log.jsonl")) == 2
+        assert logger.points == [{"step": 10, "loss": 10 / 3}, {"step": 20, "loss": 20 / 3}]
+    assert len(read_log(tmp_path / "log.jsonl")) == len(read_log(tmp_path / "steps.jsonl")) == 2
 
 
 def test_damaged_line_costs_no_other(tmp_path, capsys):
