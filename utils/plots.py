@@ -44,7 +44,7 @@ def plot_curves(
         return np.array([part.mean() for part in np.array_split(values, min(len(values), MOST_POINTS))])
 
     steps, loss, supervised, variance = map(column, ("step", "loss", "supervised", "variance"))
-    losses = {"L = L_s + β L_cacps": loss, "L_s: Dice, all classes": supervised, "β L_cacps": loss - supervised}
+    losses = {"L = L_s + β L_cacps": loss, "L_s: Dice loss": supervised, "β L_cacps": loss - supervised}
     dice = [[line[key] for line in epochs] for key in ("step", "val_dice")]
     panels = {
         "loss, summed over both networks": {name: (steps, values) for name, values in losses.items()},
