@@ -14,7 +14,7 @@ from tqdm import tqdm
 from config import RUNTIME_SETTINGS
 from utils.data.dataset import DatasetInfo
 from utils.data.loaders import scan_loader
-from utils.data.prepared import PreparedData
+from utils.data.prepared import NO_DOMAIN, PreparedData
 from utils.data.volume import write_volume
 from utils.errors import UserError
 from utils.evaluation.metrics import METRICS
@@ -56,6 +56,11 @@ def evaluate_run(
         The content of summary.json: paper protocol and volumetric metrics with bootstrap intervals.
     """
     config, domain = run.config, run.config.test_domain
+    if domain == NO_DOMAIN and not data_root:
+        raise UserError(
+            f"{run.folder} was trained on all domains: name labelled data that it has not seen by --data-root, or new "
+            "scans by --input"
+        )
     remark = unfinished(run.folder)
     if not data_root and not Path(config.data_root).exists():
         raise UserError(
@@ -68,13 +73,15 @@ def evaluate_run(
         raise UserError(
             f"{data.root} has no {dataset.domain_kind} {domain} with masks to evaluate on: check --data-root"
         )
-    require_unseen(run, patients, data)
+    for member in (run, *run.others):
+        require_unseen(member, patients, data)
     outputs = OutputFolder(out)
     outputs.require_free(*RESULT_FILES)  # before the work
 
     def predicted(loader: DataLoader) -> Iterator[ScanPrediction]:
         options = {"size": config.image_size, "reference": run.reference, "device": run.device}
-        return predict_scans(run.nets, loader, data, **options, precision=precision, tta=tta)
+        others = [(member.nets, member.reference) for member in run.others]
+        return predict_scans(run.nets, loader, data, **options, precision=precision, tta=tta, others=others)
 
     slice_dice: list[tuple[str, str, list[float]]] = []
     cases: list[dict[str, Any]] = []
@@ -111,11 +118,13 @@ def evaluate_run(
         "precision": precision,
         "tta": tta,
         "keep_largest": keep_largest,
+        "ensemble": [str(member.folder) for member in (run, *run.others)] if run.others else [],
         "content_hash": data.info["content_hash"],
         "trained_by": {name: run.metadata[name] for name in ("git_commit", "versions", "content_hash")},
         "evaluated_by": provenance(),
     } | ({"clinical": agreement} if agreement else {})
-    title = f"{dataset.name}, held-out {dataset.domain_kind} {domain}"
+    held_out = "other data" if domain == NO_DOMAIN else f"held-out {dataset.domain_kind} {domain}"
+    title = f"{dataset.name}, {held_out}"
     text = summary_text(title, summary)
     write_json(outputs.claim("summary.json"), summary)
     outputs.claim("summary.md").write_text(text, encoding="utf-8")
@@ -128,7 +137,7 @@ def evaluate_run(
     pictures = draw_results(outputs, cases, dataset, clinical=clinical, agreement=agreement, title=title)
     overlaid = predicted(scan_loader(data, sorted(set(chosen.values()))))
     pictures += draw_patients(outputs, overlaid, data, dataset, chosen=chosen, paper_dice=paper_dice)
-    if (run.folder / "curves.png").is_file():
+    if (run.folder / "curves.png").is_file() and not run.others:
         pictures.append((f"Training, {len(read_log(run.folder / 'log.jsonl'))} epochs", run.folder / "curves.png"))
     outputs.claim("report.html")
     write_report(out, title=title, summary=summary, config=asdict(config), cases=cases, pictures=pictures)

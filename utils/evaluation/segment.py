@@ -68,27 +68,36 @@ class Segmenter:
         for batch in batches:
             curves = torch.from_numpy(quantile_curves(canvas[batch])).to(device)
             images, other = (torch.from_numpy(canvas[s])[:, None].to(device) for s in (batch, partners[batch]))
-            view = prepare_view(images, curves, size=config.image_size, reference=self.run.reference)
-            probability, agreement = predict(self.run.nets, view, precision=self.precision, tta=self.tta)
-            found = {"seg": probability, "agreement": agreement}
-            if self.confidence:
-                partner = prepare_view(other, curves, size=config.image_size, reference=None)
-                found["confidence"] = self._confidence(view, partner)
+            members = (self.run, *self.run.others)
+            predictions = [self._predict(member, images, other, curves) for member in members]
             for name, array in maps.items():
-                for number, values in enumerate(found[name].cpu().numpy(), start=batch.start):
+                mean = sum(found[name] for found in predictions) / len(members)
+                for number, values in enumerate(mean.cpu().numpy(), start=batch.start):
                     native = grid.to_native(values)
                     array[number] = native.argmax(0) if name == "seg" else native
         if self.keep_largest:
             maps["seg"] = largest_components(maps["seg"])
         return maps
 
-    def _confidence(self, view: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
+    def _predict(
+        self, run: TrainedRun, images: torch.Tensor, other: torch.Tensor, curves: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Predict a batch with one run's networks: "seg" (B, K, H, W) softmax, other maps (B, H, W)."""
+        view = prepare_view(images, curves, size=run.config.image_size, reference=run.reference)
+        probability, agreement = predict(run.nets, view, precision=self.precision, tta=self.tta)
+        found = {"seg": probability, "agreement": agreement}
+        if self.confidence:
+            partner = prepare_view(other, curves, size=run.config.image_size, reference=None)
+            found["confidence"] = self._confidence(run, view, partner)
+        return found
+
+    def _confidence(self, run: TrainedRun, view: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
         """Return exp(-V), V the KL variance between the prediction of a view and that of its Fourier view."""
-        config = self.run.config
+        config = run.config
         # Training with AM draws the share up to fourier_alpha; here it is the largest, so that maps are repeatable.
         ratio = config.fourier_alpha if config.fourier_mode == "AM" else config.fourier_ratio
         fourier = fourier_view(view, partner, mode=config.fourier_mode, window=config.fourier_window, ratio=ratio)
-        predictions = (predict(self.run.nets, image, precision=self.precision)[0] for image in (view, fourier))
+        predictions = (predict(run.nets, image, precision=self.precision)[0] for image in (view, fourier))
         return torch.exp(-kl_variance(*(probability.clamp_min(1e-12).log() for probability in predictions)))
 
     def volume(self, volume: Volume) -> dict[str, np.ndarray]:

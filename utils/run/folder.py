@@ -13,6 +13,7 @@ from utils.files import RECORD, OutputFolder, folder_lock, read_json, require_sp
 
 CHECKPOINTS = ("last.pt", "previous.pt", "best.safetensors")
 RUN_FILES = (*CHECKPOINTS, "config.json", "split.json", "log.jsonl", "curves.png", "not_finite.txt", "wandb_id")
+TRAINING_PARTS = ("labeled", "unlabeled", "validation")  # of split.json: the training has seen these patients
 # Settings that may differ between the command that began a run and the one that resumes it.
 FREE_ON_RESUME = RUNTIME_SETTINGS | {"num_epoch", "max_steps"}
 DEFAULTS = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
