@@ -133,5 +133,5 @@ def test_a_slimmed_run_keeps_its_networks_and_cannot_go_on(mms_config, build_tin
     assert all((before[key] == after[key]).all() for key in before)
     assert f"{run}: 0.00 GB freed" in capsys.readouterr().out
     train(mms_config, build_tiny, max_steps=2)  # finished already, which is no error
-    with pytest.raises(UserError, match="slimmed.*--init-from"):
+    with pytest.raises(UserError, match=r"slimmed.*--init-from"):
         train(mms_config, build_tiny, max_steps=4)

@@ -16,7 +16,7 @@ from torch import nn
 import mms_dataloader
 import scgm_dataloader
 from config import MMS
-from utils.data.volume import PlaneMap
+from utils.data.volume import PlaneMap, Volume
 from utils.errors import UserError
 from utils.evaluation.metrics import largest_components
 from utils.evaluation.predict import predict
@@ -406,3 +406,52 @@ def test_memory_grows_by_little_more_than_the_scan(tmp_path):
     command = [sys.executable, "-c", code, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | path)
     assert int(done.stdout.split("grown by")[1]) < 3 * scan.nbytes
+
+
+@pytest.mark.parametrize("moved_mm", [(127, 0), (-90, 90), (0, 0)])
+def test_the_networks_find_the_organ(tmp_path, capsys, moved_mm):
+    """Moved by up to 40 % of the field of view of 317 mm; a bright speck elsewhere does not draw the centre."""
+    shape, zooms, dice = (360, 330, 3), (1.4, 1.5, 8), []
+    for place in ((0, 0), moved_mm):
+        truth = phantom(shape, zooms, place).copy()
+        truth[5:8, 5:8] = 3
+        write(tmp_path / "scan.nii.gz", truth, np.diag([*zooms, 1]))
+        out = tmp_path / f"{place}"
+        segment_files(segmenter(center="auto"), [tmp_path / "scan.nii.gz"], out, overwrite=True)
+        truth[5:8, 5:8] = 0
+        ours = np.asarray(nib.load(out / "scan_seg.nii.gz").dataobj)
+        dice += [2 * ((ours == 3) & (truth == 3)).sum() / ((ours == 3).sum() + (truth == 3).sum())]
+        said = capsys.readouterr().out.split("center: ")[1].split(",")[0].split()
+        expected = (np.array(shape[:2]) - 1) / 2 + np.array(place) / zooms[:2]
+        assert np.abs(np.array(said, float) - expected).max() < 2  # voxels
+    assert dice[1] >= 0.98 * dice[0] > 0.95
+
+
+def test_nothing_found_keeps_the_image_center(tmp_path, capsys):
+    class Nothing(nn.Module):
+        def forward(self, image):
+            return torch.cat([image * 0 + 9, image.repeat(1, 3, 1, 1) * 0], 1)
+
+    write(tmp_path / "scan.nii.gz", phantom((300, 300, 2), (1.4, 1.4, 8)), np.diag([1.4, 1.4, 8, 1]))
+    segment_files(segmenter(Nothing(), center="auto"), [tmp_path / "scan.nii.gz"], tmp_path / "out")
+    assert "the networks find nothing, so the image's centre is taken" in capsys.readouterr().out
+    assert not np.asarray(nib.load(tmp_path / "out/scan_seg.nii.gz").dataobj).any()
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_finding_costs_no_more_than_predicting(frames):
+    """Counted in pixels that the networks see."""
+    seen = []
+
+    class Counting(Brightness):
+        def forward(self, image):
+            seen.append(image.numel())
+            return super().forward(image)
+
+    shape = (400, 400, 10, frames)
+    volume = Volume(phantom(shape, (1.2, 1.2, 8)) * 9.0, None, np.eye(4), (1.2, 1.2, 8.0))
+    segmenter(Counting()).volume(volume)
+    plain = sum(seen)
+    seen.clear()
+    segmenter(Counting(), center="auto").volume(volume)
+    assert plain < sum(seen) <= 2 * plain

@@ -14,7 +14,7 @@ from config import Config
 from utils.data.dataset import DatasetInfo
 from utils.errors import UserError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 INDEX_COLUMNS = {  # of index.csv: one row per slice, in the order of images.npy
     "patient": str,
     "domain": str,
@@ -27,10 +27,13 @@ INDEX_COLUMNS = {  # of index.csv: one row per slice, in the order of images.npy
     "columns": int,
     "row_mm": float,
     "column_mm": float,
+    "slice_mm": float,
+    "center_row": float,  # voxel under the canvas's centre
+    "center_column": float,
 }
 
 NO_DOMAIN = "none"  # as the held-out domain: all are trained on
-INFO = ("dataset", "spacing_mm", "content_hash", "phantom")  # what dataset.json must say
+INFO = ("dataset", "spacing_mm", "content_hash", "phantom", "centered_on_labels")  # what dataset.json must say
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         output: Path | None = None,
         overwrite: bool = False,
         confidence: bool = False,
-        center: tuple[float, float] | None = None,
+        center: tuple[float, float] | Literal["auto"] | None = None,
         slice_axis: Literal[1, 2, 3] | None = None,
         ensemble: bool = False,
         tta: bool = False,
@@ -56,8 +56,8 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             overwrite: replace maps of new scans that are in the output folder already.
             confidence: also write maps, in [0, 1], of the confidence exp(-V) and of the networks' agreement, for new
                 scans.
-            center: the organ's centre in new scans, in voxels along the two axes of a slice, counted from 0; by
-                default the image's centre.
+            center: the organ's centre in new scans, in voxels along the two axes of a slice, counted from 0, or "auto"
+                to let the networks find it, in up to twice the time; by default the image's centre.
             slice_axis: axis of the file, 1 to 3, along which the slices of new scans follow one another; by default the
                 third, and a scan whose voxels are largest along one of the others is refused.
             ensemble: average the softmax of the networks of all runs, for new scans and for an evaluation, which then

@@ -73,6 +73,7 @@ def summary_text(title: str, summary: Mapping[str, Any]) -> str:
 def _setting(summary: Mapping[str, Any]) -> str:
     """Return in a sentence what was evaluated."""
     options = {"tta": "test-time augmentation, ", "keep_largest": "largest components only, "}
+    options["centered_on_labels"] = "canvas centred on the labels, "
     options["ensemble"] = f"mean of {len(summary.get('ensemble', []))} runs' networks, "
     return (
         f"{summary['patients']} patients, {100 * summary['ratio']:g} % labelled, seed {summary['seed']}, "

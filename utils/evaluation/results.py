@@ -109,6 +109,7 @@ def evaluate_run(
         "volumetric": {name: _volumetric(cases, name) for name in dataset.class_names[1:]},
         "outside_field_percent": 100 * float(outside[0]) / max(int(outside[1]), 1),
         "phantom": data.info["phantom"],
+        "centered_on_labels": data.info["centered_on_labels"],
         "method": method_name(run.metadata),
         "unfinished": remark,
         "settings": {key: value for key, value in asdict(config).items() if key not in RUNTIME_SETTINGS},

@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from utils.data.dataset import DatasetInfo
 from utils.data.prepare import quantile_curves
 from utils.data.volume import PlaneMap, Volume, frame_count, frame_slices, implausible, read_volume, write_volume
 from utils.errors import UserError
+from utils.evaluation.locate import locate
 from utils.evaluation.metrics import largest_components
 from utils.evaluation.predict import predict, prepare_view
 from utils.evaluation.runs import TrainedRun
@@ -39,7 +41,8 @@ class Segmenter:
     tta: bool
     keep_largest: bool
     confidence: bool  # also map exp(-V) and the networks' agreement
-    center: tuple[float, float] | None = None  # voxel of the organ's centre along a slice's axes; None: the image's
+    # voxel of the organ's centre along a slice's axes; "auto": where the networks find it; None: the image's
+    center: tuple[float, float] | Literal["auto"] | None = None
     slice_axis: int | None = None  # of the file, from 1; None: the third
 
     def frame(self, slices: np.ndarray, plane: PlaneMap) -> dict[str, np.ndarray]:
@@ -53,7 +56,7 @@ class Segmenter:
             Maps (Z, X, Y) by name: "seg", labels as uint8; where wanted also "confidence", exp(-V), and "agreement"
             of the networks, both float32 and 0 outside the field of view.
         """
-        config, device = self.run.config, self.run.device
+        config = self.run.config
         spacing = self.dataset.spacing * FIELD_PX / config.image_size
         grid = PlaneMap(plane.shape, plane.zooms, config.image_size, spacing, plane.center)
         batches = [slice(first, first + self.batch_size) for first in range(0, len(slices), self.batch_size)]
@@ -66,29 +69,29 @@ class Segmenter:
         if self.confidence:
             maps |= {name: np.empty(slices.shape, np.float32) for name in ("confidence", "agreement")}
         for batch in batches:
-            curves = torch.from_numpy(quantile_curves(canvas[batch])).to(device)
-            images, other = (torch.from_numpy(canvas[s])[:, None].to(device) for s in (batch, partners[batch]))
-            members = (self.run, *self.run.others)
-            predictions = [self._predict(member, images, other, curves) for member in members]
+            found = self._mean(canvas[batch], canvas[partners[batch]], config.image_size)
             for name, array in maps.items():
-                mean = sum(found[name] for found in predictions) / len(members)
-                for number, values in enumerate(mean.cpu().numpy(), start=batch.start):
+                for number, values in enumerate(found[name].cpu().numpy(), start=batch.start):
                     native = grid.to_native(values)
                     array[number] = native.argmax(0) if name == "seg" else native
         if self.keep_largest:
             maps["seg"] = largest_components(maps["seg"])
         return maps
 
-    def _predict(
-        self, run: TrainedRun, images: torch.Tensor, other: torch.Tensor, curves: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Predict a batch with one run's networks: "seg" (B, K, H, W) softmax, other maps (B, H, W)."""
-        view = prepare_view(images, curves, size=run.config.image_size, reference=run.reference)
-        probability, agreement = predict(run.nets, view, precision=self.precision, tta=self.tta)
-        found = {"seg": probability, "agreement": agreement}
-        if self.confidence:
-            partner = prepare_view(other, curves, size=run.config.image_size, reference=None)
-            found["confidence"] = self._confidence(run, view, partner)
+    def _mean(self, canvas: np.ndarray, partners: np.ndarray, size: int) -> dict[str, torch.Tensor]:
+        """Predict canvases (B, C, C), mean over the runs: "seg" (B, K, size, size) softmax, other maps without K."""
+        runs = (self.run, *self.run.others)
+        curves = torch.from_numpy(quantile_curves(canvas)).to(self.run.device)
+        images, other = (torch.from_numpy(part)[:, None].to(self.run.device) for part in (canvas, partners))
+        found: dict[str, torch.Tensor] = {}
+        for run in runs:
+            view = prepare_view(images, curves, size=size, reference=run.reference)
+            probability, agreement = predict(run.nets, view, precision=self.precision, tta=self.tta)
+            maps = {"seg": probability, "agreement": agreement}
+            if self.confidence:
+                partner = prepare_view(other, curves, size=size, reference=None)
+                maps["confidence"] = self._confidence(run, view, partner)
+            found = {name: found.get(name, 0) + values / len(runs) for name, values in maps.items()}
         return found
 
     def _confidence(self, run: TrainedRun, view: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
@@ -100,12 +103,35 @@ class Segmenter:
         predictions = (predict(run.nets, image, precision=self.precision)[0] for image in (view, fourier))
         return torch.exp(-kl_variance(*(probability.clamp_min(1e-12).log() for probability in predictions)))
 
+    def _found(self, volume: Volume, plane: PlaneMap) -> tuple[float, float] | None:
+        """Find the organ's centre in the first frame, as `locate` does, and print it; as costly as the prediction."""
+        slices = frame_slices(volume, 0)
+        normalized = np.concatenate([self.dataset.normalize(image[None].astype(np.float32)) for image in slices])
+        budget, size = len(slices) * frame_count(volume), self.run.config.image_size
+        center, share = locate(normalized, plane, self._foreground, size=size, budget=budget)
+        if center is None:
+            tqdm.write("  center: the networks find nothing, so the image's centre is taken")
+        else:
+            tqdm.write(
+                f"  center: {center[0]:.1f} {center[1]:.1f}, with {100 * share:.0f} % of what was found around it"
+            )
+        return center
+
+    def _foreground(self, canvas: np.ndarray, size: int) -> np.ndarray:
+        """Return the probability of any structure: canvases (N, C, C) -> (N, size, size)."""
+        batches = np.array_split(canvas, range(self.batch_size, len(canvas), self.batch_size))
+        plain = replace(self, tta=False, confidence=False)
+        found = [1 - plain._mean(batch, batch, size)["seg"][:, 0].cpu().numpy() for batch in batches]
+        return np.concatenate(found)
+
     def volume(self, volume: Volume) -> dict[str, np.ndarray]:
         """Segment all frames of a 3D or 4D volume, slices on the third axis; return maps of its shape as `frame`."""
         shape = volume.array.shape
-        plane = PlaneMap(shape[:2], volume.zooms[:2], CANVAS_PX, self.dataset.spacing, self.center)
-        if self.center and not all(0 <= c < n for c, n in zip(self.center, plane.shape, strict=True)):
-            raise UserError(f"--center {self.center} lies outside the image of {plane.shape} voxels")
+        plane = PlaneMap(shape[:2], volume.zooms[:2], CANVAS_PX, self.dataset.spacing)
+        center = self._found(volume, plane) if self.center == "auto" else self.center
+        plane = replace(plane, center=center)
+        if center and not all(0 <= c < n for c, n in zip(center, plane.shape, strict=True)):
+            raise UserError(f"--center {center} lies outside the image of {plane.shape} voxels")
         if self.confidence and shape[2] < 2:
             raise UserError("--confidence compares with another slice, and there is only one: leave it out")
         frames = [self.frame(frame_slices(volume, number), plane) for number in range(frame_count(volume))]
