@@ -57,7 +57,7 @@ def test_a_run_begins_with_the_networks_of_another(mms_config, build_tiny, scgm_
 
 def test_networks_that_do_not_fit_are_refused(mms_config, scgm_config, build_tiny):
     first = train(mms_config, build_tiny, max_steps=1)
-    with pytest.raises(UserError, match=r"learnt from \d+ of the patients to hold out.*same vendor"):
+    with pytest.raises(UserError, match=r"learnt from \d+ of the patients to hold out.*same domain"):
         train(mms_config, build_tiny, run_name="second", init_from=str(first), test_domain="A")
     cfg = replace(scgm_config, run_name="third", init_from=str(first))
     with pytest.raises(UserError, match=r"trained on mms with the classes .*'RV'\], expected scgm"):

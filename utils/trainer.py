@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,13 @@ from utils.data.loaders import Loaders
 from utils.distributed import Process, autocast_context, average, gather, unflatten
 from utils.errors import UserError
 from utils.evaluation.predict import mean_dice, predict_scans
-from utils.files import read_json
+from utils.evaluation.quality import Ranges, scan_quality, value_ranges
 from utils.method.augment import Augmentation, cutmix_mask
 from utils.method.losses import kl_variance
 from utils.method.objective import UnlabeledViews, pseudo_label, training_step
 from utils.plots import plot_training_samples
-from utils.run.checkpoint import load_networks, provenance, read_metadata
-from utils.run.folder import TRAINING_PARTS
+from utils.run.checkpoint import provenance
+from utils.run.folder import load_initial
 
 SELECTION = "highest ensemble Dice (paper protocol) on labelled source images; the target domain is never looked at"
 
@@ -59,9 +61,11 @@ class Trainer:
             if process.world_size > 1 and self.device.type == "cuda":  # SyncBatchNorm refuses CPUs
                 net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
             self.nets.append(net.to(self.device, memory_format=torch.channels_last).train())
+        self.quality: Ranges = {}  # of the measures on the labelled source scans, at the last validation
         self.seen_before: list[str] = []  # patients whose images the networks had learnt from when the run began
         if cfg.init_from and not state:
-            self.seen_before = load_initial(Path(cfg.init_from), self.nets, loaders)
+            names, held_out = loaders.dataset.class_names, loaders.split.held_out
+            self.seen_before = load_initial(Path(cfg.init_from), self.nets, loaders.dataset.key, names, held_out)
         torch.backends.cudnn.benchmark = self.device.type == "cuda"  # shapes repeat from step to step
         # A training step calls these; evaluation calls the networks themselves.
         self.step_nets = self.nets
@@ -191,7 +195,11 @@ class Trainer:
                 precision=self.cfg.precision,
             )
             # Each process predicts its share of the scans; in one order, so that sums do not depend on who did which.
-            dice = mean_dice(sorted(gather([(s.patient, s.phase, s.slice_dice.tolist()) for s in scans])))
+            data, names = self.loaders.data, self.loaders.dataset.class_names
+            found = [(s.patient, s.phase, s.slice_dice.tolist(), scan_quality(s, data, names)) for s in scans]
+            *scores, quality = zip(*sorted(gather(found), key=itemgetter(0, 1)), strict=True)
+            dice = mean_dice(zip(*scores, strict=True))
+        self.quality = value_ranges(chain(*quality))
         return float(np.mean(list(dice.values())))
 
     @torch.no_grad()
@@ -245,6 +253,7 @@ class Trainer:
             )
         self.step, self.best = state["step"], state["best"]
         self.seen_before = state["metadata"].get("seen_before", [])
+        self.quality = state["metadata"].get("quality", {})
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.bad_steps = state["bad_steps"].to(self.device)
         for net, weights in zip(self.nets, state["networks"], strict=True):
@@ -266,31 +275,7 @@ class Trainer:
             selection=SELECTION,
             step=self.step,
             cps_weight=self.cps_weight(self.step - 1),  # of the last step: 0 before the pseudo supervision began
-        ) | {"seen_before": self.seen_before}
-
-
-def load_initial(run: Path, nets: list[nn.Module], loaders: Loaders) -> list[str]:
-    """Load the best networks of another run; return the patients that these have learnt from.
-
-    Raises:
-        UserError: there are none, they are of another data set or other classes, or have seen held-out patients.
-    """
-    path, dataset, split = run / "best.safetensors", loaders.dataset, run / "split.json"
-    metadata = read_metadata(path)
-    if (metadata["dataset"], metadata["class_names"]) != (dataset.key, list(dataset.class_names)):
-        raise UserError(
-            f"--init-from {run}: trained on {metadata['dataset']} with the classes {metadata['class_names']}, "
-            f"expected {dataset.key} with {list(dataset.class_names)}"
-        )
-    parts = read_json(split) if split.exists() else {}  # not beside converted weights
-    seen = {patient for part in TRAINING_PARTS for patient in parts.get(part, [])} | {*metadata.get("seen_before", [])}
-    if known := sorted(seen & {*loaders.split.held_out}):
-        raise UserError(
-            f"--init-from {run}: its networks have learnt from {len(known)} of the patients to hold out, "
-            f"{', '.join(known[:5])}: begin with a run that held out the same {dataset.domain_kind}"
-        )
-    load_networks(path, nets)
-    return sorted(seen)
+        ) | {"seen_before": self.seen_before, "quality": self.quality}
 
 
 def run_metadata(

@@ -32,6 +32,7 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         input: tuple[Path, ...] = (),
         output: Path | None = None,
         overwrite: bool = False,
+        volumes: bool = False,
         confidence: bool = False,
         center: tuple[float, float] | Literal["auto"] | None = None,
         slice_axis: Literal[1, 2, 3] | None = None,
@@ -54,6 +55,8 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             input: new scans to segment instead of evaluating: 3D or 4D NIfTI files, or folders of them.
             output: folder for the label maps of new scans.
             overwrite: replace maps of new scans that are in the output folder already.
+            volumes: also write volumes.csv, the clinical quantities of new 4D scans of the heart; ED and ES are the
+                frames with the largest and the smallest left ventricle.
             confidence: also write maps, in [0, 1], of the confidence exp(-V) and of the networks' agreement, for new
                 scans.
             center: the organ's centre in new scans, in voxels along the two axes of a slice, counted from 0, or "auto"
@@ -75,8 +78,10 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         where = choose_device(device)
         if bool(input) != bool(output):
             raise UserError("--input and --output belong together: new scans, and the folder for their label maps")
-        if (center or confidence or slice_axis) and not input:
-            raise UserError("--center, --confidence and --slice-axis are for new scans: --input names them")
+        if (center or confidence or slice_axis or volumes) and not input:
+            raise UserError("--center, --confidence, --slice-axis and --volumes are for new scans: --input names them")
+        if volumes and not dataset.clinical:
+            raise UserError(f"--volumes: {dataset.name} has no clinical quantities")
         if input and len(run) > 1 and not ensemble:
             raise UserError("new scans are segmented by one --run, or by the mean of several with --ensemble")
         if ensemble and (len(run) < 2 or not (input or out)):
@@ -91,7 +96,7 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             trained = mean_of([load_run(folder, *parts) for folder in run], evaluate=False)
             maps = {"batch_size": batch_size, "confidence": confidence, "center": center, "slice_axis": slice_axis}
             segmenter = Segmenter(run=trained, dataset=dataset, **maps, **options)
-            return segment_files(segmenter, input, output, overwrite=overwrite)
+            return segment_files(segmenter, input, output, overwrite=overwrite, volumes=volumes)
         for folder in run:  # before the first of them is evaluated
             require_run(folder, dataset)
         summaries = []

@@ -26,9 +26,11 @@ from utils.evaluation.predict import (
     to_native,
     volumetric_rows,
 )
+from utils.evaluation.quality import flag_quality, scan_quality
 from utils.evaluation.report import summary_text, write_report
 from utils.evaluation.runs import TrainedRun, method_name, require_unseen, unfinished
 from utils.evaluation.statistics import agreement_limits, mean_std_interval
+from utils.evaluation.tools import write_label_names
 from utils.files import OutputFolder, write_json
 from utils.run.checkpoint import provenance
 from utils.run.logger import read_log
@@ -85,17 +87,22 @@ def evaluate_run(
 
     slice_dice: list[tuple[str, str, list[float]]] = []
     cases: list[dict[str, Any]] = []
+    quality: list[dict[str, Any]] = []
     outside = np.zeros(2, int)
     loader = scan_loader(data, patients)
     for scan in tqdm(predicted(loader), total=len(loader), unit="scan", desc=f"evaluate {domain}"):
         native = to_native(scan, data, keep_largest=keep_largest)
         slice_dice.append((scan.patient, scan.phase, scan.slice_dice.tolist()))
         cases += volumetric_rows(scan, native, dataset.class_names)
+        quality += [{"patient": scan.patient, **row} for row in scan_quality(scan, data, dataset.class_names)]
         outside += native.outside
         if save_predictions:
             path = outputs.claim(f"predictions/{scan.patient}_{scan.phase}.nii.gz")
             write_volume(path, native.labels, native.grid)
+    if save_predictions:
+        write_label_names(outputs, dataset.class_names, "predictions")
     paper_dice = mean_dice(slice_dice)
+    ranges = run.metadata.get("quality")  # not beside weights of an earlier version, or converted ones
     cases = [{**case, "paper_dice": paper_dice[case["patient"]]} for case in cases]
     units, clinical = _clinical(cases, dataset)
     agreement = {name: agreement_limits(*pair) | {"unit": units[name]} for name, pair in clinical.items()}
@@ -124,6 +131,7 @@ def evaluate_run(
         "trained_by": {name: run.metadata[name] for name in ("git_commit", "versions", "content_hash")},
         "evaluated_by": provenance(),
     } | ({"clinical": agreement} if agreement else {})
+    summary |= {"quality": flag_quality(quality, paper_dice, ranges)} if ranges else {}
     held_out = "other data" if domain == NO_DOMAIN else f"held-out {dataset.domain_kind} {domain}"
     title = f"{dataset.name}, {held_out}"
     text = summary_text(title, summary)
