@@ -9,7 +9,7 @@ import numpy as np
 from scipy import ndimage
 
 from utils.data.volume import PlaneMap
-from utils.method.augment import CANVAS_PX, FIELD_PX
+from utils.method.augment import FIELD_PX
 
 
 def locate(
@@ -37,12 +37,14 @@ def locate(
     chosen = slices[((np.arange(depth) + 0.5) * len(slices) / depth).astype(int)]
     sides = [size + round((count - 1) * stride * step) for count in counts]
     found, seen = np.zeros((depth, *sides), np.float32), np.zeros(sides, np.float32)
-    for place in itertools.product(*map(range, counts)):
+    places, canvases = list(itertools.product(*map(range, counts))), []
+    for place in places:
         offset = (np.array(place) - (np.array(counts) - 1) / 2) * stride * plane.spacing / plane.zooms
-        window = replace(plane, size=CANVAS_PX, center=tuple(middle + offset))
+        canvases.append(replace(plane, center=tuple(middle + offset)).to_canvas(chosen).astype(np.float16))
+    for place, probability in zip(places, np.split(look(np.concatenate(canvases), size), windows), strict=True):
         corner = [round(number * stride * step) for number in place]
         part = (..., *(slice(first, first + size) for first in corner))
-        found[part] += look(window.to_canvas(chosen).astype(np.float16), size)
+        found[part] += probability
         seen[part] += 1
     found /= seen
     heat = (found * (found > 0.5)).sum(0)
