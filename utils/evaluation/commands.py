@@ -8,6 +8,7 @@ import tyro
 from torch import nn
 
 from utils.data.dataset import DatasetInfo
+from utils.data.prepared import NO_DOMAIN
 from utils.distributed import choose_device
 from utils.errors import UserError, clear_errors
 from utils.evaluation.domains import leave_one_domain_out
@@ -111,8 +112,9 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
                 if not is_out_of_memory(error):
                     raise
                 raise UserError(f"{folder}: {OUT_OF_MEMORY}") from error
-        if len(groups) > 1:
-            write_table(summaries, dataset, out or run[0].parent)
+        in_table = [summary for summary in summaries if summary["test_domain"] != NO_DOMAIN]
+        if len(groups) > 1 and in_table:
+            write_table(in_table, dataset, out or run[0].parent)
 
     with clear_errors():
         tyro.cli(inference)

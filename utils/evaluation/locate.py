@@ -55,4 +55,4 @@ def locate(
     center = np.array(ndimage.center_of_mass(heat, regions, 1 + int(sums.argmax())))
     around = [np.abs(np.arange(side) - c) <= size / 2 for side, c in zip(sides, center, strict=True)]
     voxel = middle + (center - (np.array(sides) - 1) / 2) / step * plane.spacing / plane.zooms
-    return tuple(voxel.tolist()), float(heat[np.ix_(*around)].sum() / heat.sum())
+    return tuple(voxel.clip(0, 2 * middle).tolist()), float(heat[np.ix_(*around)].sum() / heat.sum())

@@ -189,14 +189,18 @@ class Segmenter:
             warnings.append(f"it holds only the values {', '.join(f'{v:g}' for v in values)}: is it a label map?")
         for warning in warnings:
             tqdm.write(f"warning: {path}: {warning}")
+        if self.center == "auto":
+            tqdm.write(f"{path}:")
         maps, quality = self.volume(turned)
         for name, array in maps.items():
             write_volume(Path(f"{target}_{name}.nii.gz"), np.moveaxis(array, 2, axis), like=volume, description=NOTE)
         return turned.array[0, 0].size, quality, self._clinical(maps["seg"], math.prod(zooms) / 1000)
 
     def _clinical(self, labels: np.ndarray, voxel_ml: float) -> dict[str, Any]:
-        """Return the clinical quantities of (X, Y, Z, T) labels: ED and ES are where the first structure, the left
-        ventricle, is largest and smallest; empty for a single frame and for a data set without any."""
+        """Return the clinical quantities of (X, Y, Z, T) labels, empty for a single frame or a data set without any.
+
+        ED and ES are the frames in which the first structure, the left ventricle, is largest and smallest.
+        """
         if labels.ndim == 3 or not self.dataset.clinical:
             return {}
         names = self.dataset.class_names[1:]
