@@ -585,6 +585,7 @@ def test_the_canvas_on_the_labels(scgm_raw, tmp_path, capsys):
     """Against SciPy's centre of mass; labels come back to where they lay; a scan without labels keeps its centre."""
     root = tmp_path / "prepared"
     prepare_dataset(scgm_raw, root, scgm_dataloader.DATASET, workers=2, on_labels=True)
+    said = capsys.readouterr().out
     data = PreparedData.open(root, scgm_dataloader.DATASET)
     assert data.info["centered_on_labels"]
     moved = 0
@@ -594,7 +595,7 @@ def test_the_canvas_on_the_labels(scgm_raw, tmp_path, capsys):
         middle = (np.array([data.index["rows"][rows[0]], data.index["columns"][rows[0]]]) - 1) / 2
         if not data.rows([patient], with_mask=True).size:
             assert (center == middle).all()
-            assert f"{patient}-image.nii.gz: no labels to put the canvas on" in capsys.readouterr().out
+            assert f"{patient}-image.nii.gz: no labels to put the canvas on" in said
             continue
         truth = np.asarray(nib.load(data.truth_path(patient, "scan")).dataobj) == 1
         assert np.allclose(center, ndimage.center_of_mass(truth)[:2])
