@@ -28,8 +28,9 @@ class Config:
 
     # --- data ---
     data_root: str  # folder that `prepare` has written
-    test_domain: Annotated[str, tyro.conf.arg(aliases=["--test-vendor"])]  # held out: never seen in training
-    ratio: float  # share of the patients that is labelled
+    # held out: never seen in training; "none" trains on all domains, for use on other data
+    test_domain: Annotated[str, tyro.conf.arg(aliases=["--test-vendor"])]
+    ratio: float  # share of the patients that is labelled; 1: all of them, the fully supervised upper bound
     val_patients: int = 0  # labelled patients per source domain that only select the checkpoint, instead of training
     use_extra_unlabeled: bool = False  # train on the scans that come without masks, too
     image_size: int = 288  # px; smaller images show the same field of view more coarsely
@@ -54,6 +55,7 @@ class Config:
     cps_ramp: float = 0  # epochs over which its weight then rises to cps_weight
     dice_background: bool = True  # the supervised Dice loss counts the background as a class, too
     pretrained: str = "timm"  # ImageNet backbone: "timm", "none" or the path of a resnet50_v1c.pth
+    init_from: str | None = None  # folder of a run whose best networks this one begins with, instead of pretrained ones
 
     # --- optimisation ---
     lr: float = 1e-4  # of AdamW, constant

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,13 @@ from utils.data.loaders import Loaders
 from utils.distributed import Process, autocast_context, average, gather, unflatten
 from utils.errors import UserError
 from utils.evaluation.predict import mean_dice, predict_scans
+from utils.evaluation.quality import Ranges, scan_quality, value_ranges
 from utils.method.augment import Augmentation, cutmix_mask
 from utils.method.losses import kl_variance
 from utils.method.objective import UnlabeledViews, pseudo_label, training_step
 from utils.plots import plot_training_samples
 from utils.run.checkpoint import provenance
+from utils.run.folder import load_initial
 
 SELECTION = "highest ensemble Dice (paper protocol) on {images}; the target domain is never looked at"
 
@@ -52,10 +56,16 @@ class Trainer:
         self.nets = []
         for i in range(2):
             torch.manual_seed(derive_seed(cfg.seed, 3, i))
-            net = build_network(len(loaders.dataset.class_names), pretrained="none" if state else cfg.pretrained)
+            pretrained = "none" if state or cfg.init_from else cfg.pretrained
+            net = build_network(len(loaders.dataset.class_names), pretrained=pretrained)
             if process.world_size > 1 and self.device.type == "cuda":  # SyncBatchNorm refuses CPUs
                 net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
             self.nets.append(net.to(self.device, memory_format=torch.channels_last).train())
+        self.quality: Ranges = {}  # of the measures on the labelled source scans, at the last validation
+        self.seen_before: list[str] = []  # patients whose images the networks had learnt from when the run began
+        if cfg.init_from and not state:
+            names, held_out = loaders.dataset.class_names, loaders.split.held_out
+            self.seen_before = load_initial(Path(cfg.init_from), self.nets, loaders.dataset.key, names, held_out)
         torch.backends.cudnn.benchmark = self.device.type == "cuda"  # shapes repeat from step to step
         # A training step calls these; evaluation calls the networks themselves.
         self.step_nets = self.nets
@@ -188,7 +198,11 @@ class Trainer:
                 precision=self.cfg.precision,
             )
             # Each process predicts its share of the scans; in one order, so that sums do not depend on who did which.
-            dice = mean_dice(sorted(gather([(s.patient, s.phase, s.slice_dice.tolist()) for s in scans])))
+            data, names = self.loaders.data, self.loaders.dataset.class_names
+            found = [(s.patient, s.phase, s.slice_dice.tolist(), scan_quality(s, data, names)) for s in scans]
+            *scores, quality = zip(*sorted(gather(found), key=itemgetter(0, 1)), strict=True)
+            dice = mean_dice(zip(*scores, strict=True))
+        self.quality = value_ranges(chain(*quality))
         return float(np.mean(list(dice.values())))
 
     @torch.no_grad()
@@ -237,7 +251,14 @@ class Trainer:
                 f"{self.loaders.data.root} holds other data than this run began with: "
                 "give its --data-root, or begin anew with --restart"
             )
+        if "optimizers" not in state:
+            raise UserError(
+                "this run is slimmed: its optimisers' state is gone, and it cannot go on. Begin a run of another name "
+                "from its networks: --init-from"
+            )
         self.step, self.best = state["step"], state["best"]
+        self.seen_before = state["metadata"].get("seen_before", [])
+        self.quality = state["metadata"].get("quality", {})
         self.sums, self.recent = (
             {name: value.to(self.device) for name, value in state.get(key, {}).items()} for key in ("sums", "recent")
         )
@@ -261,7 +282,7 @@ class Trainer:
             selection=SELECTION.format(images=self.validated),
             step=self.step,
             cps_weight=self.cps_weight(self.step - 1),  # of the last step: 0 before the pseudo supervision began
-        )
+        ) | {"seen_before": self.seen_before, "quality": self.quality}
 
 
 def run_metadata(

@@ -18,6 +18,7 @@ import openpyxl
 import pytest
 import torch
 from helpers import ROOT
+from scipy import ndimage
 from scipy.ndimage import map_coordinates
 
 import config
@@ -29,6 +30,7 @@ from utils.data.prepared import PreparedData, split_patients
 from utils.distributed import Process
 from utils.engine import fit
 from utils.errors import UserError
+from utils.evaluation.predict import ScanPrediction, to_native
 from utils.files import folder_lock
 
 MMS, SCGM = mms_dataloader.DATASET, scgm_dataloader.DATASET
@@ -577,3 +579,42 @@ def test_tables_as_spreadsheets_write_them(raw, encoding):
     with open(table, "w", newline="", encoding=encoding) as file:
         csv.writer(file).writerows([[f" {name.upper()}  " for name in header], *rows])
     assert mms_dataloader.find_cases(raw) == expected
+
+
+def test_the_canvas_on_the_labels(scgm_raw, tmp_path, capsys):
+    """Against SciPy's centre of mass; labels come back to where they lay; a scan without labels keeps its centre."""
+    root = tmp_path / "prepared"
+    prepare_dataset(scgm_raw, root, scgm_dataloader.DATASET, workers=2, on_labels=True)
+    said = capsys.readouterr().out
+    data = PreparedData.open(root, scgm_dataloader.DATASET)
+    assert data.info["centered_on_labels"]
+    moved = 0
+    for patient in sorted(set(data.index["patient"])):
+        rows = data.rows([patient])
+        center = np.array([data.index[f"center_{axis}"][rows] for axis in ("row", "column")]).T
+        middle = (np.array([data.index["rows"][rows[0]], data.index["columns"][rows[0]]]) - 1) / 2
+        if not data.rows([patient], with_mask=True).size:
+            assert (center == middle).all()
+            assert f"{patient}-image.nii.gz: no labels to put the canvas on" in said
+            continue
+        truth = np.asarray(nib.load(data.truth_path(patient, "scan")).dataobj) == 1
+        assert np.allclose(center, ndimage.center_of_mass(truth)[:2])
+        moved += np.abs(center[0] - middle).max() > 0.5
+        masks = torch.from_numpy(data.masks[data.index["mask"][rows]][:, 6:-6, 6:-6]).long()
+        probability = torch.nn.functional.one_hot(masks, 2).movedim(-1, 1).float()
+        scan = ScanPrediction(patient, "scan", rows, None, probability, None, None)
+        labels = to_native(scan, data).labels == 1
+        assert 2 * (labels & truth).sum() / (labels.sum() + truth.sum()) > 0.9
+    assert moved > 2
+
+
+def find_moved(raw):
+    found = SCGM.find_cases(raw)
+    return found._replace(cases=[case._replace(center=(40.0, 50.5)) for case in found.cases])
+
+
+def test_a_case_can_name_its_center(scgm_raw, scgm_root, tmp_path):
+    prepare_dataset(scgm_raw, tmp_path / "moved", replace(SCGM, find_cases=find_moved), workers=2)
+    data, plain = (PreparedData.open(root, SCGM) for root in (tmp_path / "moved", scgm_root))
+    assert not data.info["centered_on_labels"] and (data.images != plain.images).any()
+    assert (data.index["center_row"] == 40).all() and (data.index["center_column"] == 50.5).all()

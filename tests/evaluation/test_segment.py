@@ -16,7 +16,7 @@ from torch import nn
 import mms_dataloader
 import scgm_dataloader
 from config import MMS
-from utils.data.volume import PlaneMap
+from utils.data.volume import PlaneMap, Volume
 from utils.errors import UserError
 from utils.evaluation.metrics import largest_components
 from utils.evaluation.predict import predict
@@ -158,19 +158,20 @@ def test_tta_is_the_mean_over_flips_and_rotations(build_tiny):
 
 def test_confidence_is_the_variance_between_the_views(build_tiny):
     """Slices of one amplitude leave nothing to be unsure of; other slices do. Agreement is 1 for equal networks."""
+    torch.manual_seed(0)
     net = build_tiny(4).eval()
     same = np.repeat(np.random.default_rng(0).random((1, 120, 120)), 4, 0)
     plane = PlaneMap((120, 120), (1.5, 1.5), 300, 1.1)
-    maps = segmenter(net, confidence=True).frame(same, plane)
+    maps = segmenter(net, confidence=True).frame(same, plane)[0]
     inside = plane.inside()
     assert np.allclose(maps["confidence"][:, inside], 1, atol=1e-4)
     assert np.allclose(maps["agreement"][:, inside], 1, atol=1e-5)
     other = same * np.linspace(1, 3, 120)[None, :, None] ** np.arange(4)[:, None, None]
-    maps = segmenter(net, confidence=True).frame(other, plane)
+    maps = segmenter(net, confidence=True).frame(other, plane)[0]
     assert maps["confidence"][:, inside].min() < 0.9999
-    half = segmenter(net, confidence=True, fourier_ratio=0.5).frame(other, plane)
+    half = segmenter(net, confidence=True, fourier_ratio=0.5).frame(other, plane)[0]
     assert half["confidence"][:, inside].min() > maps["confidence"][:, inside].min()
-    none = segmenter(net, confidence=True, fourier_ratio=0.0).frame(other, plane)
+    none = segmenter(net, confidence=True, fourier_ratio=0.0).frame(other, plane)[0]
     assert np.allclose(none["confidence"][:, inside], 1, atol=1e-4)
 
 
@@ -182,7 +183,7 @@ def test_confidence_uses_the_fourier_mode_of_the_run(build_tiny):
     maps = {
         alpha: segmenter(net, confidence=True, fourier_mode="AM", fourier_ratio=0.0, fourier_alpha=alpha).frame(
             slices, plane
-        )["confidence"]
+        )[0]["confidence"]
         for alpha in (0.0, 0.3, 1.0)
     }
     assert np.allclose(maps[0.0][:, plane.inside()], 1, atol=1e-4)
@@ -262,7 +263,7 @@ def test_a_bad_scan_does_not_stop_the_others(tmp_path, capsys):
     (folder / "bad.nii.gz").write_bytes((folder / "good.nii.gz").read_bytes()[:300])
     with pytest.raises(UserError, match=r"1 of 2 scans failed:\n  .*bad.nii.gz: cannot be read whole"):
         segment_files(segmenter(), [folder], tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["good_seg.nii.gz"]
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["good_seg.nii.gz"]
     with pytest.raises(UserError, match=r"no \.nii or \.nii\.gz scan in"):  # it holds nothing but our own map
         segment_files(segmenter(), [tmp_path / "out"], tmp_path / "more")
     assert "left out as a label map, by its name: " in capsys.readouterr().out
@@ -287,7 +288,7 @@ def test_label_maps_in_a_folder_are_left_out(tmp_path, capsys, name):
     (tmp_path / f"._{name}.nii.gz").write_bytes(b"of a file browser")
     (tmp_path / ".DS_Store").write_bytes(b"\0")
     segment_files(segmenter(), [tmp_path], tmp_path / "out")
-    maps = {path.name for path in (tmp_path / "out").iterdir()}
+    maps = {path.name for path in (tmp_path / "out").glob("*.nii.gz")}
     assert maps == {f"{stem}_seg.nii.gz" for stem in ("site1-sc01-image", "gt_scanner", "mask")}
     assert f"left out as a label map, by its name: {tmp_path / name}.nii.gz\n" in capsys.readouterr().out
 
@@ -316,7 +317,7 @@ def test_no_scan_is_refused_and_the_others_go_on(tmp_path, array, zoom, reason):
     write(tmp_path / "scan.nii.gz", phantom((60, 60, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
     with pytest.raises(UserError, match=f"1 of 2 scans failed:\n  .*odd.nii.gz: .*{reason}"):
         segment_files(segmenter(), [tmp_path], tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["scan_seg.nii.gz"]
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["scan_seg.nii.gz"]
 
 
 @pytest.mark.slow
@@ -334,7 +335,7 @@ def test_slices_on_another_axis(tmp_path, axis, shape):
     unaware = tmp_path / "unaware"
     with pytest.raises(UserError, match=rf"1 of 2 .*\n  .*moved.* axis {axis}, not 3: name their axis by --slice-axis"):
         segment_files(segmenter(), [tmp_path / "moved.nii.gz", tmp_path / "third.nii.gz"], unaware)
-    assert [path.name for path in unaware.iterdir()] == ["third_seg.nii.gz"]
+    assert [path.name for path in unaware.glob("*.nii.gz")] == ["third_seg.nii.gz"]
     segment_files(segmenter(slice_axis=3), [tmp_path / "moved.nii.gz"], unaware)
     assert (unaware / "moved_seg.nii.gz").exists()  # taken as it is
     aware = segmenter(center=center, confidence=True, slice_axis=axis)
@@ -379,7 +380,7 @@ def test_full_memory_is_the_problem_of_one_scan(tmp_path, error):
         write(tmp_path / f"{name}.nii.gz", phantom((60, 60, depth), (2, 2, 8)), np.diag([2, 2, 8, 1]))
     with pytest.raises(UserError, match=r"1 of 2 scans failed:\n  .*large.*out of memory: .*--batch-size \(now 32\)"):
         segment_files(segmenter(Full(error)), [tmp_path], tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["small_seg.nii.gz"]
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["small_seg.nii.gz"]
 
 
 def test_other_errors_of_the_network_are_not_hidden(tmp_path):
@@ -406,3 +407,52 @@ def test_memory_grows_by_little_more_than_the_scan(tmp_path):
     command = [sys.executable, "-c", code, tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | path)
     assert int(done.stdout.split("grown by")[1]) < 3 * scan.nbytes
+
+
+@pytest.mark.parametrize("moved_mm", [(127, 0), (-90, 90), (0, 0)])
+def test_the_networks_find_the_organ(tmp_path, capsys, moved_mm):
+    """Moved by up to 40 % of the field of view of 317 mm; a bright speck elsewhere does not draw the centre."""
+    shape, zooms, dice = (360, 330, 3), (1.4, 1.5, 8), []
+    for place in ((0, 0), moved_mm):
+        truth = phantom(shape, zooms, place).copy()
+        truth[5:8, 5:8] = 3
+        write(tmp_path / "scan.nii.gz", truth, np.diag([*zooms, 1]))
+        out = tmp_path / f"{place}"
+        segment_files(segmenter(center="auto"), [tmp_path / "scan.nii.gz"], out, overwrite=True)
+        truth[5:8, 5:8] = 0
+        ours = np.asarray(nib.load(out / "scan_seg.nii.gz").dataobj)
+        dice += [2 * ((ours == 3) & (truth == 3)).sum() / ((ours == 3).sum() + (truth == 3).sum())]
+        said = capsys.readouterr().out.split("center: ")[1].split(",")[0].split()
+        expected = (np.array(shape[:2]) - 1) / 2 + np.array(place) / zooms[:2]
+        assert np.abs(np.array(said, float) - expected).max() < 2  # voxels
+    assert dice[1] >= 0.98 * dice[0] > 0.95
+
+
+def test_nothing_found_keeps_the_image_center(tmp_path, capsys):
+    class Nothing(nn.Module):
+        def forward(self, image):
+            return torch.cat([image * 0 + 9, image.repeat(1, 3, 1, 1) * 0], 1)
+
+    write(tmp_path / "scan.nii.gz", phantom((300, 300, 2), (1.4, 1.4, 8)), np.diag([1.4, 1.4, 8, 1]))
+    segment_files(segmenter(Nothing(), center="auto"), [tmp_path / "scan.nii.gz"], tmp_path / "out")
+    assert "the networks find nothing, so the image's centre is taken" in capsys.readouterr().out
+    assert not np.asarray(nib.load(tmp_path / "out/scan_seg.nii.gz").dataobj).any()
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_finding_costs_no_more_than_predicting(frames):
+    """Counted in pixels that the networks see."""
+    seen = []
+
+    class Counting(Brightness):
+        def forward(self, image):
+            seen.append(image.numel())
+            return super().forward(image)
+
+    shape = (400, 400, 10, frames)
+    volume = Volume(phantom(shape, (1.2, 1.2, 8)) * 9.0, None, np.eye(4), (1.2, 1.2, 8.0))
+    segmenter(Counting()).volume(volume)
+    plain = sum(seen)
+    seen.clear()
+    segmenter(Counting(), center="auto").volume(volume)
+    assert plain < sum(seen) <= 2 * plain

@@ -4,6 +4,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from tyro.conf import Positional
@@ -30,15 +31,23 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
         if not check_dataset(raw, dataset, workers=workers):
             sys.exit(1)
 
-    def prepare(raw: Positional[Path], /, out: Path, workers: int = usable_cores()) -> None:
+    def prepare(
+        raw: Positional[Path],
+        /,
+        out: Path,
+        center: Literal["image", "auto"] = "image",
+        workers: int = usable_cores(),
+    ) -> None:
         """Check a raw data set, then convert it for training.
 
         Args:
             raw: folder of the raw data set.
             out: folder to write; a slice takes 180 kB, and 90 kB more where it has a mask.
+            center: put the canvas on the centre of the "image" (the paper's protocol), or with "auto" on the centre of
+                mass of a patient's labels, for all its frames; patients without labels keep the image's centre.
             workers: number of processes; each holds one scan in memory.
         """
-        prepare_dataset(raw, out, dataset, workers=workers)
+        prepare_dataset(raw, out, dataset, workers=workers, on_labels=center == "auto")
 
     def preview(
         data: Path,

@@ -18,6 +18,7 @@ class Case(NamedTuple):
     image: Path
     masks: tuple[Path, ...]  # one per rater; empty for a scan without truth
     phases: dict[str, int]  # labelled frames by name; empty for a scan without truth
+    center: tuple[float, float] | None = None  # voxel that the canvas is put on; None: the image's centre
 
 
 class RawDataset(NamedTuple):

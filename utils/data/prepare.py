@@ -58,8 +58,10 @@ def check_dataset(raw: Path, dataset: DatasetInfo, *, workers: int) -> bool:
     return _summarise(raw, dataset, _process(raw, dataset, workers=workers, out=None))
 
 
-def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int) -> None:
+def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int, on_labels: bool = False) -> None:
     """Check `raw` and convert it into the folder `out`, which appears only when it is complete.
+
+    With `on_labels` the canvas is put on the centre of mass of a scan's labels, where it has any.
 
     Raises:
         UserError: `out` exists, the disk is too small or read-only, or a file has an error (all are printed).
@@ -76,10 +78,10 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
             for left in unfinished.glob("*"):  # by a process that was killed
                 if left.name != LOCK:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
-            reports = _process(raw, dataset, workers=workers, out=unfinished)
+            reports = _process(raw, dataset, workers=workers, out=unfinished, on_labels=on_labels)
             if not _summarise(raw, dataset, reports):
                 raise UserError(f"{raw} has the errors listed above: nothing was prepared")
-            _write_index(unfinished, raw, dataset, reports)
+            _write_index(unfinished, raw, dataset, reports, on_labels)
             (unfinished / LOCK).unlink()
             unfinished.rename(out)
         except OSError as error:
@@ -90,7 +92,7 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
     print(f"{out}: {sum(len(report.rows) for _, report in reports)} slices, {size / 1e9:.2f} GB")
 
 
-def _process(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path | None) -> Reports:
+def _process(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path | None, on_labels: bool = False) -> Reports:
     """Check every scan and, if `out` is given, convert it; each worker holds one scan in memory."""
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1 process must do the work")
@@ -100,7 +102,7 @@ def _process(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path | None)
     targets = _allocate(found.cases, dataset.ndim, out) if out and not found.errors else None
     ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process alone: it ends the workers
     with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore_interrupt) as pool:
-        results = pool.map(process_case, found.cases, repeat(dataset), targets or repeat(None))
+        results = pool.map(process_case, found.cases, repeat(dataset), targets or repeat(None), repeat(on_labels))
         progress = tqdm(results, total=len(found.cases), unit="scan", desc="prepare" if out else "check")
         try:
             return [(None, Report(found.errors, found.warnings, [])), *zip(found.cases, progress, strict=True)]
@@ -139,7 +141,9 @@ def _allocate(cases: list[Case], ndim: int, out: Path) -> list[tuple[Path, int, 
     return targets
 
 
-def process_case(case: Case, dataset: DatasetInfo, target: tuple[Path, int, int] | None) -> Report:
+def process_case(
+    case: Case, dataset: DatasetInfo, target: tuple[Path, int, int] | None, on_labels: bool = False
+) -> Report:
     """Check the files of one scan and, if `target` (folder, first slice and mask) is given, convert it."""
     errors: list[str] = []
     volumes: list[Volume] = []
@@ -164,7 +168,6 @@ def process_case(case: Case, dataset: DatasetInfo, target: tuple[Path, int, int]
             errors.append(f"{case.image}: {phase} is frame {frame}, but the file holds 0..{frame_count(image) - 1}")
     if errors:
         return Report(errors, warnings, [])
-    plane = PlaneMap(image.array.shape[:2], image.zooms[:2], CANVAS_PX, dataset.spacing)
     truth = {
         phase: dataset.consensus([frame_slices(mask, frame).astype(np.uint8) for mask in masks])
         for phase, frame in case.phases.items()
@@ -176,12 +179,21 @@ def process_case(case: Case, dataset: DatasetInfo, target: tuple[Path, int, int]
         errors = [f"{case.masks[0]}: labels in frames {drawn}, but by the table they are {said} (counted from 0)"]
         return Report(errors, warnings, [])
     warnings += [f"{case.masks[0]}: no label in {phase}" for phase in empty]
-    field = replace(plane, size=FIELD_PX).inside()
     structures = np.array([(label > 0) & (label < len(dataset.class_names)) for label in truth.values()], bool)
+    center = case.center
+    if on_labels and structures.any():
+        center = tuple(np.argwhere(structures)[:, -2:].mean(0).tolist())
+    elif on_labels:
+        warnings.append(f"{case.image}: no labels to put the canvas on, it keeps the image's centre")
+    plane = PlaneMap(image.array.shape[:2], image.zooms[:2], CANVAS_PX, dataset.spacing, center)
+    field = replace(plane, size=FIELD_PX).inside()
     outside = (np.count_nonzero(structures & ~field), np.count_nonzero(structures)) if truth else (0, 0)
     if outside[0] > 0.01 * outside[1]:
         share = 100 * outside[0] / outside[1]
-        warnings.append(f"{case.image}: {share:.1f} % of its labelled voxels lie outside the network's field of view")
+        warnings.append(
+            f"{case.image}: {share:.1f} % of its labelled voxels lie outside the network's field of view"
+            + ("" if on_labels else "; --center auto puts the canvas on the labels")
+        )
     report = Report(errors, warnings, [], outside)
     return _convert(case, dataset, image, truth, plane, *target, report) if target else report
 
@@ -225,7 +237,8 @@ def _convert(
             write_volume(path, np.ascontiguousarray(np.moveaxis(truth[phase], 0, 2)), like=image)
         for z in range(depth):
             mask = mask_row + z if phase else -1
-            row_values = (case.patient, case.domain, case.group, phase, frame, z, mask, *plane.shape, *plane.zooms)
+            row_values = (case.patient, case.domain, case.group, phase, frame, z, mask)
+            row_values += (*plane.shape, *image.zooms, *plane.middle)
             report.rows.append(dict(zip(INDEX_COLUMNS, row_values, strict=True)))
         row, mask_row = row + depth, mask_row + depth * bool(phase)
     digest.update(repr(report.rows).encode() + image.affine.tobytes())
@@ -245,7 +258,7 @@ def quantile_curves(canvas: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(lower + (upper - lower) * (position - low).astype(np.float32))
 
 
-def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: Reports) -> None:
+def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: Reports, on_labels: bool) -> None:
     """Write index.csv and dataset.json."""
     rows = [row for _, report in reports for row in report.rows]
     with open(out / "index.csv", "w", newline="") as file:
@@ -261,6 +274,7 @@ def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: Reports) -
         "canvas_px": CANVAS_PX,
         "field_px": FIELD_PX,
         "class_names": dataset.class_names,
+        "centered_on_labels": on_labels,
         "content_hash": hashlib.sha256(b"".join(report.digest for _, report in reports)).hexdigest(),
     }
     info["sha256"] = description_digest(info, (out / "index.csv").read_bytes())

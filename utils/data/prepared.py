@@ -14,7 +14,7 @@ from config import Config
 from utils.data.dataset import DatasetInfo
 from utils.errors import UserError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 INDEX_COLUMNS = {  # of index.csv: one row per slice, in the order of images.npy
     "patient": str,
     "domain": str,
@@ -27,9 +27,13 @@ INDEX_COLUMNS = {  # of index.csv: one row per slice, in the order of images.npy
     "columns": int,
     "row_mm": float,
     "column_mm": float,
+    "slice_mm": float,
+    "center_row": float,  # voxel under the canvas's centre
+    "center_column": float,
 }
 
-INFO = ("dataset", "spacing_mm", "content_hash", "phantom")  # what dataset.json must say
+NO_DOMAIN = "none"  # as the held-out domain: all are trained on
+INFO = ("dataset", "spacing_mm", "content_hash", "phantom", "centered_on_labels")  # what dataset.json must say
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,10 @@ class PreparedData:
         return np.flatnonzero(chosen & (self.index["mask"] >= 0) if with_mask else chosen)
 
     def patients_with_masks(self, domain: str) -> list[str]:
-        """Return the patients of a domain that can be evaluated."""
+        """Return the patients of a domain, or of all for NO_DOMAIN, that can be evaluated."""
         index = self.index
-        return sorted({str(p) for p in index["patient"][(index["domain"] == domain) & (index["mask"] >= 0)]})
+        chosen = (index["domain"] == domain) | (domain == NO_DOMAIN)
+        return sorted({str(p) for p in index["patient"][chosen & (index["mask"] >= 0)]})
 
     def truth_path(self, patient: str, phase: str) -> Path:
         """Return the path of a scan's mask in its own voxel grid."""
@@ -116,24 +121,25 @@ def split_patients(data: PreparedData, dataset: DatasetInfo, cfg: Config) -> Spl
 
     In each group the first `labeled_count` patients with masks, by code, are labelled. All source patients are used
     without their labels. With `val_patients`, that many labelled patients per domain only select the checkpoint;
-    else the labelled patients do. Patients of the test domain are in `held_out` and nowhere else.
+    else the labelled patients do. Patients of the test domain are in `held_out` and nowhere else; NO_DOMAIN has none.
     """
     test_domain, ratio, val_patients = cfg.test_domain, cfg.ratio, cfg.val_patients
     has_mask = set(data.index["patient"][data.index["mask"] >= 0])
     membership = zip(data.index["domain"], data.index["group"], strict=True)
     patients = dict(zip(data.index["patient"], membership, strict=True))
     domains = sorted({domain for domain, _ in patients.values()})
-    if test_domain not in domains:
+    if test_domain not in (*domains, NO_DOMAIN):
         raise UserError(
-            f"test domain {test_domain!r}: {data.root} has no such {dataset.domain_kind}, only {', '.join(domains)}"
+            f"test domain {test_domain!r}: {data.root} has no such {dataset.domain_kind}, only {', '.join(domains)}, "
+            f"or {NO_DOMAIN} to train on all"
         )
-    held_out = data.patients_with_masks(test_domain)
+    held_out = [] if test_domain == NO_DOMAIN else data.patients_with_masks(test_domain)
     labeled, validation = [], []
     for domain in (d for d in domains if d != test_domain):
         chosen = []
         for group in sorted({g for d, g in patients.values() if d == domain}):
             members = sorted(p for p in has_mask if patients[p] == (domain, group))
-            count = dataset.labeled_count(len(members), ratio)
+            count = dataset.labeled_count(len(members), ratio) if ratio < 1 else len(members)
             if members and count > len(members):
                 raise UserError(
                     f"ratio {ratio} asks for {count} labelled patients of group {group}, {data.root} has "
@@ -147,7 +153,7 @@ def split_patients(data: PreparedData, dataset: DatasetInfo, cfg: Config) -> Spl
             )
         labeled += chosen[: len(chosen) - val_patients]
         validation += chosen[len(chosen) - val_patients :]
-    if not held_out:
+    if not held_out and test_domain != NO_DOMAIN:
         raise UserError(f"{dataset.domain_kind} {test_domain}: no patient with masks in {data.root} to evaluate on")
     unlabeled = sorted(
         p

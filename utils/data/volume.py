@@ -298,13 +298,13 @@ class PlaneMap:
         """Resample (..., X, Y) to (..., size, size): labels (uint8) by nearest neighbour, else bilinear in float32."""
         for axis in (0, 1):
             distance = (np.arange(self.size) - (self.size - 1) / 2) * self.spacing
-            array = _sample(array, self._center(axis) + distance / self.zooms[axis], axis - 2)
+            array = _sample(array, self.middle[axis] + distance / self.zooms[axis], axis - 2)
         return array
 
     def to_native(self, array: np.ndarray) -> np.ndarray:
         """Resample (..., size, size) to (..., X, Y), as `to_canvas` does."""
         for axis in (0, 1):
-            distance = (np.arange(self.shape[axis]) - self._center(axis)) * self.zooms[axis]
+            distance = (np.arange(self.shape[axis]) - self.middle[axis]) * self.zooms[axis]
             array = _sample(array, (self.size - 1) / 2 + distance / self.spacing, axis - 2)
         return array
 
@@ -312,8 +312,10 @@ class PlaneMap:
         """Return the voxels of a slice that lie on the canvas: (X, Y) bool."""
         return self.to_native(np.ones((self.size, self.size), np.uint8)) > 0
 
-    def _center(self, axis: int) -> float:
-        return (self.shape[axis] - 1) / 2 if self.center is None else self.center[axis]
+    @property
+    def middle(self) -> tuple[float, float]:
+        """The voxel under the canvas's centre."""
+        return self.center or tuple((length - 1) / 2 for length in self.shape)
 
 
 def _sample(array: np.ndarray, position: np.ndarray, axis: int) -> np.ndarray:

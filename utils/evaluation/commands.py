@@ -8,10 +8,12 @@ import tyro
 from torch import nn
 
 from utils.data.dataset import DatasetInfo
+from utils.data.prepared import NO_DOMAIN
 from utils.distributed import choose_device
 from utils.errors import UserError, clear_errors
 from utils.evaluation.domains import leave_one_domain_out
 from utils.evaluation.results import evaluate_run
+from utils.evaluation.runs import ensemble as mean_of
 from utils.evaluation.runs import load_run, require_run, runs_table
 from utils.evaluation.segment import OUT_OF_MEMORY, Segmenter, is_out_of_memory, segment_files
 from utils.evaluation.tables import to_csv, to_latex, to_markdown
@@ -31,9 +33,11 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         input: tuple[Path, ...] = (),
         output: Path | None = None,
         overwrite: bool = False,
+        volumes: bool = False,
         confidence: bool = False,
-        center: tuple[float, float] | None = None,
+        center: tuple[float, float] | Literal["auto"] | None = None,
         slice_axis: Literal[1, 2, 3] | None = None,
+        ensemble: bool = False,
         tta: bool = False,
         keep_largest: bool = False,
         batch_size: int = 8,
@@ -52,12 +56,16 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             input: new scans to segment instead of evaluating: 3D or 4D NIfTI files, or folders of them.
             output: folder for the label maps of new scans.
             overwrite: replace maps of new scans that are in the output folder already.
+            volumes: also write volumes.csv, the clinical quantities of new 4D scans of the heart; ED and ES are the
+                frames with the largest and the smallest left ventricle.
             confidence: also write maps, in [0, 1], of the confidence exp(-V) and of the networks' agreement, for new
                 scans.
-            center: the organ's centre in new scans, in voxels along the two axes of a slice, counted from 0; by
-                default the image's centre.
+            center: the organ's centre in new scans, in voxels along the two axes of a slice, counted from 0, or "auto"
+                to let the networks find it, in up to twice the time; by default the image's centre.
             slice_axis: axis of the file, 1 to 3, along which the slices of new scans follow one another; by default the
                 third, and a scan whose voxels are largest along one of the others is refused.
+            ensemble: average the softmax of the networks of all runs, for new scans and for an evaluation, which then
+                needs --out.
             tta: average the prediction over the 8 flips and right-angle rotations, in 8 times the time.
             keep_largest: keep only the largest connected component of every structure, in the scan's own grid.
             batch_size: slices of new scans that are predicted at a time, at least 1; fewer take less memory.
@@ -71,26 +79,32 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         where = choose_device(device)
         if bool(input) != bool(output):
             raise UserError("--input and --output belong together: new scans, and the folder for their label maps")
-        if (center or confidence or slice_axis) and not input:
-            raise UserError("--center, --confidence and --slice-axis are for new scans: --input names them")
-        if input and len(run) > 1:
-            raise UserError("new scans are segmented by one --run")
+        if (center or confidence or slice_axis or volumes) and not input:
+            raise UserError("--center, --confidence, --slice-axis and --volumes are for new scans: --input names them")
+        if volumes and not dataset.clinical:
+            raise UserError(f"--volumes: {dataset.name} has no clinical quantities")
+        if input and len(run) > 1 and not ensemble:
+            raise UserError("new scans are segmented by one --run, or by the mean of several with --ensemble")
+        if ensemble and (len(run) < 2 or not (input or out)):
+            raise UserError("--ensemble needs several --run, and for an evaluation --out, the folder of its results")
+        if len({folder.resolve() for folder in run}) < len(run):
+            raise UserError("--run names a run twice")
         if batch_size < 1:
             raise UserError(f"--batch-size {batch_size}: at least 1 slice at a time")
         options = {"precision": precision, "tta": tta, "keep_largest": keep_largest}
+        parts = checkpoint, dataset, build_network, where
         if input:
-            trained = load_run(run[0], checkpoint, dataset, build_network, where)
+            trained = mean_of([load_run(folder, *parts) for folder in run], evaluate=False)
             maps = {"batch_size": batch_size, "confidence": confidence, "center": center, "slice_axis": slice_axis}
             segmenter = Segmenter(run=trained, dataset=dataset, **maps, **options)
-            return segment_files(segmenter, input, output, overwrite=overwrite)
-        if len({folder.resolve() for folder in run}) < len(run):
-            raise UserError("--run names a run twice")
+            return segment_files(segmenter, input, output, overwrite=overwrite, volumes=volumes)
         for folder in run:  # before the first of them is evaluated
             require_run(folder, dataset)
         summaries = []
-        for folder in run:
-            trained = load_run(folder, checkpoint, dataset, build_network, where)
-            results = out if out and len(run) == 1 else folder / "results" / trained.config.test_domain
+        groups = [run] if ensemble else [(folder,) for folder in run]
+        for folder, *others in groups:
+            trained = mean_of([load_run(member, *parts) for member in (folder, *others)], evaluate=True)
+            results = out if out and len(groups) == 1 else folder / "results" / trained.config.test_domain
             files = {"data_root": data_root, "out": results, "save_predictions": save_predictions}
             try:
                 summaries.append(evaluate_run(trained, dataset, **files, **options))
@@ -98,8 +112,9 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
                 if not is_out_of_memory(error):
                     raise
                 raise UserError(f"{folder}: {OUT_OF_MEMORY}") from error
-        if len(run) > 1:
-            write_table(summaries, dataset, out or run[0].parent)
+        in_table = [summary for summary in summaries if summary["test_domain"] != NO_DOMAIN]
+        if len(groups) > 1 and in_table:
+            write_table(in_table, dataset, out or run[0].parent)
 
     with clear_errors():
         tyro.cli(inference)

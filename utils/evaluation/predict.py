@@ -75,18 +75,23 @@ def predict_scans(
     device: torch.device,
     precision: str,
     tta: bool = False,
+    others: Sequence[tuple[Sequence[nn.Module], torch.Tensor | None]] = (),
 ) -> Iterator[ScanPrediction]:
-    """Predict every scan of a loader that yields one scan per batch."""
+    """Predict every scan of a loader that yields one scan per batch; `others`: (nets, reference) to average with."""
     for batch in loader:
         canvas, quantiles, mask = (batch[name].to(device) for name in ("image", "quantiles", "mask"))
-        view = prepare_view(canvas, quantiles, size=size, reference=reference)
-        probability, agreement = predict(nets, view, precision=precision, tta=tta)
+        views = [
+            prepare_view(canvas, quantiles, size=size, reference=of) for of in (reference, *(r for _, r in others))
+        ]
+        pairs = zip((nets, *(n for n, _ in others)), views, strict=True)
+        predictions = [predict(of, view, precision=precision, tta=tta) for of, view in pairs]
+        probability, agreement = (sum(found) / len(views) for found in zip(*predictions, strict=True))
         # Images of every size are scored on the same grid.
         on_grid = F.interpolate(probability, size=FIELD_PX, mode="bilinear") if size != FIELD_PX else probability
         dice = paper_dice(on_grid, canvas_to_view(mask, FIELD_PX)[:, 0])
         rows = batch["row"].numpy()
         patient, phase = data.index["patient"][rows[0]], data.index["phase"][rows[0]]
-        yield ScanPrediction(str(patient), str(phase), rows, view[:, 0], probability, agreement, dice.cpu().numpy())
+        yield ScanPrediction(str(patient), str(phase), rows, views[0][:, 0], probability, agreement, dice.cpu().numpy())
 
 
 def mean_dice(scans: Iterable[tuple[str, str, Sequence[float]]]) -> dict[str, float]:
@@ -114,7 +119,8 @@ def to_native(scan: ScanPrediction, data: PreparedData, *, keep_largest: bool = 
     """Map a prediction back to its scan's grid: bilinear softmax, argmax, largest components on request."""
     classes, size = scan.probability.shape[1:3]
     truth = read_volume(data.truth_path(scan.patient, scan.phase), 3)
-    plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, data.info["spacing_mm"] * FIELD_PX / size)
+    center = tuple(float(data.index[f"center_{axis}"][scan.rows[0]]) for axis in ("row", "column"))
+    plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, data.info["spacing_mm"] * FIELD_PX / size, center)
     labels = np.empty(truth.array.shape, np.uint8)
     for z, probability in enumerate(scan.probability.float().cpu().numpy()):  # all slices at once would take gigabytes
         labels[..., z] = plane.to_native(probability).argmax(0)  # outside the field of view: background

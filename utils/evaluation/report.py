@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from utils.evaluation.metrics import IN_PLANE, MISSED_SLICES, VOLUMETRIC
+from utils.evaluation.quality import BAD_DICE
 from utils.evaluation.tables import Cell, Table, interval, to_markdown
 from utils.method.augment import FIELD_PX
 
@@ -74,6 +75,8 @@ def summary_text(title: str, summary: Mapping[str, Any]) -> str:
 def _setting(summary: Mapping[str, Any]) -> str:
     """Return in a sentence what was evaluated."""
     options = {"tta": "test-time augmentation, ", "keep_largest": "largest components only, "}
+    options["centered_on_labels"] = "canvas centred on the labels, "
+    options["ensemble"] = f"mean of {len(summary.get('ensemble', []))} runs' networks, "
     return (
         f"Run {summary['run']}, data {summary['data']}. "
         f"{summary['patients']} patients, {100 * summary['ratio']:g} % labelled, seed {summary['seed']}, "
@@ -118,6 +121,16 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
         )
         header = ["quantity", "n", "truth", "predicted", "bias", "SD", "mean error", "limits of agreement"]
         tables.append(Table("Clinical quantities", note, header, rows))
+    if "quality" in summary:
+        of, cells = summary["quality"], ("sensitivity", "specificity", "spearman")
+        note = (
+            "A patient is flagged where volume, agreement, components or gaps lie outside the range of the run's "
+            f"labelled source scans. Sensitivity and specificity are for a paper Dice below {BAD_DICE} %, "
+            "Spearman's correlation for the networks' agreement and the paper Dice."
+        )
+        header = ["patients", f"Dice below {BAD_DICE} %", "flagged", "sensitivity (%)", "specificity (%)", "Spearman"]
+        row = [summary["patients"], of["bad"], of["flagged"], *(Cell(of[key]) for key in cells)]
+        tables.append(Table("Quality without truth", note, header, [row]))
     return tables
 
 

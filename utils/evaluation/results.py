@@ -14,7 +14,7 @@ from tqdm import tqdm
 from config import RUNTIME_SETTINGS
 from utils.data.dataset import DatasetInfo
 from utils.data.loaders import scan_loader
-from utils.data.prepared import PreparedData
+from utils.data.prepared import NO_DOMAIN, PreparedData
 from utils.data.volume import write_volume
 from utils.errors import UserError
 from utils.evaluation.metrics import METRICS
@@ -26,9 +26,11 @@ from utils.evaluation.predict import (
     to_native,
     volumetric_rows,
 )
+from utils.evaluation.quality import flag_quality, scan_quality
 from utils.evaluation.report import summary_text, write_report
 from utils.evaluation.runs import TrainedRun, method_name, require_unseen, unfinished
 from utils.evaluation.statistics import agreement_limits, mean_std_interval
+from utils.evaluation.tools import write_label_names
 from utils.files import OutputFolder, write_json
 from utils.run.checkpoint import provenance
 from utils.run.logger import read_log
@@ -56,6 +58,11 @@ def evaluate_run(
         The content of summary.json: paper protocol and volumetric metrics with bootstrap intervals.
     """
     config, domain = run.config, run.config.test_domain
+    if domain == NO_DOMAIN and not data_root:
+        raise UserError(
+            f"{run.folder} was trained on all domains: name labelled data that it has not seen by --data-root, or new "
+            "scans by --input"
+        )
     remark = unfinished(run.folder)
     if not data_root and not Path(config.data_root).exists():
         raise UserError(
@@ -68,27 +75,34 @@ def evaluate_run(
         raise UserError(
             f"{data.root} has no {dataset.domain_kind} {domain} with masks to evaluate on: check --data-root"
         )
-    require_unseen(run, patients, data)
+    for member in (run, *run.others):
+        require_unseen(member, patients, data)
     outputs = OutputFolder(out)
     outputs.require_free(*RESULT_FILES)  # before the work
 
     def predicted(loader: DataLoader) -> Iterator[ScanPrediction]:
         options = {"size": config.image_size, "reference": run.reference, "device": run.device}
-        return predict_scans(run.nets, loader, data, **options, precision=precision, tta=tta)
+        others = [(member.nets, member.reference) for member in run.others]
+        return predict_scans(run.nets, loader, data, **options, precision=precision, tta=tta, others=others)
 
     slice_dice: list[tuple[str, str, list[float]]] = []
     cases: list[dict[str, Any]] = []
+    quality: list[dict[str, Any]] = []
     outside = np.zeros(2, int)
     loader = scan_loader(data, patients)
     for scan in tqdm(predicted(loader), total=len(loader), unit="scan", desc=f"evaluate {domain}"):
         native = to_native(scan, data, keep_largest=keep_largest)
         slice_dice.append((scan.patient, scan.phase, scan.slice_dice.tolist()))
         cases += volumetric_rows(scan, native, dataset.class_names)
+        quality += [{"patient": scan.patient, **row} for row in scan_quality(scan, data, dataset.class_names)]
         outside += native.outside
         if save_predictions:
             path = outputs.claim(f"predictions/{scan.patient}_{scan.phase}.nii.gz")
             write_volume(path, native.labels, native.grid)
+    if save_predictions:
+        write_label_names(outputs, dataset.class_names, "predictions")
     paper_dice = mean_dice(slice_dice)
+    ranges = run.metadata.get("quality")  # not beside weights of an earlier version, or converted ones
     cases = [{**case, "paper_dice": paper_dice[case["patient"]]} for case in cases]
     units, clinical = _clinical(cases, dataset)
     agreement = {name: agreement_limits(*pair) | {"unit": units[name]} for name, pair in clinical.items()}
@@ -104,6 +118,7 @@ def evaluate_run(
         "volumetric": {name: _volumetric(cases, name) for name in dataset.class_names[1:]},
         "outside_field_percent": 100 * float(outside[0]) / max(int(outside[1]), 1),
         "phantom": data.info["phantom"],
+        "centered_on_labels": data.info["centered_on_labels"],
         "method": method_name(run.metadata),
         "unfinished": remark,
         "settings": {key: value for key, value in asdict(config).items() if key not in RUNTIME_SETTINGS},
@@ -113,11 +128,14 @@ def evaluate_run(
         "precision": precision,
         "tta": tta,
         "keep_largest": keep_largest,
+        "ensemble": [str(member.folder) for member in (run, *run.others)] if run.others else [],
         "content_hash": data.info["content_hash"],
         "trained_by": {name: run.metadata[name] for name in ("git_commit", "versions", "content_hash")},
         "evaluated_by": provenance(),
     } | ({"clinical": agreement} if agreement else {})
-    title = f"{dataset.name}, held-out {dataset.domain_kind} {domain}"
+    summary |= {"quality": flag_quality(quality, paper_dice, ranges)} if ranges else {}
+    held_out = "other data" if domain == NO_DOMAIN else f"held-out {dataset.domain_kind} {domain}"
+    title = f"{dataset.name}, {held_out}"
     text = summary_text(title, summary)
     write_json(outputs.claim("summary.json"), summary)
     outputs.claim("summary.md").write_text(text, encoding="utf-8")
@@ -131,7 +149,7 @@ def evaluate_run(
     pictures = draw_results(outputs, cases, dataset, clinical=clinical, agreement=agreement, title=heading)
     overlaid = predicted(scan_loader(data, sorted(set(chosen.values()))))
     pictures += draw_patients(outputs, overlaid, data, dataset, chosen=chosen, paper_dice=paper_dice, title=heading)
-    if (run.folder / "curves.png").is_file():
+    if (run.folder / "curves.png").is_file() and not run.others:
         pictures.append((f"Training, {len(read_log(run.folder / 'log.jsonl'))} epochs", run.folder / "curves.png"))
     outputs.claim("report.html")
     write_report(out, title=title, summary=summary, config=asdict(config), cases=cases, pictures=pictures)

@@ -15,6 +15,7 @@ from utils.errors import UserError, first_line
 from utils.evaluation.tables import Cell, Table
 from utils.files import read_json
 from utils.run.checkpoint import load_checkpoint, load_networks, read_metadata
+from utils.run.folder import TRAINING_PARTS
 from utils.run.logger import read_log
 
 
@@ -28,6 +29,7 @@ class TrainedRun(NamedTuple):
     metadata: dict[str, Any]
     reference: torch.Tensor | None  # (256,) quantile curve that histograms are matched to
     device: torch.device
+    others: tuple["TrainedRun", ...] = ()  # runs whose predictions are averaged with this one's
 
 
 def load_run(
@@ -59,6 +61,20 @@ def load_run(
     return TrainedRun(folder, checkpoint, nets, config, metadata, reference, device)
 
 
+def ensemble(runs: Sequence[TrainedRun], *, evaluate: bool) -> TrainedRun:
+    """Return the first run with the others to average with; UserError, naming what differs, when they do not fit."""
+    facts = {
+        "classes": lambda run: ", ".join(run.metadata["class_names"]),
+        "image sizes": lambda run: run.config.image_size,
+        "held-out domains": lambda run: run.config.test_domain if evaluate else None,
+    }
+    for name, fact in facts.items():
+        if len({fact(run) for run in runs}) > 1:
+            found = "; ".join(f"{run.folder}: {fact(run)}" for run in runs)
+            raise UserError(f"--ensemble: the runs have different {name} ({found})")
+    return runs[0]._replace(others=tuple(runs[1:]))
+
+
 def require_run(folder: Path, dataset: DatasetInfo) -> None:
     """Raise UserError when there is no such folder."""
     if not folder.is_dir():
@@ -69,8 +85,8 @@ def require_unseen(run: TrainedRun, patients: Sequence[str], data: PreparedData)
     """Raise UserError when the run's training has seen a patient to evaluate on; warn of other data than its own."""
     if (run.folder / "split.json").exists():  # not beside converted weights
         split = read_json(run.folder / "split.json")
-        seen = sorted({p for part in ("labeled", "unlabeled", "validation") for p in split[part]} & set(patients))
-        if seen:
+        trained = {p for part in TRAINING_PARTS for p in split[part]} | {*run.metadata.get("seen_before", [])}
+        if seen := sorted(trained & set(patients)):
             raise UserError(
                 f"{run.folder} was trained with {len(seen)} of the patients that {data.root} holds out: "
                 f"{', '.join(seen[:5])}. Evaluate on the data of its training, or train on these"

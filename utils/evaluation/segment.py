@@ -1,10 +1,14 @@
 """Segmenting new scans: NIfTI in, label maps in the scans' own grid out."""
 
+import csv
+import math
 import re
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,9 +18,13 @@ from utils.data.dataset import DatasetInfo
 from utils.data.prepare import quantile_curves
 from utils.data.volume import PlaneMap, Volume, frame_count, frame_slices, implausible, read_volume, write_volume
 from utils.errors import UserError
+from utils.evaluation.locate import locate
 from utils.evaluation.metrics import largest_components
 from utils.evaluation.predict import predict, prepare_view
+from utils.evaluation.quality import MEASURES, outside_ranges, structure_quality
 from utils.evaluation.runs import TrainedRun
+from utils.evaluation.tools import write_label_names
+from utils.files import OutputFolder, atomic_write
 from utils.method.augment import CANVAS_PX, FIELD_PX, fourier_view
 from utils.method.losses import kl_variance
 
@@ -25,6 +33,7 @@ SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 MAP = re.compile(  # endings of what lies beside scans and is none: ours, and those of public data sets and tools
     r"[-_](seg|confidence|agreement|gt|mask|labels?|dseg|gmseg|manual)(-r\d+)?([-_]manual)?$", re.IGNORECASE
 )
+QUALITY_COLUMNS = ("scan", "frame", "structure", *MEASURES, "outside_range")
 OUT_OF_MEMORY = "out of memory: try --device cpu, --precision bf16"
 
 
@@ -39,10 +48,11 @@ class Segmenter:
     tta: bool
     keep_largest: bool
     confidence: bool  # also map exp(-V) and the networks' agreement
-    center: tuple[float, float] | None = None  # voxel of the organ's centre along a slice's axes; None: the image's
+    # voxel of the organ's centre along a slice's axes; "auto": where the networks find it; None: the image's
+    center: tuple[float, float] | Literal["auto"] | None = None
     slice_axis: int | None = None  # of the file, from 1; None: the third
 
-    def frame(self, slices: np.ndarray, plane: PlaneMap) -> dict[str, np.ndarray]:
+    def frame(self, slices: np.ndarray, plane: PlaneMap) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Segment one frame.
 
         Args:
@@ -51,9 +61,10 @@ class Segmenter:
 
         Returns:
             Maps (Z, X, Y) by name: "seg", labels as uint8; where wanted also "confidence", exp(-V), and "agreement"
-            of the networks, both float32 and 0 outside the field of view.
+            of the networks, both float32 and 0 outside the field of view. And the same maps, always with "agreement",
+            as the networks see them: (Z, size, size).
         """
-        config, device = self.run.config, self.run.device
+        config = self.run.config
         spacing = self.dataset.spacing * FIELD_PX / config.image_size
         grid = PlaneMap(plane.shape, plane.zooms, config.image_size, spacing, plane.center)
         batches = [slice(first, first + self.batch_size) for first in range(0, len(slices), self.batch_size)]
@@ -65,52 +76,97 @@ class Segmenter:
         maps = {"seg": np.empty(slices.shape, np.uint8)}
         if self.confidence:
             maps |= {name: np.empty(slices.shape, np.float32) for name in ("confidence", "agreement")}
+        seen: dict[str, list[np.ndarray]] = defaultdict(list)
         for batch in batches:
-            curves = torch.from_numpy(quantile_curves(canvas[batch])).to(device)
-            images, other = (torch.from_numpy(canvas[s])[:, None].to(device) for s in (batch, partners[batch]))
-            view = prepare_view(images, curves, size=config.image_size, reference=self.run.reference)
-            probability, agreement = predict(self.run.nets, view, precision=self.precision, tta=self.tta)
-            found = {"seg": probability, "agreement": agreement}
-            if self.confidence:
-                partner = prepare_view(other, curves, size=config.image_size, reference=None)
-                found["confidence"] = self._confidence(view, partner)
+            found = self._mean(canvas[batch], canvas[partners[batch]], config.image_size)
+            for name, values in found.items():
+                seen[name].append((values.argmax(1) if name == "seg" else values).cpu().numpy())
             for name, array in maps.items():
                 for number, values in enumerate(found[name].cpu().numpy(), start=batch.start):
                     native = grid.to_native(values)
                     array[number] = native.argmax(0) if name == "seg" else native
         if self.keep_largest:
             maps["seg"] = largest_components(maps["seg"])
-        return maps
+        return maps, {name: np.concatenate(parts) for name, parts in seen.items()}
 
-    def _confidence(self, view: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
+    def _mean(self, canvas: np.ndarray, partners: np.ndarray, size: int) -> dict[str, torch.Tensor]:
+        """Predict canvases (B, C, C), mean over the runs: "seg" (B, K, size, size) softmax, other maps without K."""
+        runs = (self.run, *self.run.others)
+        curves = torch.from_numpy(quantile_curves(canvas)).to(self.run.device)
+        images, other = (torch.from_numpy(part)[:, None].to(self.run.device) for part in (canvas, partners))
+        found: dict[str, torch.Tensor] = {}
+        for run in runs:
+            view = prepare_view(images, curves, size=size, reference=run.reference)
+            probability, agreement = predict(run.nets, view, precision=self.precision, tta=self.tta)
+            maps = {"seg": probability, "agreement": agreement}
+            if self.confidence:
+                partner = prepare_view(other, curves, size=size, reference=None)
+                maps["confidence"] = self._confidence(run, view, partner)
+            found = {name: found.get(name, 0) + values / len(runs) for name, values in maps.items()}
+        return found
+
+    def _confidence(self, run: TrainedRun, view: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
         """Return exp(-V), V the KL variance between the prediction of a view and that of its Fourier view."""
-        config = self.run.config
+        config = run.config
         # Training with AM draws the share up to fourier_alpha; here it is the largest, so that maps are repeatable.
         ratio = config.fourier_alpha if config.fourier_mode == "AM" else config.fourier_ratio
         fourier = fourier_view(view, partner, mode=config.fourier_mode, window=config.fourier_window, ratio=ratio)
-        predictions = (predict(self.run.nets, image, precision=self.precision)[0] for image in (view, fourier))
+        predictions = (predict(run.nets, image, precision=self.precision)[0] for image in (view, fourier))
         return torch.exp(-kl_variance(*(probability.clamp_min(1e-12).log() for probability in predictions)))
 
-    def volume(self, volume: Volume) -> dict[str, np.ndarray]:
-        """Segment all frames of a 3D or 4D volume, slices on the third axis; return maps of its shape as `frame`."""
+    def _found(self, volume: Volume, plane: PlaneMap) -> tuple[float, float] | None:
+        """Find the organ's centre in the first frame, as `locate` does, and print it; as costly as the prediction."""
+        slices = frame_slices(volume, 0)
+        normalized = np.concatenate([self.dataset.normalize(image[None].astype(np.float32)) for image in slices])
+        budget, size = len(slices) * frame_count(volume), self.run.config.image_size
+        center, share = locate(normalized, plane, self._foreground, size=size, budget=budget)
+        if center is None:
+            tqdm.write("  center: the networks find nothing, so the image's centre is taken")
+        else:
+            tqdm.write(
+                f"  center: {center[0]:.1f} {center[1]:.1f}, with {100 * share:.0f} % of what was found around it"
+            )
+        return center
+
+    def _foreground(self, canvas: np.ndarray, size: int) -> np.ndarray:
+        """Return the probability of any structure: canvases (N, C, C) -> (N, size, size)."""
+        batches = np.array_split(canvas, range(self.batch_size, len(canvas), self.batch_size))
+        plain = replace(self, tta=False, confidence=False)
+        found = [1 - plain._mean(batch, batch, size)["seg"][:, 0].cpu().numpy() for batch in batches]
+        return np.concatenate(found)
+
+    def volume(self, volume: Volume) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
+        """Segment all frames of a 3D or 4D volume, slices on the third axis.
+
+        Returns maps of its shape as `frame`, and `structure_quality` of every frame with the frame's number.
+        """
         shape = volume.array.shape
-        plane = PlaneMap(shape[:2], volume.zooms[:2], CANVAS_PX, self.dataset.spacing, self.center)
-        if self.center and not all(0 <= c < n for c, n in zip(self.center, plane.shape, strict=True)):
-            raise UserError(f"--center {self.center} lies outside the image of {plane.shape} voxels")
+        plane = PlaneMap(shape[:2], volume.zooms[:2], CANVAS_PX, self.dataset.spacing)
+        center = self._found(volume, plane) if self.center == "auto" else self.center
+        plane = replace(plane, center=center)
+        if center and not all(0 <= c < n for c, n in zip(center, plane.shape, strict=True)):
+            raise UserError(f"--center {center} lies outside the image of {plane.shape} voxels")
         if self.confidence and shape[2] < 2:
             raise UserError("--confidence compares with another slice, and there is only one: leave it out")
-        frames = [self.frame(frame_slices(volume, number), plane) for number in range(frame_count(volume))]
+        pixel_mm = self.dataset.spacing * FIELD_PX / self.run.config.image_size
+        frames, quality, voxel_ml = [], [], pixel_mm**2 * volume.zooms[2] / 1000
+        for number in range(frame_count(volume)):
+            maps, seen = self.frame(frame_slices(volume, number), plane)
+            frames.append(maps)
+            rows = structure_quality(seen.pop("seg"), seen, self.dataset.class_names, voxel_ml)
+            quality += [{"frame": number, **row} for row in rows]
         maps = {}
         for name in list(frames[0]):
             found = [maps_of_frame.pop(name) for maps_of_frame in frames]
             stacked = np.stack(found) if len(found) > 1 else found[0][None]  # (T, Z, X, Y), of one frame without a copy
             maps[name] = stacked.transpose(2, 3, 1, 0).reshape(shape)
-        return maps
+        return maps, quality
 
-    def file(self, path: Path, target: str) -> int:
-        """Segment a file, write TARGET_seg.nii.gz and, where wanted, the other maps; return the number of slices.
+    def file(self, path: Path, target: str) -> tuple[int, list[dict[str, Any]], dict[str, Any]]:
+        """Segment a file, write TARGET_seg.nii.gz and, where wanted, the other maps.
 
-        What is doubtful about the scan is printed.
+        Returns the number of slices, the quality as `volume`, and the clinical quantities of a 4D scan. What is
+        doubtful about the scan is printed.
 
         Raises:
             UserError: it cannot be read, or is no plausible scan.
@@ -133,9 +189,25 @@ class Segmenter:
             warnings.append(f"it holds only the values {', '.join(f'{v:g}' for v in values)}: is it a label map?")
         for warning in warnings:
             tqdm.write(f"warning: {path}: {warning}")
-        for name, array in self.volume(turned).items():
+        if self.center == "auto":
+            tqdm.write(f"{path}:")
+        maps, quality = self.volume(turned)
+        for name, array in maps.items():
             write_volume(Path(f"{target}_{name}.nii.gz"), np.moveaxis(array, 2, axis), like=volume, description=NOTE)
-        return turned.array[0, 0].size
+        return turned.array[0, 0].size, quality, self._clinical(maps["seg"], math.prod(zooms) / 1000)
+
+    def _clinical(self, labels: np.ndarray, voxel_ml: float) -> dict[str, Any]:
+        """Return the clinical quantities of (X, Y, Z, T) labels, empty for a single frame or a data set without any.
+
+        ED and ES are the frames in which the first structure, the left ventricle, is largest and smallest.
+        """
+        if labels.ndim == 3 or not self.dataset.clinical:
+            return {}
+        names = self.dataset.class_names[1:]
+        ml = {name: (labels == value).sum((0, 1, 2)) * voxel_ml for value, name in enumerate(names, start=1)}
+        frames = {"ED": int(ml[names[0]].argmax()), "ES": int(ml[names[0]].argmin())}
+        found = self.dataset.clinical({(p, name): float(ml[name][t]) for p, t in frames.items() for name in names})
+        return frames | {f"{name} ({unit})": value for name, (value, unit) in found.items()}
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -144,11 +216,15 @@ def is_out_of_memory(error: Exception) -> bool:
     return full or "can't allocate memory" in str(error)  # PyTorch has no class of its own for the machine's memory
 
 
-def segment_files(segmenter: Segmenter, inputs: Sequence[Path], output: Path, *, overwrite: bool = False) -> None:
+def segment_files(
+    segmenter: Segmenter, inputs: Sequence[Path], output: Path, *, overwrite: bool = False, volumes: bool = False
+) -> None:
     """Segment files, and all NIfTI files of folders, into OUTPUT/STEM_seg.nii.gz.
 
     With confidence also STEM_confidence.nii.gz (exp(-V), V the KL variance between plain and Fourier view) and
     STEM_agreement.nii.gz (exp(-KL) between the two networks). A file that cannot be read does not stop the others.
+    Beside them quality.csv, with `volumes` volumes.csv, and the structures' names and colours for viewers; lines of
+    other scans in these tables stay.
 
     Raises:
         UserError: no input, two inputs of one name, a label map that is there already (unless `overwrite`), or, after
@@ -162,10 +238,18 @@ def segment_files(segmenter: Segmenter, inputs: Sequence[Path], output: Path, *,
             f"{len(there)} of the maps to write are there already, perhaps corrected by hand: {there[0]} and so on; "
             "--overwrite replaces them, or choose another --output"
         )
+    outputs, ranges = OutputFolder(output), segmenter.run.metadata.get("quality")
+    outputs.require_free("quality.csv", "volumes.csv", "labels.txt", "labels.ctbl")
     problems, slices, began = [], 0, monotonic()
+    quality: list[dict[str, Any]] = []
+    clinical: list[dict[str, Any]] = []
     for path, stem in tqdm(stems.items(), unit="scan", desc="segment"):
         try:
-            slices += segmenter.file(path, f"{output / stem}")
+            count, rows, quantities = segmenter.file(path, f"{output / stem}")
+            slices += count
+            flags = [{"outside_range": outside_ranges(row, ranges) if ranges else "unknown"} for row in rows]
+            quality += [{"scan": stem, **row, **flag} for row, flag in zip(rows, flags, strict=True)]
+            clinical += [{"scan": stem, **quantities}] if quantities else []
         except UserError as error:
             problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")
         except (MemoryError, RuntimeError) as error:
@@ -173,8 +257,29 @@ def segment_files(segmenter: Segmenter, inputs: Sequence[Path], output: Path, *,
                 raise
             problems.append(f"{path}: {OUT_OF_MEMORY}, or a smaller --batch-size (now {segmenter.batch_size})")
     print(f"{len(stems) - len(problems)} scans in {output}: {slices / (monotonic() - began):.1f} slices/s. {NOTE}.")
+    if quality:
+        _write_rows(outputs, "quality.csv", QUALITY_COLUMNS, quality)
+        write_label_names(outputs, segmenter.dataset.class_names)
+        flagged = {row["scan"] for row in quality if row["outside_range"]}
+        print(
+            f"{len(flagged)} of them have values outside the range of the run's labelled source scans: see quality.csv"
+            if ranges
+            else "the run was saved without the ranges of its source scans, so quality.csv flags nothing"
+        )
+    if volumes and clinical:
+        _write_rows(outputs, "volumes.csv", list(clinical[0]), clinical)
     if problems:
         raise UserError(f"{len(problems)} of {len(stems)} scans failed:\n  " + "\n  ".join(problems))
+
+
+def _write_rows(outputs: OutputFolder, name: str, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    """Write a table of scans; the lines that an earlier use of the folder wrote for other scans stay."""
+    path, scans = outputs.claim(name), {row["scan"] for row in rows}
+    before = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows([*(row for row in before if row["scan"] not in scans), *rows])
 
 
 def _output_stems(inputs: Sequence[Path], output: Path) -> dict[Path, str]:

@@ -1,19 +1,23 @@
 """The folder of a run: its settings and split, who may write in it, how it is resumed or begun anew."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from config import RUNTIME_SETTINGS, Config
 from utils.errors import UserError
 from utils.files import RECORD, OutputFolder, folder_lock, read_json, require_space, write_json
+from utils.run.checkpoint import load_networks, read_metadata
 
 CHECKPOINTS = ("last.pt", "previous.pt", "best.safetensors")
 RUN_FILES = (*CHECKPOINTS, "config.json", "split.json", "log.jsonl", "steps.jsonl", "curves.png", "not_finite.txt",
              "wandb_id")  # fmt: skip
+TRAINING_PARTS = ("labeled", "unlabeled", "validation")  # of split.json: the training has seen these patients
 # Settings that may differ between the command that began a run and the one that resumes it.
 FREE_ON_RESUME = RUNTIME_SETTINGS | {"num_epoch", "max_steps"}
 DEFAULTS = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
@@ -86,3 +90,29 @@ def begin_run(
     write_json(folder / "config.json", settings_of(cfg, world_size))
     write_json(folder / "split.json", split)
     return outputs
+
+
+def load_initial(
+    run: Path, nets: list[nn.Module], dataset: str, class_names: Sequence[str], held_out: Sequence[str]
+) -> list[str]:
+    """Load the best networks of another run; return the patients that these have learnt from.
+
+    Raises:
+        UserError: there are none, they are of another data set or other classes, or have seen held-out patients.
+    """
+    path, split = run / "best.safetensors", run / "split.json"
+    metadata = read_metadata(path)
+    if (metadata["dataset"], metadata["class_names"]) != (dataset, list(class_names)):
+        raise UserError(
+            f"--init-from {run}: trained on {metadata['dataset']} with the classes {metadata['class_names']}, "
+            f"expected {dataset} with {list(class_names)}"
+        )
+    parts = read_json(split) if split.exists() else {}  # not beside converted weights
+    seen = {patient for part in TRAINING_PARTS for patient in parts.get(part, [])} | {*metadata.get("seen_before", [])}
+    if known := sorted(seen & {*held_out}):
+        raise UserError(
+            f"--init-from {run}: its networks have learnt from {len(known)} of the patients to hold out, "
+            f"{', '.join(known[:5])}: begin with a run that held out the same domain"
+        )
+    load_networks(path, nets)
+    return sorted(seen)
