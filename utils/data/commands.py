@@ -11,6 +11,7 @@ from tyro.conf import Positional
 from config import Config
 from utils.data.dataset import DatasetInfo
 from utils.data.loaders import usable_cores
+from utils.data.own import with_unlabeled
 from utils.data.prepare import check_dataset, prepare_dataset
 from utils.data.preview import draw_preview
 from utils.errors import UserError, clear_errors
@@ -30,15 +31,19 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
         if not check_dataset(raw, dataset, workers=workers):
             sys.exit(1)
 
-    def prepare(raw: Positional[Path], /, out: Path, workers: int = usable_cores()) -> None:
+    def prepare(
+        raw: Positional[Path], /, out: Path, unlabeled: tuple[Path, ...] = (), workers: int = usable_cores()
+    ) -> None:
         """Check a raw data set, then convert it for training.
 
         Args:
             raw: folder of the raw data set.
             out: folder to write; a slice takes 180 kB, and 90 kB more where it has a mask.
+            unlabeled: folders of scans of your own, 3D or 4D, without masks. Each folder becomes a domain that every
+                training uses.
             workers: number of processes; each holds one scan in memory.
         """
-        prepare_dataset(raw, out, dataset, workers=workers)
+        prepare_dataset(raw, out, with_unlabeled(unlabeled, dataset), workers=workers)
 
     def preview(
         data: Path,

@@ -29,7 +29,7 @@ INDEX_COLUMNS = {  # of index.csv: one row per slice, in the order of images.npy
     "column_mm": float,
 }
 
-INFO = ("dataset", "spacing_mm", "content_hash", "phantom")  # what dataset.json must say
+INFO = ("dataset", "source", "spacing_mm", "content_hash", "phantom")  # what dataset.json must say
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,9 @@ def split_patients(data: PreparedData, dataset: DatasetInfo, cfg: Config) -> Spl
     has_mask = set(data.index["patient"][data.index["mask"] >= 0])
     membership = zip(data.index["domain"], data.index["group"], strict=True)
     patients = dict(zip(data.index["patient"], membership, strict=True))
-    domains = sorted({domain for domain, _ in patients.values()})
+    domains = sorted(
+        {domain for domain, _ in patients.values()} & {*dataset.domains}
+    )  # others: the user's own, unlabelled
     if test_domain not in domains:
         raise UserError(
             f"test domain {test_domain!r}: {data.root} has no such {dataset.domain_kind}, only {', '.join(domains)}"
@@ -147,6 +149,8 @@ def split_patients(data: PreparedData, dataset: DatasetInfo, cfg: Config) -> Spl
     unlabeled = sorted(
         p
         for p, (domain, _) in patients.items()
-        if domain != test_domain and p not in validation and (p in has_mask or cfg.use_extra_unlabeled)
+        if domain != test_domain
+        and p not in validation
+        and (p in has_mask or cfg.use_extra_unlabeled or domain not in domains)
     )
     return Split(labeled, unlabeled, validation or labeled, held_out)

@@ -1,5 +1,6 @@
 """Trained runs at work: evaluation on the held-out domain, one table over the domains, and new scans."""
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -8,11 +9,15 @@ import tyro
 from torch import nn
 
 from utils.data.dataset import DatasetInfo
+from utils.data.loaders import usable_cores
+from utils.data.own import labeled
+from utils.data.prepare import prepare_dataset
+from utils.data.prepared import PreparedData
 from utils.distributed import choose_device
 from utils.errors import UserError, clear_errors
 from utils.evaluation.domains import leave_one_domain_out
 from utils.evaluation.results import evaluate_run
-from utils.evaluation.runs import load_run, require_run, runs_table
+from utils.evaluation.runs import load_run, open_data, require_run, runs_table
 from utils.evaluation.segment import OUT_OF_MEMORY, Segmenter, is_out_of_memory, segment_files
 from utils.evaluation.tables import to_csv, to_latex, to_markdown
 from utils.files import OutputFolder
@@ -30,6 +35,8 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         out: Path | None = None,
         input: tuple[Path, ...] = (),
         output: Path | None = None,
+        truth: tuple[Path, ...] = (),
+        labels: tuple[str, ...] = (),
         overwrite: bool = False,
         confidence: bool = False,
         center: tuple[float, float] | None = None,
@@ -50,7 +57,10 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             save_predictions: write every prediction as a NIfTI label map in its scan's own grid.
             out: folder for the results; by default RUN/results/DOMAIN, for a table the folder that the runs lie in.
             input: new scans to segment instead of evaluating: 3D or 4D NIfTI files, or folders of them.
-            output: folder for the label maps of new scans.
+            output: folder for the label maps of new scans, or with their truth for the results.
+            truth: label maps of the scans in --input, or folders of them: the scans are evaluated. A CSV file as
+                --input (columns image, truth and, if known, patient, phase, group) names both.
+            labels: what the values in the truth mean, as 1=RV 2=MYO 3=LV; by default as in the data set.
             overwrite: replace maps of new scans that are in the output folder already.
             confidence: also write maps, in [0, 1], of the confidence exp(-V) and of the networks' agreement, for new
                 scans.
@@ -74,10 +84,28 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         if (center or confidence or slice_axis) and not input:
             raise UserError("--center, --confidence and --slice-axis are for new scans: --input names them")
         if input and len(run) > 1:
-            raise UserError("new scans are segmented by one --run")
+            raise UserError("scans of your own are segmented or evaluated by one --run")
+        evaluated = bool(truth) or [path.suffix.lower() for path in input] == [".csv"]  # of the user's own
+        if ((truth or labels) and not input) or (labels and not evaluated):
+            raise UserError(
+                "--truth and --labels belong to --input: --input IMAGES --truth MASKS, or --input TABLE.csv"
+            )
+        if evaluated and (center or confidence or slice_axis or overwrite):
+            raise UserError("--center, --confidence, --slice-axis and --overwrite are for new scans without --truth")
         if batch_size < 1:
             raise UserError(f"--batch-size {batch_size}: at least 1 slice at a time")
         options = {"precision": precision, "tta": tta, "keep_largest": keep_largest}
+        if evaluated:
+            trained = load_run(run[0], checkpoint, dataset, build_network, where)
+            name, own = input[0].resolve().name, labeled(input, truth, labels, dataset)
+            with tempfile.TemporaryDirectory(prefix="semidg_") as folder:  # TMPDIR says where
+                source = input[0] if input[0].is_dir() else input[0].parent
+                prepare_dataset(source, Path(folder) / "own", own, workers=usable_cores())
+                data = PreparedData.open(Path(folder) / "own", dataset)
+                title = f"{dataset.name} run {run[0].name}, own scans: {name}"
+                files = {"out": output, "save_predictions": save_predictions, "title": title}
+                evaluate_run(trained, dataset, data=data, domain=data.index["domain"][0], **files, **options)
+            return None
         if input:
             trained = load_run(run[0], checkpoint, dataset, build_network, where)
             maps = {"batch_size": batch_size, "confidence": confidence, "center": center, "slice_axis": slice_axis}
@@ -90,10 +118,14 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         summaries = []
         for folder in run:
             trained = load_run(folder, checkpoint, dataset, build_network, where)
-            results = out if out and len(run) == 1 else folder / "results" / trained.config.test_domain
-            files = {"data_root": data_root, "out": results, "save_predictions": save_predictions}
+            data, others = open_data(trained, data_root, dataset)
+            domain, title = trained.config.test_domain, f"{dataset.name}, held-out {dataset.domain_kind} "
+            place = f"{domain}@{data.root.resolve().name}" if others else domain
+            title += f"{domain} of other data than the training's: {data.root.resolve().name}" if others else domain
+            results = out if out and len(run) == 1 else folder / "results" / place
+            files = {"data": data, "out": results, "save_predictions": save_predictions}
             try:
-                summaries.append(evaluate_run(trained, dataset, **files, **options))
+                summaries.append(evaluate_run(trained, dataset, domain=domain, title=title, **files, **options))
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise

@@ -74,7 +74,8 @@ def _setting(summary: Mapping[str, Any]) -> str:
     """Return in a sentence what was evaluated."""
     options = {"tta": "test-time augmentation, ", "keep_largest": "largest components only, "}
     return (
-        f"{summary['patients']} patients, {100 * summary['ratio']:g} % labelled, seed {summary['seed']}, "
+        f"Data: {summary['data']}. {summary['patients']} patients, "
+        f"{100 * summary['ratio']:g} % labelled, seed {summary['seed']}, "
         f"{''.join(text for key, text in options.items() if summary.get(key))}{summary['image_size']} px. "
         f"Method: {summary['method']}. Checkpoint: {summary['checkpoint']}; selection: {summary['selection']}."
     )
@@ -104,6 +105,14 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
     tables.append(
         Table("In the plane of the slices", note, ["structure", *IN_PLANE.values(), "missed", "slices"], rows)
     )
+    if "groups" in summary:
+        rows = [
+            [group, of["patients"], Cell(of["paper_protocol"]["mean"], of["paper_protocol"]["std"]),
+             *map(Cell, of["dice"].values())]
+            for group, of in summary["groups"].items()
+        ]  # fmt: skip
+        header = ["group", "patients", "paper Dice (%)", *(f"{name} Dice (%)" for name in summary["volumetric"])]
+        tables.append(Table("By group", "Means over patients, with their standard deviation.", header, rows))
     if "clinical" in summary:
         rows = []
         for name, of in summary["clinical"].items():

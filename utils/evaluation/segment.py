@@ -1,6 +1,5 @@
 """Segmenting new scans: NIfTI in, label maps in the scans' own grid out."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from utils.data.dataset import DatasetInfo
+from utils.data.own import file_stem, is_map, nifti_files
 from utils.data.prepare import quantile_curves
 from utils.data.volume import PlaneMap, Volume, frame_count, frame_slices, implausible, read_volume, write_volume
 from utils.errors import UserError
@@ -21,10 +21,6 @@ from utils.method.augment import CANVAS_PX, FIELD_PX, fourier_view
 from utils.method.losses import kl_variance
 
 NOTE = "SemiDG-Seg: for research use, not for clinical decisions"
-SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
-MAP = re.compile(  # endings of what lies beside scans and is none: ours, and those of public data sets and tools
-    r"[-_](seg|confidence|agreement|gt|mask|labels?|dseg|gmseg|manual)(-r\d+)?([-_]manual)?$", re.IGNORECASE
-)
 OUT_OF_MEMORY = "out of memory: try --device cpu, --precision bf16"
 
 
@@ -178,15 +174,9 @@ def segment_files(segmenter: Segmenter, inputs: Sequence[Path], output: Path, *,
 
 
 def _output_stems(inputs: Sequence[Path], output: Path) -> dict[Path, str]:
-    files = []
-    for path in inputs:
-        if not path.exists():
-            raise UserError(f"--input {path}: no such file or folder")
-        files += (
-            sorted(p for p in path.iterdir() if SUFFIX.search(p.name) and p.name[0] != ".") if path.is_dir() else [path]
-        )
-    stems = {path: SUFFIX.sub("", path.name) for path in files}
-    for path in [path for path, stem in stems.items() if MAP.search(stem) and path not in inputs]:
+    files = nifti_files(inputs)
+    stems = {path: file_stem(path) for path in files}
+    for path in [path for path in files if is_map(path) and path not in inputs]:
         print(f"left out as a label map, by its name: {path}")
         del stems[path]
     if not stems:
