@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import openpyxl
+from scipy.ndimage import binary_fill_holes
 
 from config import MMS
 from utils.data.commands import run_data_command
@@ -166,6 +167,14 @@ def normalize(slices: np.ndarray) -> np.ndarray:
     return (slices.clip(low, high) - low) / np.where(high > low, high - low, 1)
 
 
+def exchanged_ventricles(labels: np.ndarray) -> str:
+    """Say that LV and RV seem exchanged in labels (Z, X, Y): the blood within the ring of MYO is that of the LV."""
+    ring = labels == 2
+    within = np.stack([binary_fill_holes(plane) for plane in ring]) & ~ring
+    left, right = (np.count_nonzero(labels[within] == label) for label in (1, 3))
+    return "the blood inside the ring of MYO is labelled RV: are LV and RV exchanged?" if right > left else ""
+
+
 def labeled_count(patients: int, ratio: float) -> int:
     """Return how many patients of a group are labelled: ceil(N * ratio + 1) (protocol of DGNet, Liu et al. 2021)."""
     return math.ceil(round(patients * ratio + 1, 6))  # rounded, or 0.07 * 100 would count as more than 7
@@ -177,6 +186,7 @@ DATASET = DatasetInfo(
     class_names=("background", "LV", "MYO", "RV"),
     ndim=4, num_raw_labels=4, spacing=1.1,
     find_cases=find_cases, normalize=normalize, labeled_count=labeled_count, clinical=cardiac_metrics,
+    doubt=exchanged_ventricles,
     write_phantom=write_mms, demo_phantom={"patients": 6, "frames": 4},
     download_help=(
         "M&Ms is free for research after registration at https://www.ub.edu/mnms (OpenDataset and its info table).\n"

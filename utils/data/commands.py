@@ -12,6 +12,7 @@ from tyro.conf import Positional
 from config import Config
 from utils.data.dataset import DatasetInfo
 from utils.data.loaders import usable_cores
+from utils.data.own import with_unlabeled
 from utils.data.prepare import check_dataset, prepare_dataset
 from utils.data.preview import draw_preview
 from utils.errors import UserError, clear_errors
@@ -35,6 +36,7 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
         raw: Positional[Path],
         /,
         out: Path,
+        unlabeled: tuple[Path, ...] = (),
         center: Literal["image", "auto"] = "image",
         workers: int = usable_cores(),
     ) -> None:
@@ -43,11 +45,13 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
         Args:
             raw: folder of the raw data set.
             out: folder to write; a slice takes 180 kB, and 90 kB more where it has a mask.
+            unlabeled: folders of scans of your own, 3D or 4D, without masks. Each folder becomes a domain that every
+                training uses.
             center: put the canvas on the centre of the "image" (the paper's protocol), or with "auto" on the centre of
                 mass of a patient's labels, for all its frames; patients without labels keep the image's centre.
             workers: number of processes; each holds one scan in memory.
         """
-        prepare_dataset(raw, out, dataset, workers=workers, on_labels=center == "auto")
+        prepare_dataset(raw, out, with_unlabeled(unlabeled, dataset), workers=workers, on_labels=center == "auto")
 
     def preview(
         data: Path,

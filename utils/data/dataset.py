@@ -19,6 +19,7 @@ class Case(NamedTuple):
     masks: tuple[Path, ...]  # one per rater; empty for a scan without truth
     phases: dict[str, int]  # labelled frames by name; empty for a scan without truth
     center: tuple[float, float] | None = None  # voxel that the canvas is put on; None: the image's centre
+    own: bool = False  # a scan of the user's own: 3D or 4D, of which only the labelled frames are prepared
 
 
 class RawDataset(NamedTuple):
@@ -64,3 +65,4 @@ class DatasetInfo:
     download_help: str  # where one gets the data and how one prepares them
     consensus: Callable[[list[np.ndarray]], np.ndarray] = itemgetter(0)  # raters' maps (Z, X, Y) uint8 -> one map
     clinical: Callable[[dict], dict] | None = None  # ml by (phase, structure) -> (value, unit) by name
+    doubt: Callable[[np.ndarray], str] | None = None  # labels (Z, X, Y) -> why they may mean something else, or empty

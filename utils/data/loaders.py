@@ -119,7 +119,7 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
             f"{len(unlabeled_rows)} unlabelled images in {data.root} are fewer than one step takes: batches of "
             f"{cfg.batch_size} x {world_size} process(es) x --accumulate {cfg.accumulate}. Use a smaller --batch-size"
         )
-    first_domain = min(data.index["domain"][unlabeled_rows])
+    first_domain = min({*data.index["domain"][unlabeled_rows]} & {*dataset.domains})
     labeled = SliceDataset(data, data.rows(split.labeled, with_mask=True), with_mask=True)
     unlabeled = SliceDataset(data, unlabeled_rows, with_mask=False)
     for part, rows in (("labelled", labeled.rows), ("validation", data.rows(split.validation, with_mask=True))):

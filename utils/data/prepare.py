@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -38,6 +39,7 @@ from utils.files import LOCK, folder_lock, write_json
 from utils.method.augment import CANVAS_PX, FIELD_PX
 
 QUANTILES = 256  # points of a slice's quantile curve
+HASHED_COLUMNS = list(INDEX_COLUMNS)[:11]  # those of format 3, so that a run still knows its data, prepared anew
 
 
 class Report(NamedTuple):
@@ -99,7 +101,7 @@ def _process(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path | None,
     if not raw.is_dir():
         raise UserError(f"{raw}: no such folder\n{dataset.download_help}")
     found = dataset.find_cases(raw)
-    targets = _allocate(found.cases, dataset.ndim, out) if out and not found.errors else None
+    targets = _allocate(found.cases, dataset, out) if out and not found.errors else None
     ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process alone: it ends the workers
     with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore_interrupt) as pool:
         results = pool.map(process_case, found.cases, repeat(dataset), targets or repeat(None), repeat(on_labels))
@@ -113,7 +115,16 @@ def _process(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path | None,
             raise
 
 
-def _allocate(cases: list[Case], ndim: int, out: Path) -> list[tuple[Path, int, int]] | None:
+def _dimensions(case: Case, dataset: DatasetInfo) -> int | tuple[int, int]:
+    return (3, 4) if case.own else dataset.ndim
+
+
+def _frames(case: Case, count: int) -> Sequence[int]:
+    """Return the frames to convert: all, or of a labelled scan of the user's own those with a mask."""
+    return sorted(case.phases.values()) if case.own and case.phases else range(count)
+
+
+def _allocate(cases: list[Case], dataset: DatasetInfo, out: Path) -> list[tuple[Path, int, int]] | None:
     """Create the arrays for all slices that the headers promise.
 
     Returns the folder, the first slice and the first mask of each case, or None if a header is damaged.
@@ -122,10 +133,10 @@ def _allocate(cases: list[Case], ndim: int, out: Path) -> list[tuple[Path, int, 
     for case in cases:
         targets.append((out, slices, masks))
         try:
-            shape = read_shape(case.image, ndim)
+            shape = read_shape(case.image, _dimensions(case, dataset))
         except UserError:
             return None  # the scan's own check will say why
-        slices += math.prod(shape[2:])
+        slices += shape[2] * len(_frames(case, math.prod(shape[3:])))
         masks += shape[2] * len(case.phases)
     need = slices * (CANVAS_PX**2 * 2 + QUANTILES * 4) + masks * CANVAS_PX**2
     free = shutil.disk_usage(out).free
@@ -149,7 +160,7 @@ def process_case(
     volumes: list[Volume] = []
     for path in (case.image, *case.masks):
         try:
-            volumes.append(read_volume(path, dataset.ndim))
+            volumes.append(read_volume(path, _dimensions(case, dataset)))
         except UserError as error:
             errors.append(str(error))
     if errors:
@@ -168,10 +179,14 @@ def process_case(
             errors.append(f"{case.image}: {phase} is frame {frame}, but the file holds 0..{frame_count(image) - 1}")
     if errors:
         return Report(errors, warnings, [])
-    truth = {
-        phase: dataset.consensus([frame_slices(mask, frame).astype(np.uint8) for mask in masks])
-        for phase, frame in case.phases.items()
-    }
+    truth = {}
+    for phase, frame in case.phases.items():
+        try:
+            truth[phase] = dataset.consensus([frame_slices(mask, frame).astype(np.uint8) for mask in masks])
+        except UserError as error:
+            return Report([f"{case.masks[0]}: {error}"], warnings, [])
+        if dataset.doubt and (doubt := dataset.doubt(truth[phase])):
+            warnings.append(f"{case.masks[0]}: {phase}: {doubt}")
     empty = [phase for phase, label in truth.items() if not label.any()]
     drawn = [frame for frame in range(frame_count(masks[0])) if frame_slices(masks[0], frame).any()] if empty else []
     if set(drawn) - set(case.phases.values()):
@@ -203,7 +218,10 @@ def _labels(mask: Volume, dataset: DatasetInfo) -> Volume:
     mask = whole_numbers(mask)
     if mask.array.min() < 0 or mask.array.max() >= dataset.num_raw_labels:
         unknown = np.setdiff1d(mask.array, range(dataset.num_raw_labels))
-        raise UserError(f"labels {unknown[:5].tolist()} outside 0..{dataset.num_raw_labels - 1}")
+        raise UserError(
+            f"labels {unknown[:5].tolist()} outside 0..{dataset.num_raw_labels - 1}; for scans of your own, "
+            "--labels says what they mean"
+        )
     return mask
 
 
@@ -223,7 +241,7 @@ def _convert(
     phases = {frame: phase for phase, frame in case.phases.items()}
     depth = image.array.shape[2]
     digest = hashlib.sha256()
-    for frame in range(frame_count(image)):
+    for frame in _frames(case, frame_count(image)):
         canvas = plane.to_canvas(dataset.normalize(frame_slices(image, frame).astype(np.float32))).astype(np.float16)
         images[row : row + depth] = canvas
         quantiles[row : row + depth] = quantile_curves(canvas)
@@ -241,7 +259,8 @@ def _convert(
             row_values += (*plane.shape, *image.zooms, *plane.middle)
             report.rows.append(dict(zip(INDEX_COLUMNS, row_values, strict=True)))
         row, mask_row = row + depth, mask_row + depth * bool(phase)
-    digest.update(repr(report.rows).encode() + image.affine.tobytes())
+    known = [{name: row[name] for name in HASHED_COLUMNS} for row in report.rows]
+    digest.update(repr(known).encode() + image.affine.tobytes())
     return report._replace(digest=digest.digest())
 
 

@@ -127,7 +127,8 @@ def split_patients(data: PreparedData, dataset: DatasetInfo, cfg: Config) -> Spl
     has_mask = set(data.index["patient"][data.index["mask"] >= 0])
     membership = zip(data.index["domain"], data.index["group"], strict=True)
     patients = dict(zip(data.index["patient"], membership, strict=True))
-    domains = sorted({domain for domain, _ in patients.values()})
+    # The domains beside those of the data set are folders of the user's own, without masks.
+    domains = sorted({domain for domain, _ in patients.values()} & {*dataset.domains})
     if test_domain not in (*domains, NO_DOMAIN):
         raise UserError(
             f"test domain {test_domain!r}: {data.root} has no such {dataset.domain_kind}, only {', '.join(domains)}, "
@@ -158,6 +159,8 @@ def split_patients(data: PreparedData, dataset: DatasetInfo, cfg: Config) -> Spl
     unlabeled = sorted(
         p
         for p, (domain, _) in patients.items()
-        if domain != test_domain and p not in validation and (p in has_mask or cfg.use_extra_unlabeled)
+        if domain != test_domain
+        and p not in validation
+        and (p in has_mask or cfg.use_extra_unlabeled or domain not in domains)
     )
     return Split(labeled, unlabeled, validation or labeled, held_out)

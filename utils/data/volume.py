@@ -97,11 +97,11 @@ def _is_packed(path: Path) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
-def read_shape(path: Path, ndim: int) -> tuple[int, ...]:
+def read_shape(path: Path, ndim: int | Sequence[int]) -> tuple[int, ...]:
     """Return the shape that the header gives, without reading the voxels; raises UserError as `read_volume` does."""
     try:
         with _open(path) as file:
-            return _parse_header(path, file.read(540), [ndim])[1]
+            return _parse_header(path, file.read(540), [ndim] if isinstance(ndim, int) else list(ndim))[1]
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); copy or download it again") from error
 

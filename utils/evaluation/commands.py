@@ -1,5 +1,6 @@
 """Trained runs at work: evaluation on the held-out domain, one table over the domains, and new scans."""
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -8,13 +9,16 @@ import tyro
 from torch import nn
 
 from utils.data.dataset import DatasetInfo
-from utils.data.prepared import NO_DOMAIN
+from utils.data.loaders import usable_cores
+from utils.data.own import labeled
+from utils.data.prepare import prepare_dataset
+from utils.data.prepared import NO_DOMAIN, PreparedData
 from utils.distributed import choose_device
 from utils.errors import UserError, clear_errors
 from utils.evaluation.domains import leave_one_domain_out
 from utils.evaluation.results import evaluate_run
+from utils.evaluation.runs import TrainedRun, load_run, open_data, require_run, runs_table
 from utils.evaluation.runs import ensemble as mean_of
-from utils.evaluation.runs import load_run, require_run, runs_table
 from utils.evaluation.segment import OUT_OF_MEMORY, Segmenter, is_out_of_memory, segment_files
 from utils.evaluation.tables import to_csv, to_latex, to_markdown
 from utils.files import OutputFolder
@@ -32,6 +36,8 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         out: Path | None = None,
         input: tuple[Path, ...] = (),
         output: Path | None = None,
+        truth: tuple[Path, ...] = (),
+        labels: tuple[str, ...] = (),
         overwrite: bool = False,
         volumes: bool = False,
         confidence: bool = False,
@@ -54,7 +60,10 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             save_predictions: write every prediction as a NIfTI label map in its scan's own grid.
             out: folder for the results; by default RUN/results/DOMAIN, for a table the folder that the runs lie in.
             input: new scans to segment instead of evaluating: 3D or 4D NIfTI files, or folders of them.
-            output: folder for the label maps of new scans.
+            output: folder for the label maps of new scans, or with their truth for the results.
+            truth: label maps of the scans in --input, or folders of them: the scans are evaluated. A CSV file as
+                --input (columns image, truth and, if known, patient, phase, group) names both.
+            labels: what the values in the truth mean, as 1=RV 2=MYO 3=LV; by default as in the data set.
             overwrite: replace maps of new scans that are in the output folder already.
             volumes: also write volumes.csv, the clinical quantities of new 4D scans of the heart; ED and ES are the
                 frames with the largest and the smallest left ventricle.
@@ -78,13 +87,23 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             raise UserError("--run names the trained run, --list-runs the folder whose runs are listed")
         where = choose_device(device)
         if bool(input) != bool(output):
-            raise UserError("--input and --output belong together: new scans, and the folder for their label maps")
-        if (center or confidence or slice_axis or volumes) and not input:
-            raise UserError("--center, --confidence, --slice-axis and --volumes are for new scans: --input names them")
+            raise UserError(
+                "--input and --output belong together: scans of your own, and the folder for what is written"
+            )
+        with_truth = bool(truth) or [path.suffix.lower() for path in input] == [".csv"]
+        if ((truth or labels) and not input) or (labels and not with_truth):
+            raise UserError(
+                "--truth and --labels belong to --input: --input IMAGES --truth MASKS, or --input TABLE.csv"
+            )
+        if (center or confidence or slice_axis or volumes or overwrite) and (with_truth or not input):
+            raise UserError(
+                "--center, --confidence, --slice-axis, --volumes and --overwrite are for new scans: --input names "
+                "them, without --truth"
+            )
         if volumes and not dataset.clinical:
             raise UserError(f"--volumes: {dataset.name} has no clinical quantities")
         if input and len(run) > 1 and not ensemble:
-            raise UserError("new scans are segmented by one --run, or by the mean of several with --ensemble")
+            raise UserError("--input takes one --run, or the mean of several with --ensemble")
         if ensemble and (len(run) < 2 or not (input or out)):
             raise UserError("--ensemble needs several --run, and for an evaluation --out, the folder of its results")
         if len({folder.resolve() for folder in run}) < len(run):
@@ -95,6 +114,9 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         parts = checkpoint, dataset, build_network, where
         if input:
             trained = mean_of([load_run(folder, *parts) for folder in run], evaluate=False)
+            if with_truth:
+                own = labeled(input, truth, labels, dataset)
+                return evaluate_own(trained, own, input[0], output, save_predictions=save_predictions, **options)
             maps = {"batch_size": batch_size, "confidence": confidence, "center": center, "slice_axis": slice_axis}
             segmenter = Segmenter(run=trained, dataset=dataset, **maps, **options)
             return segment_files(segmenter, input, output, overwrite=overwrite, volumes=volumes)
@@ -104,10 +126,12 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         groups = [run] if ensemble else [(folder,) for folder in run]
         for folder, *others in groups:
             trained = mean_of([load_run(member, *parts) for member in (folder, *others)], evaluate=True)
-            results = out if out and len(groups) == 1 else folder / "results" / trained.config.test_domain
-            files = {"data_root": data_root, "out": results, "save_predictions": save_predictions}
+            data, place, title = open_data(trained, data_root, dataset)
+            results = out if out and len(groups) == 1 else folder / "results" / place
+            files = {"out": results, "title": title, "save_predictions": save_predictions}
+            domain = trained.config.test_domain
             try:
-                summaries.append(evaluate_run(trained, dataset, **files, **options))
+                summaries.append(evaluate_run(trained, dataset, data=data, domain=domain, **files, **options))
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -118,6 +142,23 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
 
     with clear_errors():
         tyro.cli(inference)
+
+
+def evaluate_own(run: TrainedRun, dataset: DatasetInfo, source: Path, output: Path, **options: Any) -> None:
+    """Evaluate a run on the user's labelled scans, which are prepared for it as those of a data set are.
+
+    Args:
+        dataset: that of `utils.data.own.labeled`.
+        source: its first file or folder, whose name the results bear.
+        options: of `evaluate_run`.
+    """
+    name = source.resolve().name
+    with tempfile.TemporaryDirectory(prefix="semidg_") as folder:  # TMPDIR says where
+        prepared = Path(folder) / name
+        prepare_dataset(source if source.is_dir() else source.parent, prepared, dataset, workers=usable_cores())
+        data = PreparedData.open(prepared, dataset)
+        title = f"{dataset.name}, scans of one's own: {name}"
+        evaluate_run(run, dataset, data=data, domain=str(data.index["domain"][0]), out=output, title=title, **options)
 
 
 def write_table(summaries: list[dict[str, Any]], dataset: DatasetInfo, folder: Path) -> None:

@@ -109,6 +109,14 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
     tables.append(
         Table("In the plane of the slices", note, ["structure", *IN_PLANE.values(), "missed", "slices"], rows)
     )
+    if "groups" in summary:
+        rows = [
+            [group, of["patients"], Cell(of["paper_protocol"]["mean"], of["paper_protocol"]["std"]),
+             *map(Cell, of["dice"].values())]
+            for group, of in summary["groups"].items()
+        ]  # fmt: skip
+        header = ["group", "patients", "paper Dice (%)", *(f"{name} Dice (%)" for name in summary["volumetric"])]
+        tables.append(Table("By group", "Means over patients, with their standard deviation.", header, rows))
     if "clinical" in summary:
         rows = []
         for name, of in summary["clinical"].items():

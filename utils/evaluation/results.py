@@ -14,7 +14,7 @@ from tqdm import tqdm
 from config import RUNTIME_SETTINGS
 from utils.data.dataset import DatasetInfo
 from utils.data.loaders import scan_loader
-from utils.data.prepared import NO_DOMAIN, PreparedData
+from utils.data.prepared import PreparedData
 from utils.data.volume import write_volume
 from utils.errors import UserError
 from utils.evaluation.metrics import METRICS
@@ -45,38 +45,32 @@ def evaluate_run(
     run: TrainedRun,
     dataset: DatasetInfo,
     *,
-    data_root: Path | None,
+    data: PreparedData,
+    domain: str,
+    title: str,
     out: Path,
     save_predictions: bool,
     precision: str,
     tta: bool,
     keep_largest: bool,
 ) -> dict[str, Any]:
-    """Evaluate a run on its held-out domain; write tables, pictures, predictions and the report to `out`.
+    """Evaluate a run on a domain of prepared data; write tables, pictures, predictions and the report to `out`.
+
+    Args:
+        domain: of which all patients with masks are evaluated; the training must not have seen them.
+        title: heading of the report.
 
     Returns:
         The content of summary.json: paper protocol and volumetric metrics with bootstrap intervals.
     """
-    config, domain = run.config, run.config.test_domain
-    if domain == NO_DOMAIN and not data_root:
-        raise UserError(
-            f"{run.folder} was trained on all domains: name labelled data that it has not seen by --data-root, or new "
-            "scans by --input"
-        )
-    remark = unfinished(run.folder)
-    if not data_root and not Path(config.data_root).exists():
-        raise UserError(
-            f"{run.folder} was trained on the data in {config.data_root}, which is not there (seen from {Path.cwd()}): "
-            "--data-root names the folder where these data lie now"
-        )
-    data = PreparedData.open(data_root or config.data_root, dataset)
+    config, remark = run.config, unfinished(run.folder)
     patients = data.patients_with_masks(domain)
     if not patients:
         raise UserError(
             f"{data.root} has no {dataset.domain_kind} {domain} with masks to evaluate on: check --data-root"
         )
     for member in (run, *run.others):
-        require_unseen(member, patients, data)
+        require_unseen(member, patients, data.root)
     outputs = OutputFolder(out)
     outputs.require_free(*RESULT_FILES)  # before the work
 
@@ -134,8 +128,8 @@ def evaluate_run(
         "evaluated_by": provenance(),
     } | ({"clinical": agreement} if agreement else {})
     summary |= {"quality": flag_quality(quality, paper_dice, ranges)} if ranges else {}
-    held_out = "other data" if domain == NO_DOMAIN else f"held-out {dataset.domain_kind} {domain}"
-    title = f"{dataset.name}, {held_out}"
+    if len(groups := _groups(cases, data)) > 1:
+        summary["groups"] = groups
     text = summary_text(title, summary)
     write_json(outputs.claim("summary.json"), summary)
     outputs.claim("summary.md").write_text(text, encoding="utf-8")
@@ -176,16 +170,37 @@ def _volumetric(cases: Sequence[dict[str, Any]], structure: str) -> dict[str, An
     return result
 
 
+def _groups(cases: Sequence[dict[str, Any]], data: PreparedData) -> dict[str, dict[str, Any]]:
+    """Return the number of patients, the paper's Dice and every structure's Dice by group of patients."""
+    group_of = dict(zip(data.index["patient"], data.index["group"], strict=True))
+    by_group: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for case in cases:
+        by_group[str(group_of[case["patient"]])].append(case)
+    groups = {}
+    for group, members in sorted(by_group.items()):
+        paper_dice = {case["patient"]: case["paper_dice"] for case in members}
+        dice = {name: _volumetric(members, name)["dice"] for name in dict.fromkeys(c["structure"] for c in members)}
+        paper = mean_std_interval(list(paper_dice.values()))
+        groups[group] = {"patients": len(paper_dice), "paper_protocol": paper, "dice": dice}
+    return groups
+
+
 def _clinical(
     cases: Sequence[dict[str, Any]], dataset: DatasetInfo
 ) -> tuple[dict[str, str], dict[str, tuple[list[float], list[float]]]]:
-    """Return the unit, and truths and predictions, of every clinical quantity; empty for a data set without any."""
+    """Return the unit, and truths and predictions, of every clinical quantity; empty where there are none.
+
+    They need both phases: a patient with one of them is left out.
+    """
     if dataset.clinical is None:
         return {}, {}
     volumes: dict[str, tuple[dict, dict]] = defaultdict(lambda: ({}, {}))
     for case in cases:
         for of_patient, kind in zip(volumes[case["patient"]], ("truth_ml", "predicted_ml"), strict=True):
             of_patient[case["phase"], case["structure"]] = case[kind]
-    pairs = [tuple(map(dataset.clinical, pair)) for pair in volumes.values()]
+    both = [pair for pair in volumes.values() if {"ED", "ES"} <= {phase for phase, _ in pair[0]}]
+    if not both:
+        return {}, {}
+    pairs = [tuple(map(dataset.clinical, pair)) for pair in both]
     units = {name: unit for name, (_, unit) in pairs[0][0].items()}
     return units, {name: tuple([of[name][0] for of in column] for column in zip(*pairs, strict=True)) for name in units}

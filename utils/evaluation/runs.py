@@ -10,7 +10,7 @@ from torch import nn
 
 from config import Config
 from utils.data.dataset import DatasetInfo
-from utils.data.prepared import PreparedData
+from utils.data.prepared import NO_DOMAIN, PreparedData
 from utils.errors import UserError, first_line
 from utils.evaluation.tables import Cell, Table
 from utils.files import read_json
@@ -81,19 +81,41 @@ def require_run(folder: Path, dataset: DatasetInfo) -> None:
         raise UserError(f"{folder}: no such run; train one first: python {dataset.key}_train.py --help")
 
 
-def require_unseen(run: TrainedRun, patients: Sequence[str], data: PreparedData) -> None:
-    """Raise UserError when the run's training has seen a patient to evaluate on; warn of other data than its own."""
+def open_data(run: TrainedRun, data_root: Path | None, dataset: DatasetInfo) -> tuple[PreparedData, str, str]:
+    """Open the data to evaluate a run on, by default those of its training.
+
+    Returns:
+        The data, the name of the results' folder, and their title; both name data other than those of the training.
+    """
+    domain = run.config.test_domain
+    if domain == NO_DOMAIN and not data_root:
+        raise UserError(
+            f"{run.folder} was trained on all domains: name labelled data that it has not seen by --data-root, or "
+            "scans of your own by --input"
+        )
+    if not data_root and not Path(run.config.data_root).exists():
+        raise UserError(
+            f"{run.folder} was trained on the data in {run.config.data_root}, which is not there (seen from "
+            f"{Path.cwd()}): --data-root names the folder where these data lie now"
+        )
+    data = PreparedData.open(data_root or run.config.data_root, dataset)
+    held_out = "all domains" if domain == NO_DOMAIN else f"{dataset.domain_kind} {domain}"
+    if run.metadata["content_hash"] in (None, data.info["content_hash"]):
+        return data, domain, f"{dataset.name}, held-out {held_out}"
+    name = data.root.resolve().name
+    return data, f"{domain}@{name}", f"{dataset.name}, {held_out} of data other than the training's: {name}"
+
+
+def require_unseen(run: TrainedRun, patients: Sequence[str], root: Path) -> None:
+    """Raise UserError when the run's training has seen a patient to evaluate on."""
     if (run.folder / "split.json").exists():  # not beside converted weights
         split = read_json(run.folder / "split.json")
         trained = {p for part in TRAINING_PARTS for p in split[part]} | {*run.metadata.get("seen_before", [])}
         if seen := sorted(trained & set(patients)):
             raise UserError(
-                f"{run.folder} was trained with {len(seen)} of the patients that {data.root} holds out: "
-                f"{', '.join(seen[:5])}. Evaluate on the data of its training, or train on these"
+                f"{run.folder} was trained with {len(seen)} of the patients of {root} to evaluate on: "
+                f"{', '.join(seen[:5])}. Evaluate on others, or rename these if they only share their names"
             )
-    trained_on = run.metadata["content_hash"]
-    if trained_on not in (None, data.info["content_hash"]):
-        print(f"warning: {data.root} holds other data than {run.folder} was trained with")
 
 
 def unfinished(folder: Path) -> str:
@@ -151,6 +173,8 @@ def _run_row(folder: Path, metadata: dict[str, Any]) -> list[Any]:
     config = metadata["config"]
     source = max((line["val_dice"] for line in read_log(folder / "log.jsonl")), default=None)
     evaluated = folder / "results" / config["test_domain"] / "summary.json"
-    held_out = read_json(evaluated)["paper_protocol"] if evaluated.exists() else {"mean": None, "std": None}
+    summary = read_json(evaluated) if evaluated.exists() else {}
+    on_its_data = metadata["content_hash"] in (None, summary.get("content_hash"))
+    held_out = summary["paper_protocol"] if summary and on_its_data else {"mean": None, "std": None}
     row = [config["test_domain"], f"{100 * config['ratio']:g} %", method_name(metadata), config["seed"]]
     return [*row, f"{metadata['step']}{unfinished(folder)}", Cell(source), Cell(held_out["mean"], held_out["std"])]

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from utils.data.dataset import DatasetInfo
+from utils.data.own import file_stem, is_map, nifti_files
 from utils.data.prepare import quantile_curves
 from utils.data.volume import PlaneMap, Volume, frame_count, frame_slices, implausible, read_volume, write_volume
 from utils.errors import UserError
@@ -29,10 +29,6 @@ from utils.method.augment import CANVAS_PX, FIELD_PX, fourier_view
 from utils.method.losses import kl_variance
 
 NOTE = "SemiDG-Seg: for research use, not for clinical decisions"
-SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
-MAP = re.compile(  # endings of what lies beside scans and is none: ours, and those of public data sets and tools
-    r"[-_](seg|confidence|agreement|gt|mask|labels?|dseg|gmseg|manual)(-r\d+)?([-_]manual)?$", re.IGNORECASE
-)
 QUALITY_COLUMNS = ("scan", "frame", "structure", *MEASURES, "outside_range")
 OUT_OF_MEMORY = "out of memory: try --device cpu, --precision bf16"
 
@@ -283,15 +279,9 @@ def _write_rows(outputs: OutputFolder, name: str, columns: Sequence[str], rows: 
 
 
 def _output_stems(inputs: Sequence[Path], output: Path) -> dict[Path, str]:
-    files = []
-    for path in inputs:
-        if not path.exists():
-            raise UserError(f"--input {path}: no such file or folder")
-        files += (
-            sorted(p for p in path.iterdir() if SUFFIX.search(p.name) and p.name[0] != ".") if path.is_dir() else [path]
-        )
-    stems = {path: SUFFIX.sub("", path.name) for path in files}
-    for path in [path for path, stem in stems.items() if MAP.search(stem) and path not in inputs]:
+    files = nifti_files(inputs)
+    stems = {path: file_stem(path) for path in files}
+    for path in [path for path in files if is_map(path) and path not in inputs]:
         print(f"left out as a label map, by its name: {path}")
         del stems[path]
     if not stems:
