@@ -13,7 +13,7 @@ import pytest
 import mms_dataloader
 import scgm_dataloader
 from utils.errors import UserError
-from utils.evaluation.domains import SELECTION_NOTE, leave_one_domain_out, published_rows
+from utils.evaluation.domains import SELECTION_NOTE, by_method, leave_one_domain_out, published_rows
 from utils.evaluation.runs import method_name
 from utils.evaluation.tables import Cell, Table, to_csv, to_latex, to_markdown
 
@@ -28,7 +28,8 @@ DATASETS = {
 
 
 def combine(summaries):
-    return leave_one_domain_out(summaries, DATASETS[summaries[0]["dataset"]])
+    dataset = DATASETS[summaries[0]["dataset"]]
+    return leave_one_domain_out(by_method(summaries, [s["method"] for s in summaries], dataset), dataset)
 
 
 def summary(domain="A", mean=80.0, std=5.0, *, seed=0, structures=("LV", "MYO", "RV"), **changes):

@@ -57,18 +57,7 @@ def evaluate_run(
     """
     config, domain = run.config, run.config.test_domain
     remark = unfinished(run.folder)
-    if not data_root and not Path(config.data_root).exists():
-        raise UserError(
-            f"{run.folder} was trained on the data in {config.data_root}, which is not there (seen from {Path.cwd()}): "
-            "--data-root names the folder where these data lie now"
-        )
-    data = PreparedData.open(data_root or config.data_root, dataset)
-    patients = data.patients_with_masks(domain)
-    if not patients:
-        raise UserError(
-            f"{data.root} has no {dataset.domain_kind} {domain} with masks to evaluate on: check --data-root"
-        )
-    require_unseen(run, patients, data)
+    data, patients = held_out_patients(run, dataset, data_root)
     outputs = OutputFolder(out)
     outputs.require_free(*RESULT_FILES)  # before the work
 
@@ -98,6 +87,7 @@ def evaluate_run(
         "checkpoint": f"{run.checkpoint}, step {run.metadata['step']}{remark}",
         "selection": run.metadata["selection"] if run.checkpoint == "best" else NO_SELECTION,
         "patients": len(paper_dice),
+        "paper_dice": paper_dice,
         "paper_protocol": mean_std_interval(list(paper_dice.values())),
         "volumetric": {name: _volumetric(cases, name) for name in dataset.class_names[1:]},
         "outside_field_percent": 100 * float(outside[0]) / max(int(outside[1]), 1),
@@ -136,6 +126,28 @@ def evaluate_run(
     print(text)
     print(f"results in {out}")
     return summary
+
+
+def held_out_patients(run: TrainedRun, dataset: DatasetInfo, data_root: Path | None) -> tuple[PreparedData, list[str]]:
+    """Open the data to evaluate a run on; return them and the patients of its held-out domain that have masks.
+
+    Raises:
+        UserError: the data or these patients are not there, or the training has seen them.
+    """
+    domain, trained_on = run.config.test_domain, run.config.data_root
+    if not data_root and not Path(trained_on).exists():
+        raise UserError(
+            f"{run.folder} was trained on the data in {trained_on}, which is not there (seen from {Path.cwd()}): "
+            "--data-root names the folder where these data lie now"
+        )
+    data = PreparedData.open(data_root or trained_on, dataset)
+    patients = data.patients_with_masks(domain)
+    if not patients:
+        raise UserError(
+            f"{data.root} has no {dataset.domain_kind} {domain} with masks to evaluate on: check --data-root"
+        )
+    require_unseen(run, patients, data)
+    return data, patients
 
 
 def _volumetric(cases: Sequence[dict[str, Any]], structure: str) -> dict[str, Any]:
