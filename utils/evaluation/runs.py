@@ -94,7 +94,9 @@ def name_rows(
         for i, method in enumerate(methods):
             rivals = [s for s, m in zip(settings, methods, strict=True) if m == method or key not in METHOD_SETTINGS]
             names[i] += (
-                f", {key} {settings[i].get(key)}" if any(s.get(key) != settings[i].get(key) for s in rivals) else ""
+                f", {key} {str(settings[i].get(key)).removesuffix('.0')}"
+                if any(s.get(key) != settings[i].get(key) for s in rivals)
+                else ""
             )
     names = list(labels) or names
     if len(names) != len(folders):

@@ -83,14 +83,13 @@ def to_csv(tables: Sequence[Table]) -> str:
 
 def to_latex(tables: Sequence[Table]) -> str:
     r"""Return each table as a LaTeX table, shrunk to the width of a line where it is wider."""
-    lines = [r"% needs \usepackage{booktabs} and \usepackage{graphicx}"]
-    if any(table.citations for table in tables):
-        lines.append(r"% cites published.bib: \bibliographystyle{plain}\bibliography{published}")
+    bibliography = r"; cites published.bib: \bibliography{published}" if any(t.citations for t in tables) else ""
+    lines = [r"% needs \usepackage{booktabs} and \usepackage{graphicx}" + bibliography]
     for table in tables:
         caption = f"{table.title}. {table.note}".translate(LATEX)
         lines += [r"\begin{table}\centering\footnotesize\setlength{\tabcolsep}{3pt}", rf"\caption{{{caption}}}"]
         lines += [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
-        lines += [rf"\begin{{tabular}}{{p{{12em}}{'c' * (len(table.header) - 1)}}}", r"\toprule"]
+        lines += [rf"\begin{{tabular}}{{l{'c' * (len(table.header) - 1)}}}", r"\toprule"]
         for number, row in enumerate([table.header, *table.rows], start=-1):
             lines += [r"\midrule"] if number in (0, *table.rules) else []
             name, *texts = [text.translate(LATEX) for text in _texts(row)]
