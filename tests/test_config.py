@@ -44,6 +44,18 @@ def test_flags_change_the_defaults_of_the_data_set(monkeypatch):
     assert from_cli(MMS, MMS_DEMO) == [replace(MMS_DEMO, image_size=64)]
 
 
+def test_every_seed_has_a_run_of_its_own(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "--test-vendor", "A", "--seeds", "0", "2", "0", "--seed", "9"])
+    runs = from_cli(MMS, MMS_DEMO)
+    assert [(cfg.seed, cfg.run_name) for cfg in runs] == [(0, "mms_A_0.02_seed0"), (2, "mms_A_0.02_seed2")]
+    assert runs[1] == replace(MMS, test_domain="A", seed=2, run_name="mms_A_0.02_seed2")
+    monkeypatch.setattr("sys.argv", ["x", "--demo", "--seeds", "1"])
+    assert [cfg.run_name for cfg in from_cli(MMS, MMS_DEMO)] == ["mms_demo_seed1"]
+    monkeypatch.setattr("sys.argv", ["x", "--seeds", "0", "-1"])
+    with pytest.raises(UserError, match="--seed must not be negative"):
+        from_cli(MMS, MMS_DEMO)
+
+
 def test_settings_of_the_paper():
     assert (MMS.lr, MMS.weight_decay, MMS.num_epoch, MMS.batch_size, MMS.image_size) == (1e-4, 0.01, 50, 32, 288)
     assert (MMS.cps_weight, MMS.fourier_ratio, MMS.cps_warmup, MMS.dice_background) == (3.0, 1.0, 0, True)

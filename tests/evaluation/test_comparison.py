@@ -119,7 +119,7 @@ def test_rows_are_told_apart_by_what_differs(name_rows):
 
 
 def test_runs_that_do_not_belong_together_are_refused_at_once(name_rows):
-    with pytest.raises(UserError, match=r"have other label ratios(.|\n)*other data(.|\n)*--data-root") as refused:
+    with pytest.raises(UserError, match=r"not ratio (.|\n)*not data (.|\n)*--data-root") as refused:
         name_rows({}, {"ratio": 0.05}, {"hash": "2" * 9})
     assert "0.05" in str(refused.value) and "22222222" in str(refused.value)
     with pytest.raises(UserError, match=r"/0, .*/2 have the same settings"):

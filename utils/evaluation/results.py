@@ -57,7 +57,18 @@ def evaluate_run(
     """
     config, domain = run.config, run.config.test_domain
     remark = unfinished(run.folder)
-    data, patients = held_out_patients(run, dataset, data_root)
+    if not data_root and not Path(config.data_root).exists():
+        raise UserError(
+            f"{run.folder} was trained on the data in {config.data_root}, which is not there (seen from {Path.cwd()}): "
+            "--data-root names the folder where these data lie now"
+        )
+    data = PreparedData.open(data_root or config.data_root, dataset)
+    patients = data.patients_with_masks(domain)
+    if not patients:
+        raise UserError(
+            f"{data.root} has no {dataset.domain_kind} {domain} with masks to evaluate on: check --data-root"
+        )
+    require_unseen(run, patients, data)
     outputs = OutputFolder(out)
     outputs.require_free(*RESULT_FILES)  # before the work
 
@@ -126,28 +137,6 @@ def evaluate_run(
     print(text)
     print(f"results in {out}")
     return summary
-
-
-def held_out_patients(run: TrainedRun, dataset: DatasetInfo, data_root: Path | None) -> tuple[PreparedData, list[str]]:
-    """Open the data to evaluate a run on; return them and the patients of its held-out domain that have masks.
-
-    Raises:
-        UserError: the data or these patients are not there, or the training has seen them.
-    """
-    domain, trained_on = run.config.test_domain, run.config.data_root
-    if not data_root and not Path(trained_on).exists():
-        raise UserError(
-            f"{run.folder} was trained on the data in {trained_on}, which is not there (seen from {Path.cwd()}): "
-            "--data-root names the folder where these data lie now"
-        )
-    data = PreparedData.open(data_root or trained_on, dataset)
-    patients = data.patients_with_masks(domain)
-    if not patients:
-        raise UserError(
-            f"{data.root} has no {dataset.domain_kind} {domain} with masks to evaluate on: check --data-root"
-        )
-    require_unseen(run, patients, data)
-    return data, patients
 
 
 def _volumetric(cases: Sequence[dict[str, Any]], structure: str) -> dict[str, Any]:

@@ -88,25 +88,27 @@ def name_rows(
     """
     found = [_read_run(folder, checkpoint, dataset)[1] for folder in folders]
     settings = [DEFAULTS | m["config"] | {"data": (m["content_hash"] or "unknown")[:8]} for m in found]
-    names = [method_name(metadata) for metadata in found]
-    methods = list(names)
-    for key in sorted(set().union(*settings) - RUNTIME_SETTINGS - VARYING) if not labels else ():
-        for i, method in enumerate(methods):
-            rivals = [s for s, m in zip(settings, methods, strict=True) if m == method or key not in METHOD_SETTINGS]
-            names[i] += (
-                f", {key} {str(settings[i].get(key)).removesuffix('.0')}"
-                if any(s.get(key) != settings[i].get(key) for s in rivals)
-                else ""
-            )
-    names = list(labels) or names
+    methods = [method_name(metadata) for metadata in found]
+
+    def values(key: str, method: str | None = None) -> list[str]:
+        """Return a setting of every run; of one that makes the method, of the runs of that method."""
+        of_method = [s for s, m in zip(settings, methods, strict=True) if m == method or key not in METHOD_SETTINGS]
+        return [str(s.get(key)).removesuffix(".0") for s in of_method]
+
+    keys = sorted(set().union(*settings) - RUNTIME_SETTINGS - VARYING)
+    names = list(labels)
+    for method, s in zip(methods, settings, strict=True) if not labels else ():
+        differing = [f"{key} {str(s.get(key)).removesuffix('.0')}" for key in keys if len({*values(key, method)}) > 1]
+        names.append(", ".join([method, *differing]))
     if len(names) != len(folders):
         raise UserError(f"--label gives {len(labels)} names for {len(folders)} runs: give one per --run, in that order")
     problems = []
-    for key, text in (("ratio", "have other label ratios"), ("data", "were trained on other data")):
-        values = [f"{folder}: {s[key]}" for folder, s in zip(folders, settings, strict=True)]
-        if len({s[key] for s in settings}) > 1 and not (key == "data" and one_data):
-            remedy = "; --data-root names data to evaluate all of them on" if key == "data" else ""
-            problems.append(f"runs that {text} cannot be put together ({', '.join(values)}){remedy}")
+    for key, remedy in (("ratio", ""), ("data", "; --data-root names data to evaluate all of them on")):
+        if len({*values(key)}) > 1 and not (key == "data" and one_data):
+            each = ", ".join(f"{folder}: {value}" for folder, value in zip(folders, values(key), strict=True))
+            problems.append(
+                f"one table takes runs of one label ratio, trained on the same data, not {key} {each}{remedy}"
+            )
     cells = [(name, s["test_domain"], s["seed"]) for name, s in zip(names, settings, strict=True)]
     twice = [str(folder) for folder, cell in zip(folders, cells, strict=True) if cells.count(cell) > 1]
     if twice:
