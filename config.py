@@ -172,8 +172,9 @@ class CommandLine(Config):
 
 def from_cli(base: Config, demo: Config) -> list[Config]:
     """Return the settings of each run: those of `base`, or with --demo of `demo`, changed by the flags."""
-    settings = vars(tyro.cli(CommandLine, default=CommandLine(**vars(demo if "--demo" in sys.argv[1:] else base))))
-    cfg, seeds = Config(**{field.name: settings[field.name] for field in fields(Config)}), settings["seeds"]
+    default = CommandLine(**vars(demo if "--demo" in sys.argv[1:] else base))
+    settings = dict(vars(tyro.cli(CommandLine, default=default)))
+    seeds, cfg = settings.pop("seeds"), Config(**settings)
     if seeds and "{seed" not in cfg.run_name:
         cfg = replace(cfg, run_name=f"{cfg.run_name}_seed{{seed}}")
     runs = [replace(cfg, seed=seed) for seed in dict.fromkeys(seeds)] or [cfg]

@@ -109,9 +109,8 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             evaluation = {"data_root": data_root, "precision": precision, "tta": tta}
             tables = [selection_cost(folder, dataset, build_network, where, **evaluation) for folder in run]
             return print(to_markdown(tables))
-        # Before the first of them is evaluated.
-        names = name_rows(run, checkpoint, dataset, labels=label, one_data=data_root is not None)
-        if len(run) > 1:
+        if len(run) > 1:  # before the first of them is evaluated
+            names = name_rows(run, checkpoint, dataset, labels=label, one_data=data_root is not None)
             compared = repr((sorted(map(str, run)), checkpoint, tta, keep_largest, data_root, names)).encode()
             title = re.sub(r"[^\w.]+", "-", "_vs_".join(dict.fromkeys(names)))[:80]
             tables_at = out or run[0].parent / "comparisons" / f"{title}_{sha256(compared).hexdigest()[:6]}"

@@ -34,6 +34,8 @@ def selection_cost(
         run = load_run(folder, name, dataset, build_network, device)
         data = PreparedData.open(data_root or run.config.data_root, dataset)
         patients = data.patients_with_masks(run.config.test_domain)
+        if not patients:
+            raise UserError(f"{data.root} has no scans with masks of the held-out domain: check --data-root")
         require_unseen(run, patients, data)
         options = {"size": run.config.image_size, "reference": run.reference, "device": device}
         scans = predict_scans(run.nets, scan_loader(data, patients), data, **options, precision=precision, tta=tta)
