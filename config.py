@@ -16,7 +16,7 @@ from utils.errors import UserError
 # Settings that neither the method nor its result depends on.
 RUNTIME_SETTINGS = frozenset({
     "data_root", "out_root", "run_name", "restart", "save_every", "device", "workers", "wandb", "compile",
-    "checkpoint_activations",
+    "checkpoint_activations", "keep_epochs",
 })  # fmt: skip
 
 
@@ -71,6 +71,7 @@ class Config:
     out_root: str = "runs"
     restart: bool = False  # delete the run of this name and begin anew, instead of resuming it
     save_every: int = 0  # steps between checkpoints inside an epoch; 0: at epoch ends only
+    keep_epochs: int = 0  # number of last epochs whose networks stay in epochs/, beside the best (0.3 GB each)
     device: str = "auto"  # "cuda", "cpu", or "auto": a GPU where there is one
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 autocast where the device computes it natively
     compile: bool = False  # torch.compile the networks: minutes at the start, then faster steps
@@ -100,7 +101,7 @@ class Config:
             "--lr must be positive": 0 < self.lr < math.inf,
             "--run-name must name a folder of its own": self.run_name.strip("./ ") != "",
         }
-        counts = ("seed", "val_patients", "save_every", "workers")
+        counts = ("seed", "val_patients", "save_every", "keep_epochs", "workers")
         for name in (*counts, "cps_weight", "cps_warmup", "cps_ramp", "weight_decay"):
             rules[f"--{name.replace('_', '-')} must not be negative"] = getattr(self, name) >= 0
         for field in fields(self):
@@ -164,10 +165,22 @@ SCGM_DEMO = replace(
 )
 
 
-def from_cli(base: Config, demo: Config) -> Config:
-    """Return the settings of `base`, or with --demo those of `demo`, changed by the command line's flags."""
-    cfg = tyro.cli(Config, default=demo if "--demo" in sys.argv[1:] else base)
+@dataclass(frozen=True, kw_only=True)
+class CommandLine(Config):
+    """Settings of one training run, or of one after the other with several seeds."""
+
+    seeds: tuple[int, ...] = ()  # train once with each of these, one run after the other, instead of with --seed
+
+
+def from_cli(base: Config, demo: Config) -> list[Config]:
+    """Return the settings of each run: those of `base`, or with --demo of `demo`, changed by the flags."""
+    default = CommandLine(**vars(demo if "--demo" in sys.argv[1:] else base))
+    settings = dict(vars(tyro.cli(CommandLine, default=default)))
+    seeds, cfg = settings.pop("seeds"), Config(**settings)
+    if seeds and "{seed" not in cfg.run_name:
+        cfg = replace(cfg, run_name=f"{cfg.run_name}_seed{{seed}}")
+    runs = [replace(cfg, seed=seed) for seed in dict.fromkeys(seeds)] or [cfg]
     try:
-        return replace(cfg, run_name=cfg.run_name.format(**vars(cfg)))
+        return [replace(run, run_name=run.run_name.format(**vars(run))) for run in runs]
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"--run-name {cfg.run_name}: only settings may stand in braces ({error})") from error

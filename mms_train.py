@@ -1,6 +1,7 @@
 """Train two networks on M&Ms that teach each other, with one vendor held out.
 
 python mms_train.py --test-vendor D --ratio 0.02         # on data/mms, which mms_dataloader.py has prepared
+python mms_train.py --seeds 0 1 2                         # three runs, one after the other
 python mms_train.py --demo                               # needs no data
 python mms_train.py --help                               # every setting is a flag; the defaults are in config.py
 """
@@ -17,13 +18,14 @@ from utils.errors import clear_errors
 
 def main() -> None:
     with clear_errors():
-        cfg = from_cli(MMS, MMS_DEMO)
-        with process_group(cfg.device) as process:
+        runs = from_cli(MMS, MMS_DEMO)
+        with process_group(runs[0].device) as process:
             with main_first(process):
-                if cfg.demo and process.is_main:
-                    make_demo_data(cfg.data_root, DATASET)
-            loaders = build_loaders(cfg, DATASET, rank=process.rank, world_size=process.world_size)
-            fit(cfg, loaders, build_network, process)
+                if runs[0].demo and process.is_main:
+                    make_demo_data(runs[0].data_root, DATASET)
+            for cfg in runs:
+                loaders = build_loaders(cfg, DATASET, rank=process.rank, world_size=process.world_size)
+                fit(cfg, loaders, build_network, process, last=cfg is runs[-1])
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def test_impossible_settings(change, message):
 
 def test_flags_change_the_defaults_of_the_data_set(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", "--test-vendor", "A", "--ratio", "0.05", "--seed", "3", "--no-cutmix"])
-    cfg = from_cli(MMS, MMS_DEMO)
+    [cfg] = from_cli(MMS, MMS_DEMO)
     assert (cfg.test_domain, cfg.ratio, cfg.cutmix, cfg.cps_weight) == ("A", 0.05, False, 3.0)
     assert cfg.run_name == "mms_A_0.05_seed3"
     for name in ("{nonsense}", "{test_domain.x}", "{seed[0]}"):
@@ -41,7 +41,19 @@ def test_flags_change_the_defaults_of_the_data_set(monkeypatch):
         with pytest.raises(UserError, match="only settings may stand in braces"):
             from_cli(MMS, MMS_DEMO)
     monkeypatch.setattr("sys.argv", ["x", "--demo", "--image-size", "64"])
-    assert from_cli(MMS, MMS_DEMO) == replace(MMS_DEMO, image_size=64)
+    assert from_cli(MMS, MMS_DEMO) == [replace(MMS_DEMO, image_size=64)]
+
+
+def test_every_seed_has_a_run_of_its_own(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "--test-vendor", "A", "--seeds", "0", "2", "0", "--seed", "9"])
+    runs = from_cli(MMS, MMS_DEMO)
+    assert [(cfg.seed, cfg.run_name) for cfg in runs] == [(0, "mms_A_0.02_seed0"), (2, "mms_A_0.02_seed2")]
+    assert runs[1] == replace(MMS, test_domain="A", seed=2, run_name="mms_A_0.02_seed2")
+    monkeypatch.setattr("sys.argv", ["x", "--demo", "--seeds", "1"])
+    assert [cfg.run_name for cfg in from_cli(MMS, MMS_DEMO)] == ["mms_demo_seed1"]
+    monkeypatch.setattr("sys.argv", ["x", "--seeds", "0", "-1"])
+    with pytest.raises(UserError, match="--seed must not be negative"):
+        from_cli(MMS, MMS_DEMO)
 
 
 def test_settings_of_the_paper():

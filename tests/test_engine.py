@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import mms_dataloader
 import scgm_dataloader
+import utils.run.folder as folder_module
 from utils import engine
 from utils.data.loaders import build_loaders
 from utils.distributed import Process
@@ -229,6 +230,49 @@ def test_finished_run_says_so_and_longer_one_goes_on(mms_config, build_tiny, cap
     assert [line["step"] for line in lines] == [3, 5]  # the first run's end was logged, too
     ours, theirs = tensors(longer["networks"]), tensors(whole["networks"])
     assert all(torch.equal(ours[path], theirs[path]) for path in ours)
+
+
+def test_signal_during_the_last_step_keeps_the_next_run_from_beginning(mms_config, build_tiny, monkeypatch):
+    original = Trainer.train_step
+
+    def signalled(self, batches):
+        original(self, batches)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "train_step", signalled)
+    cfg = replace(mms_config, max_steps=1)
+    with pytest.raises(SystemExit) as stopped:
+        fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU), last=False)
+    assert stopped.value.code == EXIT_INTERRUPTED
+    assert load_checkpoint(Path(cfg.out_root) / cfg.run_name)["step"] == 1
+    other = replace(cfg, run_name="alone")
+    fit(other, build_loaders(other, MMS), build_tiny, Process(CPU))  # nothing follows: it is finished
+
+
+def test_last_epochs_are_kept_and_restart_deletes_only_ours(mms_config, build_tiny):
+    cfg = replace(mms_config, num_epoch=4, max_steps=None, batch_size=16, keep_epochs=2)
+    folder = Path(cfg.out_root) / cfg.run_name
+    run(replace(cfg, num_epoch=2), build_tiny)
+    (folder / "epochs/mine.txt").write_text("mine")
+    state, lines = run(cfg, build_tiny)
+    names = [f"epoch_00{epoch}.safetensors" for epoch in (3, 4)]
+    assert sorted(path.name for path in (folder / "epochs").iterdir()) == [*names, "mine.txt"]
+    assert [read_metadata(folder / "epochs" / name)["step"] for name in names] == [line["step"] for line in lines[2:]]
+    kept = load_file(folder / "epochs" / names[1])
+    assert all(torch.equal(kept[f"1.{key}"], value) for key, value in state["networks"][1].items())
+    run(replace(cfg, num_epoch=1, keep_epochs=0, restart=True), build_tiny)
+    assert [path.name for path in (folder / "epochs").iterdir()] == ["mine.txt"]
+
+
+def test_kept_epochs_count_in_the_space(mms_config, monkeypatch, tmp_path):
+    needs = []
+    monkeypatch.setattr(folder_module, "require_space", lambda folder, need: needs.append(need))
+    (tmp_path / "epochs").mkdir()
+    for name in ("epoch_001", "epoch_002"):
+        (tmp_path / f"epochs/{name}.safetensors").touch()
+    for changes in ({}, {"keep_epochs": 5}, {"keep_epochs": 99}, {"keep_epochs": 1}):
+        folder_module.begin_run(tmp_path, replace(mms_config, num_epoch=9, **changes), 1, {}, 100)
+    assert needs == [1000, 1000 + 400, 1000 + 800, 1000 + 100]  # to come, and the one more before an old one goes
 
 
 def test_pretrained_weights_are_fetched_for_a_new_run_only(mms_config, build_tiny):

@@ -29,8 +29,13 @@ MAX_BAD_STEPS = 10  # non-finite steps in a row before training gives up
 SYNC_EVERY = 10  # steps between looks at the device's counters, for the progress bar and the curves
 
 
-def fit(cfg: Config, loaders: Loaders, build_network: Callable[..., nn.Module], process: Process) -> None:
+def fit(
+    cfg: Config, loaders: Loaders, build_network: Callable[..., nn.Module], process: Process, *, last: bool = True
+) -> None:
     """Train two networks by `cfg`, resuming the run of that name if there is one; the main process writes.
+
+    Args:
+        last: no other run follows, which a signal during the last step would have to keep from beginning.
 
     Raises:
         UserError: the run was begun with other settings or data, is in use, or cannot be written.
@@ -92,7 +97,7 @@ def fit(cfg: Config, loaders: Loaders, build_network: Callable[..., nn.Module], 
                 state = trainer.state()
                 if logger:
                     save_checkpoint(folder, state)
-            if stop and trainer.step < total:
+            if stop and (trainer.step < total or not last):
                 progress.close()
                 if logger:
                     print(f"stopped by a signal at step {trainer.step}, saved; the same command goes on from there")
@@ -130,6 +135,11 @@ def end_epoch(
         return
     if better:
         save_networks(outputs.folder / "best.safetensors", trainer.nets, trainer.metadata())
+    if trainer.cfg.keep_epochs:
+        name = "epochs/epoch_{:03d}.safetensors"
+        save_networks(outputs.claim(name.format(epoch)), trainer.nets, trainer.metadata())
+        for old in {name.format(number) for number in range(epoch - trainer.cfg.keep_epochs + 1)} & outputs.made:
+            (outputs.folder / old).unlink(missing_ok=True)
     samples = outputs.claim(f"samples/epoch_{epoch:03d}.png")
     title = f"run {outputs.folder.resolve().name}, data {trainer.loaders.data.name}, step {trainer.step}"
     trainer.draw_samples(samples, unlabeled, title)

@@ -320,3 +320,28 @@ def _finish(figure, path, handles) -> None:
 def _save(figure, path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, bbox_inches="tight", pad_inches=0.05)
+
+
+def plot_differences(path, rows, *, title) -> None:
+    """Forest plot of paired differences: the mean of each row with its interval, and every patient behind it.
+
+    rows: (name, differences in points of Dice by patient, mean, (low, high) or None), drawn from top to bottom;
+    a row without patients is left empty.
+    """
+    figure = Figure(figsize=(7, 1.4 + 0.32 * len(rows)), layout="constrained")
+    ax = figure.add_subplot()
+    ax.axvline(0, color="grey", linewidth=0.8)
+    for y, (_, values, mean, limits) in enumerate(rows):
+        ax.plot(values, [y] * len(values), "|", color=LINE_COLOURS[1], markersize=7, alpha=0.6, label="one patient")
+        if limits:
+            ax.plot(limits, [y, y], color="black", linewidth=1.5, label="95 % interval of the mean")
+        if mean is not None:
+            ax.plot(mean, y, "D", color="black", markersize=5, label="mean")
+    ax.set_yticks(range(len(rows)), [f"{name} (n = {len(values)})" for name, values, *_ in rows], fontsize=8)
+    ax.set(ylim=(len(rows) - 0.5, -0.5))
+    ax.set_xlabel("difference in Dice (points): left of 0 worse than the reference, right of it better", fontsize=8)
+    ax.set_title(title, fontsize=10)
+    ax.grid(axis="x", alpha=0.3)
+    by_label = {line.get_label(): line for line in ax.lines[1:]}
+    figure.legend(handles=list(by_label.values()), loc="outside lower center", ncols=3, fontsize=8)
+    _save(figure, path)

@@ -22,10 +22,12 @@ from utils.data.prepared import PreparedData
 from utils.distributed import Process
 from utils.engine import fit
 from utils.errors import UserError
-from utils.evaluation.commands import write_table
+from utils.evaluation.commands import write_comparison
+from utils.evaluation.domains import by_method
 from utils.evaluation.predict import mean_dice, predict_scans, to_native, volumetric_rows
 from utils.evaluation.results import evaluate_run
 from utils.evaluation.runs import load_run, runs_table
+from utils.evaluation.selection import selection_cost
 from utils.evaluation.tables import to_markdown
 from utils.run.checkpoint import load_networks, read_metadata, save_networks
 from utils.run.logger import read_log
@@ -168,18 +170,69 @@ def test_evaluation_writes_everything_and_agrees_with_itself(trained, build_tiny
     assert again["paper_protocol"] == summary["paper_protocol"]
 
 
+def test_what_the_selection_cost(mms_config, build_tiny, mms_root):
+    """Against the evaluation of the same weights."""
+    cfg = replace(mms_config, num_epoch=2, max_steps=None, batch_size=16, keep_epochs=9)
+    fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
+    folder = Path(cfg.out_root) / "run"
+    options = {"data_root": None, "precision": "fp32", "tta": False}
+    before = sorted(folder.rglob("*"))
+    table = selection_cost(folder, MMS, build_tiny, CPU, **options)
+    assert sorted(folder.rglob("*")) == before
+    best, last, chosen = ((step, cell.mean) for _, step, cell in table.rows)
+    found = {name: evaluate(folder, build_tiny, checkpoint=name) for name in ("best", "last", "epochs/epoch_001")}
+    means = {name: summary["paper_protocol"]["mean"] for name, summary in found.items()}
+    assert (best[1], last[1]) == (means["best"], means["last"])
+    assert chosen[1] == max(means["last"], means["epochs/epoch_001"])
+    assert table.rows[2][0].startswith("not for reporting: epochs/epoch_00")
+    assert f"{chosen[1] - best[1]:+.2f} points" in table.footnotes[0]
+    shutil.rmtree(folder / "epochs")
+    with pytest.raises(UserError, match="has kept no epochs, or is not finished"):
+        selection_cost(folder, MMS, build_tiny, CPU, **options)
+
+
 def test_one_table_over_the_domains(mms_config, build_tiny, tmp_path):
     summaries = []
     for vendor in "AD":
         cfg = replace(mms_config, test_domain=vendor, run_name=vendor, max_steps=1)
         fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
         summaries.append(evaluate(Path(cfg.out_root) / vendor, build_tiny))
-    write_table(summaries, MMS, tmp_path / "tables")
+    write_comparison(by_method(summaries, ["full", "full"], MMS), MMS, tmp_path / "tables")
     text = (tmp_path / "tables/leave_one_domain_out.md").read_text()
     means = [summary["paper_protocol"]["mean"] for summary in summaries]
     assert f"{means[0]:.2f}" in text and f"{means[1]:.2f}" in text and f"{np.mean(means):.2f}" in text
     assert "84.52" in text and "phantom" in text  # published beside, and why they do not compare
-    assert {path.suffix for path in (tmp_path / "tables").glob("[!.]*")} == {".md", ".csv", ".tex"}
+    assert {path.suffix for path in (tmp_path / "tables").glob("[!.]*")} == {".md", ".csv", ".tex", ".bib"}
+
+
+def test_comparisons_of_methods_lie_beside_the_runs(mms_config, build_tiny):
+    """By the real command: what cannot be put together is said first, and every comparison has its own folder."""
+    changes = {"full": {}, "full1": {"seed": 1}, "weak": {"cps_weight": 1.0}, "plain": {"cps_loss": "plain"}}
+    for name, change in changes.items():
+        cfg = replace(mms_config, run_name=name, max_steps=1, cps_warmup=0, cps_ramp=0, **change)
+        fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
+    root = Path(cfg.out_root)
+    shutil.copytree(root / "full", root / "copy")
+    done = run_script(root, "--run", "full", "copy", "--device", "cpu")
+    assert done.returncode == 1 and b"full, copy have the same settings" in done.stderr
+    assert not (root / "full/results").exists()
+    done = run_script(root, "--run", "full", "full1", "weak", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    [folder] = (root / "comparisons").iterdir()
+    assert folder.name.startswith("full-cps_weight-3_vs_full-cps_weight-1_")
+    assert {path.suffix for path in folder.glob("comparison.*")} == {".md", ".csv", ".tex", ".png"}
+    text = (folder / "comparison.md").read_text()
+    scores = [
+        json.loads((root / name / "results/D/summary.json").read_text())["paper_dice"]
+        for name in changes
+        if name != "plain"
+    ]
+    paired = [scores[2][p] - (scores[0][p] + scores[1][p]) / 2 for p in scores[0]]
+    assert f"| full, cps_weight 1, D | {len(paired)} | {np.mean(paired):.2f} [" in text
+    assert "its seeds are [0], those of full, cps_weight 3 [0, 1]" in text and "Fewer than 6 patients" in text
+    done = run_script(root, "--run", "full", "plain", "--label", "ours", "baseline", "--device", "cpu")
+    assert done.returncode == 0 and len(list((root / "comparisons").iterdir())) == 2
+    assert b"| baseline, D |" in done.stdout
 
 
 def test_runs_are_listed_with_their_best_scores(trained, build_tiny, mms_config):

@@ -33,6 +33,44 @@ with clear_errors():
 """
 
 
+SEEDS = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+del sys.argv[1:3]
+import mms_train
+from helpers import TinyNetwork
+
+mms_train.build_network = lambda classes, pretrained: TinyNetwork(classes)
+mms_train.main()
+"""
+
+
+def test_seeds_are_trained_in_turn_and_resumed_as_a_whole(mms_root, tmp_path):
+    flags = ["--data-root", mms_root, "--out-root", tmp_path, "--run-name", "run", "--image-size", 32, "--workers", 0,
+             "--batch-size", 16, "--device", "cpu", "--no-wandb", "--cps-warmup", 9]  # fmt: skip
+    command = [sys.executable, "-c", SEEDS, ROOT, ROOT / "tests", *flags, "--seeds", 0, 5]
+
+    def start(*more):
+        text = list(map(str, [*command, *more]))
+        return subprocess.Popen(text, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    first = start("--num-epoch", 1)
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 0, output
+    states = [load_checkpoint(tmp_path / f"run_seed{seed}") for seed in (0, 5)]
+    assert [state["metadata"]["config"]["seed"] for state in states] == [0, 5]
+    stopped = start("--num-epoch", 1000)
+    while load_checkpoint(tmp_path / "run_seed0")["step"] == states[0]["step"]:
+        time.sleep(0.05)
+    stopped.terminate()
+    output, _ = stopped.communicate(timeout=60)
+    assert stopped.returncode == EXIT_INTERRUPTED and "run_seed5" not in output, output
+    step = load_checkpoint(tmp_path / "run_seed0")["step"]
+    again = start("--num-epoch", 1, "--max-steps", step + 1)  # seed 0 is finished by now, and says so
+    output, _ = again.communicate(timeout=120)
+    assert again.returncode == 0 and output.index("run_seed0: this run is finished") < output.index("run_seed5"), output
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signal_to_the_process_group_saves_the_run(mms_config, number):
     cfg = replace(mms_config, workers=2, max_steps=None, num_epoch=1000, cps_warmup=0, cps_ramp=0)

@@ -1,7 +1,9 @@
 """Trained runs at work: evaluation on the held-out domain, one table over the domains, and new scans."""
 
+import re
 import tempfile
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,16 +14,26 @@ from utils.data.dataset import DatasetInfo
 from utils.data.loaders import usable_cores
 from utils.data.own import labeled
 from utils.data.prepare import prepare_dataset
-from utils.data.prepared import NO_DOMAIN, PreparedData
+from utils.data.prepared import PreparedData
 from utils.distributed import choose_device
 from utils.errors import UserError, clear_errors
-from utils.evaluation.domains import leave_one_domain_out
+from utils.evaluation.comparison import compare_methods
+from utils.evaluation.domains import Runs, by_method, leave_one_domain_out
 from utils.evaluation.results import evaluate_run
-from utils.evaluation.runs import TrainedRun, load_run, open_data, require_run, runs_table
+from utils.evaluation.runs import TrainedRun, load_run, name_rows, open_data, runs_table
 from utils.evaluation.runs import ensemble as mean_of
 from utils.evaluation.segment import OUT_OF_MEMORY, Segmenter, is_out_of_memory, segment_files
+from utils.evaluation.selection import selection_cost
 from utils.evaluation.tables import to_csv, to_latex, to_markdown
 from utils.files import OutputFolder
+from utils.plots import plot_differences
+
+FORMATS = {"md": to_markdown, "csv": to_csv, "tex": to_latex}
+COMPARISON_FILES = (
+    *(f"{table}.{suffix}" for table in ("leave_one_domain_out", "comparison") for suffix in FORMATS),
+    "comparison.png",
+    "published.bib",
+)
 
 
 def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module]) -> None:
@@ -29,6 +41,8 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
 
     def inference(
         run: tuple[Path, ...] = (),
+        label: tuple[str, ...] = (),
+        selection: bool = False,
         list_runs: Path | None = None,
         data_root: Path | None = None,
         checkpoint: Literal["best", "last"] = "best",
@@ -53,12 +67,18 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         """Evaluate trained runs on the domains that their training never saw, or segment new scans.
 
         Args:
-            run: folders of trained runs to evaluate. Several runs also give one table over their held-out domains.
+            run: folders of trained runs to evaluate. Several runs also give one table over their held-out domains, and
+                several methods a comparison with the method of the first.
+            label: names for the rows of that table, one for each --run; by default the methods and the settings in
+                which they differ. Runs of one name are seeds and domains of one row.
+            selection: print what the choice of the checkpoint has cost, for finished runs that kept epochs
+                (--keep-epochs), instead of an evaluation.
             list_runs: folder whose runs are listed with their best scores, instead of an evaluation.
             data_root: folder of prepared data to evaluate on; by default the data of the training.
             checkpoint: weights to use: "best" by source validation, or "last" of the training.
             save_predictions: write every prediction as a NIfTI label map in its scan's own grid.
-            out: folder for the results; by default RUN/results/DOMAIN, for a table the folder that the runs lie in.
+            out: folder for the results; by default RUN/results/DOMAIN, for the table over several runs a folder in
+                "comparisons", beside the runs, that is named by what is compared.
             input: new scans to segment instead of evaluating: 3D or 4D NIfTI files, or folders of them.
             output: folder for the label maps of new scans, or with their truth for the results.
             truth: label maps of the scans in --input, or folders of them: the scans are evaluated. A CSV file as
@@ -120,8 +140,17 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             maps = {"batch_size": batch_size, "confidence": confidence, "center": center, "slice_axis": slice_axis}
             segmenter = Segmenter(run=trained, dataset=dataset, **maps, **options)
             return segment_files(segmenter, input, output, overwrite=overwrite, volumes=volumes)
-        for folder in run:  # before the first of them is evaluated
-            require_run(folder, dataset)
+        if selection:
+            evaluation = {"data_root": data_root, "precision": precision, "tta": tta}
+            tables = [selection_cost(folder, dataset, build_network, where, **evaluation) for folder in run]
+            return print(to_markdown(tables))
+        compared = len(run) > 1 and not ensemble
+        if compared:  # before the first of them is evaluated
+            names = name_rows(run, checkpoint, dataset, labels=label, one_data=data_root is not None)
+            facts = repr((sorted(map(str, run)), checkpoint, tta, keep_largest, data_root, names)).encode()
+            title = re.sub(r"[^\w.]+", "-", "_vs_".join(dict.fromkeys(names)))[:80]
+            tables_at = out or run[0].parent / "comparisons" / f"{title}_{sha256(facts).hexdigest()[:6]}"
+            OutputFolder(tables_at).require_free(*COMPARISON_FILES)
         summaries = []
         groups = [run] if ensemble else [(folder,) for folder in run]
         for folder, *others in groups:
@@ -136,9 +165,8 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
                 if not is_out_of_memory(error):
                     raise
                 raise UserError(f"{folder}: {OUT_OF_MEMORY}") from error
-        in_table = [summary for summary in summaries if summary["test_domain"] != NO_DOMAIN]
-        if len(groups) > 1 and in_table:
-            write_table(in_table, dataset, out or run[0].parent)
+        if compared:
+            write_comparison(by_method(summaries, names, dataset), dataset, tables_at)
 
     with clear_errors():
         tyro.cli(inference)
@@ -161,11 +189,21 @@ def evaluate_own(run: TrainedRun, dataset: DatasetInfo, source: Path, output: Pa
         evaluate_run(run, dataset, data=data, domain=str(data.index["domain"][0]), out=output, title=title, **options)
 
 
-def write_table(summaries: list[dict[str, Any]], dataset: DatasetInfo, folder: Path) -> None:
-    """Write and print the leave-one-domain-out table of several evaluations, as Markdown, CSV and LaTeX."""
-    tables = leave_one_domain_out(summaries, dataset)
+def write_comparison(methods: dict[str, Runs], dataset: DatasetInfo, folder: Path) -> None:
+    """Write and print the leave-one-domain-out tables and, of several methods, their comparison with the first."""
     outputs = OutputFolder(folder)
-    for suffix, form in (("md", to_markdown), ("csv", to_csv), ("tex", to_latex)):
-        outputs.claim(f"leave_one_domain_out.{suffix}").write_text(form(tables), encoding="utf-8")
-    print(to_markdown(tables))
-    print(f"table in {folder / 'leave_one_domain_out.md'}, .csv and .tex")
+    written = {"leave_one_domain_out": leave_one_domain_out(methods, dataset)}
+    bibliography = Path(__file__).with_name("published.bib").read_text(encoding="utf-8")
+    outputs.claim("published.bib").write_text(bibliography, encoding="utf-8")
+    if len(methods) > 1:
+        table, differences = compare_methods(methods)
+        written["comparison"] = [table]
+        rows = [(row[0], d.values, row[2].mean, row[2].ci95) for row, d in zip(table.rows, differences, strict=True)]
+        phantom = any(summary["phantom"] for runs in methods.values() for found in runs.values() for summary in found)
+        title = f"{dataset.name}{', phantom' if phantom else ''}: difference from {next(iter(methods))}"
+        plot_differences(outputs.claim("comparison.png"), rows, title=title)
+    for name, tables in written.items():
+        for suffix, form in FORMATS.items():
+            outputs.claim(f"{name}.{suffix}").write_text(form(tables), encoding="utf-8")
+        print(to_markdown(tables))
+    print(f"tables in {folder}: {', '.join(written)} as .md, .csv and .tex")

@@ -7,12 +7,11 @@ from statistics import fmean, pstdev, stdev
 from typing import Any, NamedTuple
 
 from utils.data.dataset import DatasetInfo
-from utils.errors import UserError
 from utils.evaluation.metrics import METRICS, MISSED_SLICES
+from utils.evaluation.runs import VARYING
 from utils.evaluation.tables import Cell, Table
 from utils.method.augment import FIELD_PX
 
-VARYING = {"seed", "test_domain"}  # settings in which the runs of a table differ by design
 MISSED = {"missed": "missed (% of scans)", "missed_slices": "missed (% of slices)"}
 SHARES = {"missed": "scans", "missed_slices": "slices"}  # what they are shares of, as keys of a summary
 SELECTION_NOTE = (
@@ -30,6 +29,7 @@ class Published(NamedTuple):
     std: list[float | None]  # sample standard deviation over patients
     later: str  # where a row later than this method is taken from
     note: str  # what to know about it
+    cite: str  # its key in published.bib, where that has its source
 
 
 def published_rows(dataset: str) -> dict[float, list[Published]]:
@@ -40,32 +40,30 @@ def published_rows(dataset: str) -> dict[float, list[Published]]:
             if line["dataset"] == dataset:
                 dice = [float(value) for value in line["dice"].split()]
                 std = [float(value) for value in line["std"].split()] or [None] * len(dice)
-                row = Published(line["method"], dice, float(line["average"]), std, line["later"], line["note"])
+                texts = line["later"], line["note"], line["cite"]
+                row = Published(line["method"], dice, float(line["average"]), std, *texts)
                 rows.setdefault(float(line["ratio"]), []).append(row)
     return rows
 
 
-def leave_one_domain_out(summaries: list[dict[str, Any]], dataset: DatasetInfo) -> list[Table]:
-    """Put the summary.json of several runs, one or more seeds per held-out domain and method, into tables.
+def by_method(summaries: Sequence[dict[str, Any]], names: Sequence[str], dataset: DatasetInfo) -> dict[str, Runs]:
+    """Return the summary.json of several runs by the names of their rows and by held-out domain, in order of seeds."""
+    methods: dict[str, Runs] = {name: {domain: [] for domain in dataset.domains} for name in names}
+    for name, summary in sorted(zip(names, summaries, strict=True), key=lambda pair: pair[1]["seed"]):
+        methods[name][summary["test_domain"]].append(summary)
+    return methods
 
-    The first table has a row per method and the published ones, by the paper's protocol; a volumetric table per method
-    follows. A domain's cell holds the mean and sample standard deviation over patients or, of several seeds, over the
-    seeds' means. The average is that of the domains' means, with their population standard deviation, as in the paper.
 
-    Raises:
-        UserError: the runs differ in data set or label ratio, or one of them is there twice.
+def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list[Table]:
+    """Put the summaries of several runs, one or more seeds per held-out domain and method, into tables.
+
+    The first table has a row per method and the published ones, by the paper's protocol; a volumetric table per
+    structure follows. A domain's cell holds the mean and sample standard deviation over patients or, of several seeds,
+    over the seeds' means. The average is that of the domains' means, with their population standard deviation, as in
+    the paper.
     """
-    names = [
-        f"{s['dataset']} {s['test_domain']} {_percent(s['ratio'])} seed {s['seed']} ({s['method']})" for s in summaries
-    ]
-    if len({(summary["dataset"], summary["ratio"]) for summary in summaries}) > 1:
-        raise UserError(f"one table takes one data set and one label ratio, not {', '.join(names)}")
-    if len(set(names)) < len(names):
-        raise UserError(f"give each held-out domain, seed and method once, not {', '.join(names)}")
+    summaries = [summary for runs in methods.values() for found in runs.values() for summary in found]
     ratio, kind = summaries[0]["ratio"], dataset.domain_kind
-    methods: dict[str, Runs] = {s["method"]: {domain: [] for domain in dataset.domains} for s in summaries}
-    for summary in sorted(summaries, key=lambda summary: summary["seed"]):
-        methods[summary["method"]][summary["test_domain"]].append(summary)
     published = published_rows(dataset.key)
     nearest = min(published, key=lambda share: abs(share - ratio), default=None)
     checkpoints = dict.fromkeys(f"{s['checkpoint'].split(',')[0]}, selection: {s['selection']}" for s in summaries)
@@ -87,10 +85,12 @@ def leave_one_domain_out(summaries: list[dict[str, Any]], dataset: DatasetInfo) 
                 f"† Not comparable with the published numbers ({dataset.name}, {shares} labelled, {FIELD_PX} px)."
             ]
     rows: list[list[Any]] = [
-        [f"this implementation, {method}", *_cells(runs, published, _paper_dice)] for method, runs in methods.items()
+        [f"this implementation, {method}{_seeds(runs)}", *_cells(runs, published, _paper_dice)]
+        for method, runs in methods.items()
     ]
     for row in published.get(nearest, ()):
         rows.append([f"{row.method} ‡" if row.later else row.method, *map(Cell, row.dice, row.std), Cell(row.average)])
+    citations = {row.method: row.cite for row in published.get(nearest, ()) if row.cite}
     later: dict[str, list[str]] = {}
     for row in published.get(nearest, ()):
         later.setdefault(row.later, []).append(f"{row.method} ({row.note})" if row.note else row.method)
@@ -100,25 +100,29 @@ def leave_one_domain_out(summaries: list[dict[str, Any]], dataset: DatasetInfo) 
         remarks.append(f"‡ Published later: {sources_of_rows}.")
     note = f"Dice (%) of all structures pooled per slice, softmax > 0.5, on a {FIELD_PX} px grid. {setting}{beside}"
     footnotes = [*sources.values(), *not_comparable, *remarks]
-    tables = [Table("Paper protocol", note, header, rows, footnotes, [len(methods)] if published else [])]
-    structures = list(summaries[0]["volumetric"])
+    tables = [Table("Paper protocol", note, header, rows, footnotes, [len(methods)] if published else [], citations)]
     note = (
         "In the scans' own grid; a miss counts as Dice 0 and as distances of the image diagonal. In-plane: by the "
         f"contours of each slice. {MISSED_SLICES} {setting}"
     )
-    for method, runs in methods.items():
+    for structure in summaries[0]["volumetric"]:
         rows = [
-            [f"{name} {text}", *_cells(runs, published, _volumetric(name, key))]
+            [f"{text}, {method}", *_cells(runs, published, _volumetric(structure, key))]
             for key, text in {**METRICS, **MISSED}.items()
-            for name in structures
+            for method, runs in methods.items()
         ]
-        rules = range(len(structures), len(rows), len(structures))
-        footnotes = [sources[method], *not_comparable]
-        tables.append(Table(f"Volumetric, {method}", note, header, rows, footnotes, rules))
+        rules, footnotes = range(len(methods), len(rows), len(methods)), [*sources.values(), *not_comparable]
+        tables.append(Table(f"Volumetric, {structure}", note, header, rows, footnotes, rules))
     return tables
 
 
 MeanStd = tuple[float | None, float | None]
+
+
+def _seeds(runs: Runs) -> str:
+    """Say over how many seeds a method's cells are, where all of them are over as many; else the cells say it."""
+    counts = {len(found) for found in runs.values() if found}
+    return f" ({max(counts)} seeds)" if len(counts) == 1 and counts != {1} else ""
 
 
 def _cells(runs: Runs, published: dict, mean_std: Callable[[dict[str, Any]], MeanStd]) -> list[Cell]:
@@ -129,7 +133,7 @@ def _cells(runs: Runs, published: dict, mean_std: Callable[[dict[str, Any]], Mea
         remark = ""
         if len(numbers) > 1:
             means = [mean for mean, _ in numbers if mean is not None]
-            numbers, remark = [_over(means, stdev)], f"{len(means)} seeds"
+            numbers, remark = [_over(means, stdev)], "" if _seeds(runs) else f"{len(means)} seeds"
         cells.append(Cell(*(numbers or [(None, None)])[0], remark, _differences(found, published)))
     means = [cell.mean for cell in cells if cell.mean is not None]
     partly = f"{len(means)} domain{'' if len(means) == 1 else 's'}" if len(means) < len(cells) else ""

@@ -108,6 +108,7 @@ def evaluate_run(
         "checkpoint": f"{run.checkpoint}, step {run.metadata['step']}{remark}",
         "selection": run.metadata["selection"] if run.checkpoint == "best" else NO_SELECTION,
         "patients": len(paper_dice),
+        "paper_dice": paper_dice,
         "paper_protocol": mean_std_interval(list(paper_dice.values())),
         "volumetric": {name: _volumetric(cases, name) for name in dataset.class_names[1:]},
         "outside_field_percent": 100 * float(outside[0]) / max(int(outside[1]), 1),

@@ -8,15 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from config import Config
+from config import RUNTIME_SETTINGS, Config
 from utils.data.dataset import DatasetInfo
 from utils.data.prepared import NO_DOMAIN, PreparedData
 from utils.errors import UserError, first_line
 from utils.evaluation.tables import Cell, Table
 from utils.files import read_json
 from utils.run.checkpoint import load_checkpoint, load_networks, read_metadata
-from utils.run.folder import TRAINING_PARTS
+from utils.run.folder import DEFAULTS, TRAINING_PARTS
 from utils.run.logger import read_log
+
+VARYING = {"seed", "test_domain"}  # settings in which the runs of a table differ by design
+METHOD_SETTINGS = {"cps_weight", "cps_loss", "fourier_aug", "fourier_mode", "cutmix"}  # those that name the method
 
 
 class TrainedRun(NamedTuple):
@@ -35,16 +38,12 @@ class TrainedRun(NamedTuple):
 def load_run(
     folder: Path, checkpoint: str, dataset: DatasetInfo, build_network: Callable[..., nn.Module], device: torch.device
 ) -> TrainedRun:
-    """Load the networks of a run's "best" or "last" checkpoint; UserError when they are not there or do not fit."""
-    require_run(folder, dataset)
-    path, state = folder / "best.safetensors", None
-    if checkpoint == "last":
-        path, state = folder / "last.pt", load_checkpoint(folder)
-        if state is None:
-            raise UserError(f"{path}: no such file; the run has saved no state, or --run names no run's folder")
-    metadata = read_metadata(path) if state is None else state["metadata"]
-    if metadata["dataset"] != dataset.key:
-        raise UserError(f"{path} was trained on {metadata['dataset']} data: use inference_{metadata['dataset']}.py")
+    """Load the networks of a run's "best" or "last" checkpoint, or of a kept one such as "epochs/epoch_007".
+
+    Raises:
+        UserError: they are not there or do not fit.
+    """
+    path, metadata, state = _read_run(folder, checkpoint, dataset)
     settings = metadata["config"]  # a setting that is newer than the run counts as its default
     try:
         config = Config(**{field.name: settings[field.name] for field in fields(Config) if field.name in settings})
@@ -73,6 +72,70 @@ def ensemble(runs: Sequence[TrainedRun], *, evaluate: bool) -> TrainedRun:
             found = "; ".join(f"{run.folder}: {fact(run)}" for run in runs)
             raise UserError(f"--ensemble: the runs have different {name} ({found})")
     return runs[0]._replace(others=tuple(runs[1:]))
+
+
+def _read_run(folder: Path, checkpoint: str, dataset: DatasetInfo) -> tuple[Path, dict, dict | None]:
+    """Return the file of a run's checkpoint, its metadata and, of "last", the whole state."""
+    require_run(folder, dataset)
+    path, state = folder / f"{checkpoint}.safetensors", None
+    if checkpoint == "last":
+        path, state = folder / "last.pt", load_checkpoint(folder)
+        if state is None:
+            raise UserError(f"{path}: no such file; the run has saved no state, or --run names no run's folder")
+    metadata = read_metadata(path) if state is None else state["metadata"]
+    if metadata["dataset"] != dataset.key:
+        raise UserError(f"{path} was trained on {metadata['dataset']} data: use inference_{metadata['dataset']}.py")
+    return path, metadata, state
+
+
+def name_rows(
+    folders: Sequence[Path], checkpoint: str, dataset: DatasetInfo, *, labels: Sequence[str], one_data: bool
+) -> list[str]:
+    """Return the names of several runs in one table: their labels, or their methods and the settings that tell apart.
+
+    A setting that makes the method is named only between runs of one method, any other where two of the runs differ.
+
+    Args:
+        one_data: all runs are evaluated on the same data, whatever their training's.
+
+    Raises:
+        UserError: the runs cannot stand in one table, or there are not as many labels as runs.
+    """
+    found = [_read_run(folder, checkpoint, dataset)[1] for folder in folders]
+    settings = [DEFAULTS | m["config"] | {"data": (m["content_hash"] or "unknown")[:8]} for m in found]
+    methods = [method_name(metadata) for metadata in found]
+
+    def values(key: str, method: str | None = None) -> list[str]:
+        """Return a setting of every run; of one that makes the method, of the runs of that method."""
+        of_method = [s for s, m in zip(settings, methods, strict=True) if m == method or key not in METHOD_SETTINGS]
+        return [str(s.get(key)).removesuffix(".0") for s in of_method]
+
+    keys = sorted(set().union(*settings) - RUNTIME_SETTINGS - VARYING)
+    names = list(labels)
+    for method, s in zip(methods, settings, strict=True) if not labels else ():
+        differing = [f"{key} {str(s.get(key)).removesuffix('.0')}" for key in keys if len({*values(key, method)}) > 1]
+        names.append(", ".join([method, *differing]))
+    if len(names) != len(folders):
+        raise UserError(f"--label gives {len(labels)} names for {len(folders)} runs: give one per --run, in that order")
+    problems = []
+    for key, remedy in (("ratio", ""), ("data", "; --data-root names data to evaluate all of them on")):
+        if len({*values(key)}) > 1 and not (key == "data" and one_data):
+            each = ", ".join(f"{folder}: {value}" for folder, value in zip(folders, values(key), strict=True))
+            problems.append(
+                f"one table takes runs of one label ratio, trained on the same data, not {key} {each}{remedy}"
+            )
+    if any(s["test_domain"] == NO_DOMAIN for s in settings):
+        problems.append(
+            f"a run that was trained on all domains has no place in a table over the held-out {dataset.domain_kind}s"
+        )
+    cells = [(name, s["test_domain"], s["seed"]) for name, s in zip(names, settings, strict=True)]
+    twice = [str(folder) for folder, cell in zip(folders, cells, strict=True) if cells.count(cell) > 1]
+    if twice:
+        same = "have the same settings, held-out domain and seed: give one, or tell them apart by --label"
+        problems.append(f"{', '.join(twice)} {same}")
+    if problems:
+        raise UserError("\n".join(problems))
+    return names
 
 
 def require_run(folder: Path, dataset: DatasetInfo) -> None:

@@ -23,6 +23,13 @@ def bootstrap_interval(values: Sequence[float], *, repeats: int = 2000, seed: in
     return float(low), float(high)
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return the p-values of several tests adjusted for their number by Holm's step-down method."""
+    order, count = np.argsort(p_values), len(p_values)
+    steps = np.maximum.accumulate(np.sort(p_values) * (count - np.arange(count)))
+    return np.minimum(steps, 1)[np.argsort(order)].tolist()
+
+
 def agreement_limits(truth: Sequence[float], predicted: Sequence[float]) -> dict[str, Any]:
     """Compare predictions with their truths as Bland and Altman do.
 

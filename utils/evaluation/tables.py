@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 LATEX = str.maketrans(
@@ -40,6 +40,7 @@ class Table(NamedTuple):
     rows: list[list[Any]]  # texts, numbers and Cells; the first entry names the row
     footnotes: Sequence[str] = ()
     rules: Sequence[int] = ()  # rows that begin a new group
+    citations: Mapping[str, str] = {}  # BibTeX keys by the names of their rows, for LaTeX
 
 
 def interval(limits: Sequence[float] | None) -> str:
@@ -47,11 +48,19 @@ def interval(limits: Sequence[float] | None) -> str:
     return f"[{limits[0]:.2f}, {limits[1]:.2f}]" if limits else ""
 
 
+def _texts(row: Sequence[Any]) -> list[str]:
+    """Return the entries of a row as printed; a mark that all its numbers bear stands at its name instead."""
+    numbers = [entry for entry in row if isinstance(entry, Cell) and entry.mean is not None]
+    if numbers and all(cell.differences for cell in numbers):
+        row = [f"{row[0]} †", *(entry._replace(differences="") for entry in row[1:])]
+    return [str(entry) for entry in row]
+
+
 def to_markdown(tables: Sequence[Table]) -> str:
     """Return each table with its title and note above and its footnotes below."""
     blocks = []
     for table in tables:
-        lines = [[str(entry).replace("|", r"\|") for entry in line] for line in (table.header, *table.rows)]
+        lines = [[text.replace("|", r"\|") for text in _texts(line)] for line in (table.header, *table.rows)]
         lines.insert(1, ["---"] * len(table.header))
         rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         blocks += [f"**{table.title}.** {table.note}".strip(), rows, *table.footnotes]
@@ -74,15 +83,18 @@ def to_csv(tables: Sequence[Table]) -> str:
 
 def to_latex(tables: Sequence[Table]) -> str:
     r"""Return each table as a LaTeX table, shrunk to the width of a line where it is wider."""
-    lines = [r"% needs \usepackage{booktabs} and \usepackage{graphicx}"]
+    bibliography = r"; cites published.bib: \bibliography{published}" if any(t.citations for t in tables) else ""
+    lines = [r"% needs \usepackage{booktabs} and \usepackage{graphicx}" + bibliography]
     for table in tables:
         caption = f"{table.title}. {table.note}".translate(LATEX)
         lines += [r"\begin{table}\centering\footnotesize\setlength{\tabcolsep}{3pt}", rf"\caption{{{caption}}}"]
         lines += [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
-        lines += [rf"\begin{{tabular}}{{p{{12em}}{'c' * (len(table.header) - 1)}}}", r"\toprule"]
+        lines += [rf"\begin{{tabular}}{{l{'c' * (len(table.header) - 1)}}}", r"\toprule"]
         for number, row in enumerate([table.header, *table.rows], start=-1):
             lines += [r"\midrule"] if number in (0, *table.rules) else []
-            lines.append(" & ".join(str(entry).translate(LATEX) for entry in row) + r" \\")
+            name, *texts = [text.translate(LATEX) for text in _texts(row)]
+            key = table.citations.get(row[0])
+            lines.append(" & ".join([rf"{name}~\cite{{{key}}}" if key else name, *texts]) + r" \\")
         lines += [r"\bottomrule", r"\end{tabular}}"]
         lines += [*(rf"\par\raggedright {note.translate(LATEX)}" for note in table.footnotes), r"\end{table}", ""]
     return "\n".join(lines)

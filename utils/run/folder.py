@@ -17,6 +17,7 @@ from utils.run.checkpoint import load_networks, read_metadata
 CHECKPOINTS = ("last.pt", "previous.pt", "best.safetensors")
 RUN_FILES = (*CHECKPOINTS, "config.json", "split.json", "log.jsonl", "steps.jsonl", "curves.png", "not_finite.txt",
              "wandb_id")  # fmt: skip
+KEPT_EPOCHS = "epochs/*.safetensors"  # the networks that --keep-epochs keeps
 TRAINING_PARTS = ("labeled", "unlabeled", "validation")  # of split.json: the training has seen these patients
 # Settings that may differ between the command that began a run and the one that resumes it.
 FREE_ON_RESUME = RUNTIME_SETTINGS | {"num_epoch", "max_steps"}
@@ -79,8 +80,10 @@ def begin_run(
     Raises:
         UserError: the disk has no room for the checkpoints.
     """
-    # Weights and two moments, as last, as previous and as the file being written; and the best weights.
-    require_space(folder, 10 * weight_bytes)
+    # Weights and two moments, as last, as previous and as the file being written; the best weights and kept epochs.
+    kept = len(list(folder.glob(KEPT_EPOCHS)))
+    epochs = max(min(cfg.keep_epochs, cfg.num_epoch) + 1 - kept, 1) if cfg.keep_epochs else 0
+    require_space(folder, (10 + epochs) * weight_bytes)
     if cfg.restart:
         for made in [folder, *(record.parent for record in folder.glob(f"results/*/{RECORD}"))]:
             OutputFolder(made).remove_stale()

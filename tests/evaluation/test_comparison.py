@@ -1,0 +1,130 @@
+"""Paired comparison of methods against scipy and numbers worked out by hand; any runs in one table, or refused."""
+
+import numpy as np
+import pytest
+from scipy import stats
+from test_tables import DATASETS, summary
+
+from config import MMS as DEFAULTS
+from utils.errors import UserError
+from utils.evaluation import runs
+from utils.evaluation.commands import COMPARISON_FILES, write_comparison
+from utils.evaluation.comparison import compare_methods
+from utils.evaluation.domains import by_method
+from utils.evaluation.statistics import holm
+
+MMS = DATASETS["mms"]
+
+
+def scored(method, domain, dice, seed=0):
+    """A summary whose patients, P0, P1, ..., have these Dice."""
+    patients = {f"{domain}{i}": value for i, value in enumerate(dice)}
+    return summary(domain, float(np.mean(dice)), seed=seed, method=method, paper_dice=patients)
+
+
+def grouped(*summaries):
+    return by_method(summaries, [s["method"] for s in summaries], MMS)
+
+
+def rows(table):
+    return {name: texts for name, *texts in table.rows}
+
+
+def test_differences_are_paired_by_patient_and_averaged_over_seeds():
+    base = [80.0, 82.0, 70.0, 75.0, 90.0, 60.0]
+    seeds = [
+        [v + d for v, d in zip(base, deltas, strict=True)] for deltas in ([2, 4, 6, 8, 10, 12], [0, 0, 0, 0, 0, 0])
+    ]
+    table, differences = compare_methods(grouped(
+        *(scored("full", "A", base, seed) for seed in (0, 1)),
+        *(scored("new", "A", dice, seed) for seed, dice in enumerate(seeds)),
+    ))  # fmt: skip
+    assert differences[0].values == pytest.approx([1, 2, 3, 4, 5, 6])  # means of both seeds
+    count, difference, p, adjusted = rows(table)["new, A"]
+    assert count == 6 and difference.mean == pytest.approx(3.5)
+    assert p == adjusted == "0.0312"  # six of six positive: 2 / 2^6
+    assert rows(table)["new, all"] == rows(table)["new, A"] and not table.footnotes
+
+
+def test_every_figure_against_scipy():
+    rng = np.random.default_rng(0)
+    dice = {(m, d): 80 + gain + rng.normal(0, 3, 30) for m, gain in (("full", 0), ("a", 1), ("b", -2)) for d in "AB"}
+    table, differences = compare_methods(grouped(*(scored(*key, values.tolist()) for key, values in dice.items())))
+    assert [d[:2] for d in differences] == [(m, d) for m in "ab" for d in ("A", "B", "all")]
+    for method in "ab":
+        both = [dice[method, domain] - dice["full", domain] for domain in "AB"]
+        for domain, values in (("A", both[0]), ("B", both[1]), ("all", np.concatenate(both))):
+            count, difference, p, adjusted = rows(table)[f"{method}, {domain}"]
+            assert count == len(values) and difference.mean == pytest.approx(values.mean())
+            interval = stats.bootstrap((values,), np.mean, method="percentile", rng=1).confidence_interval
+            assert difference.ci95 == pytest.approx(tuple(interval), abs=0.1)
+            assert float(p) == pytest.approx(stats.wilcoxon(values).pvalue, rel=6e-3)
+            assert float(p) <= float(adjusted) <= 2 * float(p) * 1.01
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 x 0.01; 2 x 0.03; 0.04 is not below that
+    assert holm([0.7, 0.6]) == [1, 1] and holm([0.2]) == [0.2]
+
+
+def test_what_limits_a_comparison_is_said():
+    full = [scored("full", "A", [80.0] * 8), scored("full", "B", [80.0] * 5), scored("full", "C", [80.0] * 6)]
+    new = [scored("new", "A", [80.0] * 6, 1), scored("new", "B", [81.0] * 5), scored("new", "D", [81.0] * 9)]
+    table, differences = compare_methods(grouped(*full, *new))
+    assert [(d.domain, len(d.values)) for d in differences] == [("A", 6), ("B", 5), ("all", 11)]
+    assert rows(table)["new, A"][2] == "1"  # no difference at all
+    assert table.footnotes == [
+        "Warning: new, A: 2 patients are not in both and left out.",
+        "Warning: new, A: its seeds are [1], those of full [0].",
+        "Warning: Fewer than 6 patients, too few for p < 0.05: new, B.",
+    ]
+    table, _ = compare_methods(grouped(full[0], new[2]))  # no domain in common
+    assert [str(text) for text in rows(table)["new, all"]] == ["0", "–", "1", "1"]
+
+
+def test_files_of_a_comparison(tmp_path):
+    both = [scored(m, "A", [80.0 + gain, 70, 75, 77, 79, 81, 60]) for m, gain in (("full", 0), ("new", 1))]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/comparison.md").write_text("mine")
+    with pytest.raises(UserError, match=r"comparison\.md is there"):
+        write_comparison(grouped(*both), MMS, tmp_path / "mine")
+    assert (tmp_path / "mine/comparison.md").read_text() == "mine"
+    write_comparison(grouped(*both), MMS, tmp_path / "ours")
+    assert {path.name for path in (tmp_path / "ours").glob("[!.]*")} == set(COMPARISON_FILES)
+    write_comparison(grouped(both[0]), MMS, tmp_path / "one")
+    assert not list((tmp_path / "one").glob("comparison*"))
+
+
+@pytest.fixture
+def name_rows(monkeypatch, tmp_path):
+    def name(*changes, labels=(), one_data=False):
+        found = [{"cps_weight": 3.0, "config": vars(DEFAULTS) | change} for change in changes]
+        for metadata in found:
+            metadata["content_hash"] = metadata["config"].pop("hash", "1" * 9)
+        monkeypatch.setattr(runs, "_read_run", lambda folder, *_: (None, found[int(folder.name)], None))
+        folders = [tmp_path / str(i) for i in range(len(found))]
+        return runs.name_rows(folders, "best", MMS, labels=labels, one_data=one_data)
+
+    return name
+
+
+def test_rows_are_told_apart_by_what_differs(name_rows):
+    assert name_rows({}, {"seed": 1}, {"test_domain": "A", "run_name": "x"}) == ["full"] * 3
+    assert name_rows({}, {"cps_weight": 0.0}, {"cutmix": False}) == ["full", "supervised only", "full, no CutMix"]
+    assert name_rows({}, {"cps_weight": 1.0}) == ["full, cps_weight 3", "full, cps_weight 1"]
+    expected = ["full, num_epoch 50", "plain CPS + Fourier, num_epoch 8"]
+    assert name_rows({}, {"cps_loss": "plain", "num_epoch": 8}) == expected
+    assert name_rows({}, {"cps_weight": 1.0}, {"seed": 1}, labels=["a", "b", "a"]) == ["a", "b", "a"]
+    assert name_rows({}, {"hash": "2" * 9}, one_data=True) == ["full, data 11111111", "full, data 22222222"]
+
+
+def test_runs_that_do_not_belong_together_are_refused_at_once(name_rows):
+    with pytest.raises(UserError, match=r"not ratio (.|\n)*not data (.|\n)*--data-root") as refused:
+        name_rows({}, {"ratio": 0.05}, {"hash": "2" * 9})
+    assert "0.05" in str(refused.value) and "22222222" in str(refused.value)
+    with pytest.raises(UserError, match=r"/0, .*/2 have the same settings"):
+        name_rows({}, {"seed": 1}, {})
+    with pytest.raises(UserError, match=r"/0, .*/1 have the same settings"):
+        name_rows({}, {"num_epoch": 8}, labels=["a", "a"])
+    with pytest.raises(UserError, match="1 names for 2 runs"):
+        name_rows({}, {"seed": 1}, labels=["a"])
