@@ -23,10 +23,10 @@ BELOW = {
     "utils.run": {"utils.files", "config"},
     "utils.evaluation": {"utils.data", "utils.method", "utils.run", "utils.files", "utils.plots", "utils.distributed",
                          "config"},
-    "utils.trainer": {"utils.evaluation.predict", "utils.method", "utils.run", "utils.data", "utils.distributed",
-                      "utils.plots", "config"},
-    "utils.engine": {"utils.trainer", "utils.run", "utils.files", "utils.data.loaders", "utils.distributed",
-                     "utils.plots", "config"},
+    "utils.trainer": {"utils.evaluation.predict", "utils.evaluation.monitor", "utils.method", "utils.run",
+                      "utils.data", "utils.distributed", "utils.plots", "config"},
+    "utils.engine": {"utils.trainer", "utils.evaluation.monitor", "utils.run", "utils.files", "utils.data.loaders",
+                     "utils.distributed", "utils.plots", "config"},
     **{name: {"utils.data", "utils.evaluation.metrics", "config"} for name in DATALOADERS},
 }  # fmt: skip
 MODULES = {

@@ -17,6 +17,7 @@ from config import Config
 from utils.data.loaders import Loaders
 from utils.distributed import Process, any_process, gather, main_first
 from utils.errors import UserError
+from utils.evaluation.monitor import hidden_rows
 from utils.files import OutputFolder
 from utils.plots import plot_curves
 from utils.run.checkpoint import is_intact, load_checkpoint, save_checkpoint, save_networks
@@ -47,6 +48,8 @@ def fit(cfg: Config, loaders: Loaders, build_network: Callable[..., nn.Module], 
             if process.is_main:
                 print(f"{folder}: this run is finished ({state['step']} steps); --num-epoch or --max-steps extend it")
             return
+        if cfg.monitor_pseudo_labels:
+            hidden_rows(loaders.data, loaders.split)  # before the work
         trainer = Trainer(cfg, loaders, build_network, process, state)
         del state
         logger = outputs = None
@@ -131,7 +134,11 @@ def end_epoch(
         save_networks(outputs.folder / "best.safetensors", trainer.nets, trainer.metadata())
     samples = outputs.claim(f"samples/epoch_{epoch:03d}.png")
     trainer.draw_samples(samples, unlabeled)
-    logger.log(line, {"samples": samples})
+    pictures = {"samples": samples}
+    if trainer.cfg.monitor_pseudo_labels:
+        pictures["pseudo_labels"] = outputs.claim(f"samples/pseudo_labels_epoch_{epoch:03d}.png")
+        line["pseudo_labels"] = trainer.monitor(pictures["pseudo_labels"])
+    logger.log(line, pictures)
     best_epoch = max(logger.lines, key=lambda line: line["val_dice"])["epoch"]
     plot_curves(logger.lines, outputs.folder / "curves.png", selected_epoch=best_epoch)
     text = f"epoch {epoch}: loss {means['loss']:.4f}, source Dice {dice:.2f} % (best {trainer.best:.2f})"

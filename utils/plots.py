@@ -6,6 +6,8 @@ or pseudo label a translucent fill. Figures are built without pyplot, so no disp
 """
 
 import os
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
@@ -43,14 +45,24 @@ def plot_curves(log: list[dict], path, *, selected_epoch: int | None = None) -> 
         "Variance V (mean KL)": {"variance": column("variance")},
         "Confidence exp(−mean V)": {"confidence": np.exp(-column("variance"))},
     }
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True).flat
+    monitored = [line.get("pseudo_labels") for line in log]
+    if known := next(filter(None, monitored), None):
+
+        def curve(*keys):
+            return [reduce(getitem, keys, of) if of else None for of in monitored]
+
+        panels["Pseudo label Dice (%) by domain"] = {domain: curve("dice", domain) for domain in known["dice"]}
+        panels["AUROC: pixel is right, foreground"] = {
+            name: curve("scores", name, "auroc_foreground") for name in known["scores"]
+        }
+    figure = Figure(figsize=(9, 3 * len(panels) / 2), layout="constrained")
+    axes = figure.subplots(len(panels) // 2, 2, sharex=True).flat
     if selected_epoch is not None:
         axes[1].axvline(selected_epoch, color="grey", linestyle="--", label=f"kept: epoch {selected_epoch}")
     for ax, (title, curves) in zip(axes, panels.items(), strict=True):
         for (name, values), colour in zip(curves.items(), LINE_COLOURS, strict=False):
             # The markers keep a run of one epoch, or an epoch between two gaps, visible.
-            ax.plot(column("epoch"), values, color=colour, marker="o", markersize=3, label=name)
+            ax.plot(column("epoch"), np.array(values, dtype=float), color=colour, marker="o", markersize=3, label=name)
         ax.set_title(title, fontsize=10)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=8)

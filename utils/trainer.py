@@ -23,6 +23,7 @@ from utils.data.dataset import DatasetInfo
 from utils.data.loaders import Loaders
 from utils.distributed import Process, autocast_context, average, gather, unflatten
 from utils.errors import UserError
+from utils.evaluation.monitor import monitor_pseudo_labels
 from utils.evaluation.predict import mean_dice, predict_scans
 from utils.method.augment import Augmentation, cutmix_mask
 from utils.method.losses import kl_variance
@@ -187,6 +188,13 @@ class Trainer:
             # Each process predicts its share of the scans; in one order, so that sums do not depend on who did which.
             dice = mean_dice(sorted(gather([(s.patient, s.phase, s.slice_dice.tolist()) for s in scans])))
         return float(np.mean(list(dice.values())))
+
+    def monitor(self, path: Path) -> dict[str, Any]:
+        """Return the figures of the pseudo labels against hidden source masks, and draw them; nothing else changes."""
+        data, split, title = self.loaders.data, self.loaders.split, f"pseudo labels after step {self.step}"
+        where = {"reference": self.mean_reference, "device": self.device, "autocast": self.autocast}
+        with self.evaluating():
+            return monitor_pseudo_labels(path, self.nets, data, split, self.cfg, **where, title=title)
 
     @torch.no_grad()
     def draw_samples(self, path: Path, batch: Batch) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import jinja2
 
+from utils.evaluation.calibration import trust_tables
 from utils.evaluation.metrics import IN_PLANE, MISSED_SLICES, VOLUMETRIC
+from utils.evaluation.monitor import monitor_tables
 from utils.evaluation.tables import Cell, Table, interval, to_markdown
 from utils.method.augment import FIELD_PX
 
@@ -116,7 +118,7 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
         )
         header = ["quantity", "n", "truth", "predicted", "bias", "SD", "mean error", "limits of agreement"]
         tables.append(Table("Clinical quantities", note, header, rows))
-    return tables
+    return tables + trust_tables(summary) + monitor_tables(summary)
 
 
 def _means(of: Mapping[str, Any], keys: Iterable[str]) -> list[Cell]:

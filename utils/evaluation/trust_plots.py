@@ -1,0 +1,43 @@
+"""Curves of scores and risks, side by side above one legend."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils.plots import Figure, _save
+
+STYLES = {  # Okabe-Ito colours; lines that are told apart without colour, too
+    "exp(−V)": ("#0072B2", "-"),
+    "agreement": ("#D55E00", "--"),
+    "softmax maximum": ("#000000", "-."),
+    "best possible": ("#009E73", ":"),
+    "random": ("#999999", (0, (1, 3))),
+}
+MOST_POINTS = 500
+
+
+def plot_scores(
+    path: Path, panels: Mapping[str, tuple[str, str, Mapping[str, Sequence[float]]]], *, title: str
+) -> None:
+    """Draw a panel per entry: the labels of both axes, and the curves by score.
+
+    A curve of N values stands at the N equal shares of the cases, 1/N to 1.
+    """
+    figure = Figure(figsize=(4.5 * len(panels), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, (name, (x_label, y_label, curves)) in zip(axes, panels.items(), strict=True):
+        for score, values in curves.items():
+            colour, style = STYLES[score]
+            places = np.unique(np.linspace(0, len(values) - 1, MOST_POINTS).round().astype(int))
+            marker = "o" if len(places) <= 30 else None
+            share = 100 * (places + 1) / len(values)
+            ax.plot(share, np.asarray(values)[places], color=colour, linestyle=style, marker=marker, markersize=3)
+        ax.set(title=name, xlabel=x_label, ylabel=y_label, xlim=(0, 102), ylim=(0, None))
+        ax.title.set_fontsize(10)
+        ax.grid(alpha=0.3)
+    names = list(dict.fromkeys(score for _, _, curves in panels.values() for score in curves))
+    lines = [axes[0].plot([], [], color=STYLES[name][0], linestyle=STYLES[name][1])[0] for name in names]
+    figure.legend(lines, names, loc="outside lower center", ncols=len(names), fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    _save(figure, path)
