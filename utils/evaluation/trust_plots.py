@@ -1,4 +1,4 @@
-"""Curves of scores and risks, side by side above one legend."""
+"""Curves of scores and risks, above one legend."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,12 +20,13 @@ MOST_POINTS = 500
 def plot_scores(
     path: Path, panels: Mapping[str, tuple[str, str, Mapping[str, Sequence[float]]]], *, title: str
 ) -> None:
-    """Draw a panel per entry: the labels of both axes, and the curves by score.
+    """Draw a panel per entry, of an even number: the labels of both axes, and the curves by score.
 
     A curve of N values stands at the N equal shares of the cases, 1/N to 1.
     """
-    figure = Figure(figsize=(4.5 * len(panels), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    num_rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(9, 3.3 * num_rows + 0.5), layout="constrained")
+    axes = figure.subplots(num_rows, 2).flat
     for ax, (name, (x_label, y_label, curves)) in zip(axes, panels.items(), strict=True):
         for score, values in curves.items():
             colour, style = STYLES[score]
