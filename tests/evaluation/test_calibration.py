@@ -5,8 +5,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from scipy.stats import mannwhitneyu
 
-from utils.evaluation.calibration import BINS, Reliability, Trust, auroc, coverage_curve, ranked_risk, trust_tables
+from utils.evaluation.calibration import (
+    BINS,
+    Reliability,
+    Trust,
+    auroc,
+    coverage_curve,
+    ranked_risk,
+    ranked_risks,
+    trust_tables,
+)
 from utils.method.augment import CANVAS_PX, FIELD_PX
 
 
@@ -57,28 +67,31 @@ def test_calibration_is_that_of_torchmetrics():
     assert running.summary()["ece"] == pytest.approx(100 * float(error), abs=1e-3)
 
 
-def test_auroc_counts_pairs_and_ties():
+def test_auroc_is_that_of_pairs_and_of_the_rank_sum_test():
     rng = np.random.default_rng(0)
-    score, right = rng.integers(6, size=60) / 6, rng.random(60) < 0.6
-    pairs = [(a > b) + 0.5 * (a == b) for a in score[right] for b in score[~right]]
-    assert auroc(score, right) == pytest.approx(np.mean(pairs))
-    assert auroc(right.astype(float), right) == 1
-    assert auroc(-right.astype(float), right) == 0
-    assert auroc(np.ones(60), right) == 0.5
-    assert auroc(score, np.ones(60, bool)) is None
+    score, wrong = rng.integers(6, size=60) / 6, rng.random(60) < 0.4
+    found = auroc(ranked_risk(score, wrong))
+    assert found == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a in score[~wrong] for b in score[wrong]]))
+    u = mannwhitneyu(score[~wrong], score[wrong]).statistic
+    assert found == pytest.approx(u / (wrong.sum() * (~wrong).sum()))
+    for other, expected in ((~wrong, 1), (wrong, 0), (np.ones(60), 0.5)):
+        assert auroc(ranked_risk(np.asarray(other, float), wrong)) == pytest.approx(expected)
+    assert auroc(ranked_risk(score, np.zeros(60))) is None
+    assert auroc(ranked_risk(score, np.ones(60))) is None
 
 
 def test_risk_coverage_by_hand_and_between_its_limits():
     # By 3, 2, 1: risks 0, then the tied 1 and 0 (each 0.5), then 1.
-    score, risk = np.array([2, 3, 2, 1.0]), np.array([1, 0, 0, 1.0])
-    assert ranked_risk(score, risk).tolist() == [0, 0.5, 0.5, 1]
-    assert coverage_curve(score, risk) == pytest.approx([0, 1 / 4, 1 / 3, 1 / 2])
+    ranked = ranked_risk(np.array([2, 3, 2, 1.0]), np.array([1, 0, 0, 1.0]))
+    assert ranked.tolist() == [0, 0.5, 0.5, 1]
+    assert coverage_curve(ranked) == pytest.approx([0, 1 / 4, 1 / 3, 1 / 2])
     rng = np.random.default_rng(0)
     risk = rng.random(30)
-    # The expectation over random orders is the mean at every coverage.
-    curves = [np.cumsum(rng.permutation(risk)) / np.arange(1, 31) for _ in range(4000)]
-    assert coverage_curve(np.zeros(30), risk) == pytest.approx(np.mean(curves, 0), abs=0.02)
-    areas = [coverage_curve(score, risk).mean() for score in (-risk, rng.random(30), risk)]
+    found = ranked_risks({"oracle": -risk, "blind": np.zeros(30), "noise": rng.random(30), "worst": risk}, risk)
+    assert found["oracle"] == pytest.approx(found["best possible"]) and found["blind"] == pytest.approx(found["random"])
+    orders = [np.cumsum(rng.permutation(risk)) / np.arange(1, 31) for _ in range(4000)]
+    assert coverage_curve(found["random"]) == pytest.approx(np.mean(orders, 0), abs=0.02)
+    areas = [coverage_curve(found[name]).mean() for name in ("oracle", "noise", "worst")]
     assert areas == sorted(areas)
     assert areas[0] == pytest.approx(np.mean([np.sort(risk)[:n].mean() for n in range(1, 31)]))
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 
 from utils.data.prepared import PreparedData
 from utils.evaluation.predict import ScanPrediction, mean_dice
@@ -16,29 +15,32 @@ BINS = 15
 SCORES = ("agreement", "softmax maximum")
 
 
-def auroc(score: np.ndarray, right: np.ndarray) -> float | None:
-    """Return the probability that a right pixel scores higher than a wrong one, ties counted half; None without both.
-
-    Args:
-        score: (N,) numbers.
-        right: (N,) bool.
-    """
-    positives, negatives = np.count_nonzero(right), np.count_nonzero(~right)
-    if not positives or not negatives:
-        return None
-    ranks = rankdata(score)[right].sum() - positives * (positives + 1) / 2
-    return float(ranks / (positives * negatives))
-
-
 def ranked_risk(score: np.ndarray, risk: np.ndarray) -> np.ndarray:
     """Return (N,) risks from the highest score to the lowest; equal scores share their mean risk."""
     _, group, counts = np.unique(-score, return_inverse=True, return_counts=True)
     return np.repeat(np.bincount(group, risk) / counts, counts)
 
 
-def coverage_curve(score: np.ndarray, risk: np.ndarray) -> np.ndarray:
+def ranked_risks(scores: Mapping[str, np.ndarray], risk: np.ndarray) -> dict[str, np.ndarray]:
+    """Return `ranked_risk` by score, and its limits: the best possible order, and the mean of all random ones."""
+    limits = {"best possible": np.sort(risk), "random": np.full(len(risk), risk.mean())}
+    return {name: ranked_risk(score, risk) for name, score in scores.items()} | limits
+
+
+def coverage_curve(ranked: np.ndarray) -> np.ndarray:
     """Return (N,) mean risks of the 1, 2, ..., N cases of the highest score; their mean is the area AURC."""
-    return ranked_risk(score, risk).cumsum() / np.arange(1, len(risk) + 1)
+    return ranked.cumsum() / np.arange(1, len(ranked) + 1)
+
+
+def auroc(ranked: np.ndarray) -> float | None:
+    """Return the probability that a right case scores higher than a wrong one, ties counted half.
+
+    Args:
+        ranked: result of `ranked_risk`, the risk being 1 for wrong and 0 for right. Without both of them: None.
+    """
+    right = 1 - ranked
+    pairs = ranked.sum() * right.sum()
+    return float((ranked * (right.cumsum() - right / 2)).sum() / pairs) if pairs else None
 
 
 class Reliability:
@@ -97,8 +99,7 @@ class Trust:
         found = {}
         for kind, values in (("slices", slices), ("patients", patients)):
             risk = values.pop("risk")
-            scores = values | {"best possible": -risk, "random": np.zeros_like(risk)}
-            found[kind] = {name: coverage_curve(score, risk) for name, score in scores.items()}
+            found[kind] = {name: coverage_curve(ranked) for name, ranked in ranked_risks(values, risk).items()}
         return found
 
     def summary(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from config import Config
 from utils.data.loaders import SliceDataset
 from utils.data.prepared import PreparedData, Split
 from utils.errors import UserError
-from utils.evaluation.calibration import auroc, coverage_curve, ranked_risk
+from utils.evaluation.calibration import auroc, coverage_curve, ranked_risks
 from utils.evaluation.metrics import paper_dice
 from utils.evaluation.predict import prepare_view
 from utils.evaluation.tables import Cell, Table
@@ -97,37 +97,40 @@ def monitor_pseudo_labels(
     domain = data.index["domain"][rows]
     right, foreground = (label == truth).cpu().numpy(), ((label > 0) | (truth > 0)).cpu().numpy()
     scores = {name: of.cpu().numpy() for name, of in maps.items()}
-    _draw(path, scores, ~right, foreground, title)
+    areas = {"all pixels": np.ones_like(right), "foreground of either": foreground}
+    ranked = {
+        name: ranked_risks({score: of[area] for score, of in scores.items()}, 1.0 - right[area])
+        for name, area in areas.items()
+        if area.any()
+    }
+    _draw(path, ranked, title)
+    figures = {}
+    for score, of in scores.items():
+        kept = [right[of >= threshold] for threshold in THRESHOLDS]
+        everywhere, inside = (auroc(ranked[name][score]) if name in ranked else None for name in areas)
+        figures[score] = {
+            "auroc": everywhere,
+            "auroc_foreground": inside,
+            "kept": [100 * part.size / right.size for part in kept],
+            "kept_error": [100 * float(1 - part.mean()) if part.size else None for part in kept],
+        }
     return {
         "dice": {str(d): 100 * float(dice[domain == d].mean()) for d in np.unique(domain)},
         "error": 100 * float(1 - right.mean()),
         "thresholds": THRESHOLDS,
-        "scores": {name: _figures(score, right, foreground) for name, score in scores.items()},
+        "scores": figures,
         "picture": f"{path.parent.name}/{path.name}",
     }
 
 
-def _figures(score: np.ndarray, right: np.ndarray, foreground: np.ndarray) -> dict[str, Any]:
-    kept = [right[score >= threshold] for threshold in THRESHOLDS]
-    return {
-        "auroc": auroc(score.ravel(), right.ravel()),
-        "auroc_foreground": auroc(score[foreground], right[foreground]),
-        "kept": [100 * part.size / right.size for part in kept],
-        "kept_error": [100 * float(1 - part.mean()) if part.size else None for part in kept],
-    }
-
-
-def _draw(path: Path, scores: Mapping[str, np.ndarray], wrong: np.ndarray, foreground: np.ndarray, title: str) -> None:
-    """Draw the error by tenth of each score, and of the pixels that are kept, over all pixels and the foreground."""
+def _draw(path: Path, ranked: Mapping[str, Mapping[str, np.ndarray]], title: str) -> None:
+    """Draw, by kind of pixels and score, the share of wrong pixels in tenths of the score and among those kept."""
     panels = {}
-    for pixels, chosen in (("all pixels", np.ones_like(wrong)), ("foreground of either", foreground)):
-        risk = {name: 100 * ranked_risk(score[chosen], wrong[chosen]) for name, score in scores.items()}
-        if not chosen.any():
-            continue
-        tenths = {name: [part.mean() for part in np.array_split(of[::-1], 10)] for name, of in risk.items()}
+    for pixels, risks in ranked.items():
+        tenths = {name: [100 * part.mean() for part in np.array_split(of[::-1], 10)] for name, of in risks.items()}
+        tenths = {name: values for name, values in tenths.items() if name not in ("best possible", "random")}
         panels[f"{pixels}: by tenth"] = ("tenths of the score, low to high (%)", "wrong (%)", tenths)
-        orders = dict(scores) | {"best possible": -wrong.astype(float), "random": np.zeros(wrong.shape)}
-        curves = {name: 100 * coverage_curve(score[chosen], wrong[chosen]) for name, score in orders.items()}
+        curves = {name: 100 * coverage_curve(of) for name, of in risks.items()}
         panels[f"{pixels}: kept by score"] = ("coverage, highest scores first (%)", "wrong among the kept (%)", curves)
     plot_scores(path, panels, title=title)
 
