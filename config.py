@@ -16,7 +16,7 @@ from utils.errors import UserError
 # Settings that neither the method nor its result depends on.
 RUNTIME_SETTINGS = frozenset({
     "data_root", "out_root", "run_name", "restart", "save_every", "device", "workers", "wandb", "compile",
-    "checkpoint_activations", "keep_epochs",
+    "checkpoint_activations", "keep_epochs", "monitor_pseudo_labels",
 })  # fmt: skip
 
 
@@ -76,6 +76,7 @@ class Config:
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 autocast where the device computes it natively
     compile: bool = False  # torch.compile the networks: minutes at the start, then faster steps
     checkpoint_activations: bool = False  # recompute them in the backward pass: less memory, slower steps
+    monitor_pseudo_labels: bool = False  # compare them with hidden source masks each epoch; training is unchanged
     workers: int = 4  # processes for each of the two loaders; 0: read in the training process
     wandb: bool = True  # online when an account is configured, else into the run folder only
 

@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT
 
 SCRIPTS = {"mms_train", "scgm_train", "inference_mms", "inference_scgm", "utils.convert_released", "utils.benchmark",
-           "utils.slim"}  # fmt: skip
+           "utils.run.slim"}  # fmt: skip
 DATALOADERS = {"mms_dataloader", "scgm_dataloader"}
 LEAVES = {"utils.errors"}  # these may be imported from everywhere
 # What each part of the project may import, beside itself and the leaves.
@@ -24,10 +24,10 @@ BELOW = {
     "utils.run": {"utils.files", "config"},
     "utils.evaluation": {"utils.data", "utils.method", "utils.run", "utils.files", "utils.plots", "utils.distributed",
                          "config"},
-    "utils.trainer": {"utils.evaluation.predict", "utils.evaluation.quality", "utils.method", "utils.run", "utils.data",
+    "utils.trainer": {"utils.evaluation.predict", "utils.evaluation.quality", "utils.method",
+                      "utils.run", "utils.data", "utils.distributed", "utils.plots", "config"},
+    "utils.engine": {"utils.trainer", "utils.evaluation.monitor", "utils.run", "utils.files", "utils.data.loaders",
                       "utils.distributed", "utils.plots", "config"},
-    "utils.engine": {"utils.trainer", "utils.run", "utils.files", "utils.data.loaders", "utils.distributed",
-                     "utils.plots", "config"},
     **{name: {"utils.data", "utils.evaluation.metrics", "config"} for name in DATALOADERS},
 }  # fmt: skip
 MODULES = {

@@ -17,6 +17,7 @@ from config import Config
 from utils.data.loaders import Loaders
 from utils.distributed import Process, any_process, gather, main_first
 from utils.errors import UserError
+from utils.evaluation.monitor import hidden_rows, monitor_pseudo_labels
 from utils.files import OutputFolder
 from utils.plots import plot_curves
 from utils.run.checkpoint import is_intact, load_checkpoint, save_checkpoint, save_networks
@@ -52,6 +53,8 @@ def fit(
             if process.is_main:
                 print(f"{folder}: this run is finished ({state['step']} steps); --num-epoch or --max-steps extend it")
             return
+        if cfg.monitor_pseudo_labels:
+            hidden_rows(loaders.data, loaders.split)  # before the work
         trainer = Trainer(cfg, loaders, build_network, process, state)
         del state
         logger = outputs = None
@@ -143,7 +146,16 @@ def end_epoch(
     samples = outputs.claim(f"samples/epoch_{epoch:03d}.png")
     title = f"run {outputs.folder.resolve().name}, data {trainer.loaders.data.name}, step {trainer.step}"
     trainer.draw_samples(samples, unlabeled, title)
-    logger.log(line, {"samples": samples})
+    pictures = {"samples": samples}
+    if trainer.cfg.monitor_pseudo_labels:
+        pictures["pseudo_labels"] = outputs.claim(f"samples/pseudo_labels_epoch_{epoch:03d}.png")
+        where = {"reference": trainer.mean_reference, "device": trainer.device, "autocast": trainer.autocast}
+        with trainer.evaluating():
+            line["pseudo_labels"] = monitor_pseudo_labels(
+                pictures["pseudo_labels"], trainer.nets, trainer.loaders.data, trainer.loaders.split, trainer.cfg,
+                **where, title=title,
+            )  # fmt: skip
+    logger.log(line, pictures)
     selected = max(logger.lines, key=lambda line: line["val_dice"])["step"]
     curves = {"points": logger.points, "epochs": logger.lines, "selected_step": selected}
     plot_curves(outputs.folder / "curves.png", **curves, validated=trainer.validated, title=title)

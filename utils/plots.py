@@ -52,9 +52,18 @@ def plot_curves(
         "variance V (mean KL)": {"": (steps, variance)},
         "confidence exp(−mean V)": {"": (steps, np.exp(-variance))},
     }
+    monitored = [(line["step"], line["pseudo_labels"]) for line in epochs if "pseudo_labels" in line]
+    if monitored:
+        at, figures = zip(*monitored, strict=True)
+        panels["pseudo label Dice (%) by domain"] = {
+            domain: (at, [of["dice"][domain] for of in figures]) for domain in figures[0]["dice"]
+        }
+        panels["AUROC: pixel is right, foreground"] = {
+            name: (at, [of["scores"][name]["auroc_foreground"] for of in figures]) for name in figures[0]["scores"]
+        }
     marker_size = 3 if len(steps) <= 50 else 1
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = list(figure.subplots(2, 2, sharex=True).flat)
+    figure = Figure(figsize=(9, 3 * len(panels) / 2), layout="constrained")
+    axes = list(figure.subplots(len(panels) // 2, 2, sharex=True).flat)
     if selected_step is not None:
         axes[1].axvline(selected_step, color="grey", linestyle="--", label=f"kept: step {selected_step}")
     for ax, (name, curves) in zip(axes, panels.items(), strict=True):
@@ -66,7 +75,7 @@ def plot_curves(
     for ax in axes[:2]:  # where no numbers of the steps stand below
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, fontsize=8, frameon=False)
     if np.isnan(variance).all():
-        for ax in axes[2:]:
+        for ax in axes[2:4]:
             ax.text(0.5, 0.5, "no pseudo supervision so far", ha="center", transform=ax.transAxes)
     axes[0].set_xlim(0, None)
     figure.supxlabel("step", fontsize=10)
@@ -320,28 +329,3 @@ def _finish(figure, path, handles) -> None:
 def _save(figure, path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, bbox_inches="tight", pad_inches=0.05)
-
-
-def plot_differences(path, rows, *, title) -> None:
-    """Forest plot of paired differences: the mean of each row with its interval, and every patient behind it.
-
-    rows: (name, differences in points of Dice by patient, mean, (low, high) or None), drawn from top to bottom;
-    a row without patients is left empty.
-    """
-    figure = Figure(figsize=(7, 1.4 + 0.32 * len(rows)), layout="constrained")
-    ax = figure.add_subplot()
-    ax.axvline(0, color="grey", linewidth=0.8)
-    for y, (_, values, mean, limits) in enumerate(rows):
-        ax.plot(values, [y] * len(values), "|", color=LINE_COLOURS[1], markersize=7, alpha=0.6, label="one patient")
-        if limits:
-            ax.plot(limits, [y, y], color="black", linewidth=1.5, label="95 % interval of the mean")
-        if mean is not None:
-            ax.plot(mean, y, "D", color="black", markersize=5, label="mean")
-    ax.set_yticks(range(len(rows)), [f"{name} (n = {len(values)})" for name, values, *_ in rows], fontsize=8)
-    ax.set(ylim=(len(rows) - 0.5, -0.5))
-    ax.set_xlabel("difference in Dice (points): left of 0 worse than the reference, right of it better", fontsize=8)
-    ax.set_title(title, fontsize=10)
-    ax.grid(axis="x", alpha=0.3)
-    by_label = {line.get_label(): line for line in ax.lines[1:]}
-    figure.legend(handles=list(by_label.values()), loc="outside lower center", ncols=3, fontsize=8)
-    _save(figure, path)

@@ -77,6 +77,16 @@ def arguments(tmp_path):
             "paper_protocol": {"mean": 65.0, "std": 35.3553, "ci95": [40.0, 90.0]},
             "volumetric": {name: {**METRICS, **SPREADS, **COUNTS} for name in ("LV", "RV")},
             "outside_field_percent": 0.5,
+            "calibration": {"field of view": {"ece": 1.5, "brier": 0.02}, "foreground": {"ece": None, "brier": None}},
+            "risk": {
+                "slices": {
+                    "number": 9,
+                    "agreement": 20.0,
+                    "softmax maximum": 21.0,
+                    "random": 25.0,
+                    "best possible": 10.0,
+                }
+            },
             "content_hash": "abc123",
             "trained_by": {"git_commit": "c0ffee", "versions": {"torch": "2.10"}},
             "evaluated_by": {"git_commit": "badcab1e"},
@@ -141,7 +151,9 @@ def test_values_are_there(report):
         "badcab1e",
     ):
         assert text in page.text
-    volumetric, in_plane, _ = page.tables
+    volumetric, in_plane, calibration, risk, _ = page.tables
+    assert calibration[1:] == [["field of view", "1.50", "0.0200"], ["foreground", "–", "–"]]
+    assert risk[1] == ["slices", "9", "20.00", "21.00", "25.00", "10.00"]
     assert volumetric[1] == ["LV", "87.12 [85.00, 90.00]", "9.50", "1.25", "1", "2", "4"]
     assert in_plane[1] == ["LV", "8.50", "1.12 [1.00, 1.50]", "3", "40"]
 
@@ -170,7 +182,7 @@ def test_what_there_is_not_is_a_dash(report, arguments):
     assert "Dice 65.00 %" in page.text and "±" not in page.text.split("Mean")[0]
     assert page.tables[0][1] == ["GM", *3 * ["–"], "0", "1", "1"]
     assert page.tables[1][1] == ["GM", "–", "–", "3", "40"]
-    assert page.tables[2][1] == ["p", "", "65.00", *3 * ["–"]]
+    assert page.tables[-1][1] == ["p", "", "65.00", *3 * ["–"]]
 
 
 def test_phantom_and_options_are_announced(report, arguments):
@@ -194,7 +206,7 @@ def test_clinical_quantities(report, arguments):
         },
         "LV EF": {**dict.fromkeys((*means, "bias_ci95", "mae_ci95")), "unit": "%", "n": 0, "sd": None, "limits": None},
     }
-    assert len(report().tables) == 3
+    assert len(report().tables) == 5
     lines = report(summary=arguments["summary"] | {"clinical": clinical}).tables[2]
     assert lines[0] == ["quantity", "n", "truth", "predicted", "bias", "SD", "mean error", "limits of agreement"]
     assert lines[1] == (

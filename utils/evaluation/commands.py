@@ -24,9 +24,9 @@ from utils.evaluation.runs import TrainedRun, load_run, name_rows, open_data, ru
 from utils.evaluation.runs import ensemble as mean_of
 from utils.evaluation.segment import OUT_OF_MEMORY, Segmenter, is_out_of_memory, segment_files
 from utils.evaluation.selection import selection_cost
+from utils.evaluation.statistics_plots import plot_differences
 from utils.evaluation.tables import to_csv, to_latex, to_markdown
 from utils.files import OutputFolder
-from utils.plots import plot_differences
 
 FORMATS = {"md": to_markdown, "csv": to_csv, "tex": to_latex}
 COMPARISON_FILES = (

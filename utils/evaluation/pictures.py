@@ -11,6 +11,7 @@ from utils.data.dataset import DatasetInfo
 from utils.data.prepared import PreparedData
 from utils.data.volume import edge_letters, radiological, read_volume
 from utils.evaluation.predict import ScanPrediction
+from utils.evaluation.statistics_plots import plot_scores
 from utils.files import OutputFolder
 from utils.method.augment import FIELD_PX, canvas_to_view
 from utils.plots import plot_bland_altman, plot_case, plot_dice_per_case
@@ -66,6 +67,13 @@ def draw_patients(
             _draw_case(path, scan, data, dataset, f"{heading}\n{title}")
             pictures.append((f"{rank} patient by the paper's Dice: {patient} {scan.phase}", path))
     return pictures
+
+
+def draw_risk(path: Path, curves: Mapping[str, Mapping[str, np.ndarray]], title: str) -> tuple[str, Path]:
+    """Draw the risk-coverage curves by kind of case and score; returns caption and file, for the report."""
+    labels = ("coverage, highest scores first (%)", "100 − Dice of the kept (%)")
+    plot_scores(path, {kind: (*labels, of) for kind, of in curves.items()}, title=title)
+    return "Risk when slices or patients are kept by a score (risk-coverage curves)", path
 
 
 def _draw_case(path: Path, scan: ScanPrediction, data: PreparedData, dataset: DatasetInfo, title: str) -> None:

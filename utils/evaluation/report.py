@@ -8,7 +8,9 @@ from typing import Any
 
 import jinja2
 
+from utils.evaluation.calibration import trust_tables
 from utils.evaluation.metrics import IN_PLANE, MISSED_SLICES, VOLUMETRIC
+from utils.evaluation.monitor import monitor_tables
 from utils.evaluation.quality import BAD_DICE
 from utils.evaluation.tables import Cell, Table, interval, to_markdown
 from utils.method.augment import FIELD_PX
@@ -139,7 +141,7 @@ def _tables(summary: Mapping[str, Any]) -> list[Table]:
         header = ["patients", f"Dice below {BAD_DICE} %", "flagged", "sensitivity (%)", "specificity (%)", "Spearman"]
         row = [summary["patients"], of["bad"], of["flagged"], *(Cell(of[key]) for key in cells)]
         tables.append(Table("Quality without truth", note, header, [row]))
-    return tables
+    return tables + trust_tables(summary) + monitor_tables(summary)
 
 
 def _means(of: Mapping[str, Any], keys: Iterable[str]) -> list[Cell]:

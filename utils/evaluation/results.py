@@ -17,8 +17,10 @@ from utils.data.loaders import scan_loader
 from utils.data.prepared import PreparedData
 from utils.data.volume import write_volume
 from utils.errors import UserError
+from utils.evaluation.calibration import Trust
 from utils.evaluation.metrics import METRICS
-from utils.evaluation.pictures import draw_patients, draw_results
+from utils.evaluation.monitor import last_figures
+from utils.evaluation.pictures import draw_patients, draw_results, draw_risk
 from utils.evaluation.predict import (
     ScanPrediction,
     mean_dice,
@@ -28,14 +30,16 @@ from utils.evaluation.predict import (
 )
 from utils.evaluation.quality import flag_quality, scan_quality
 from utils.evaluation.report import summary_text, write_report
-from utils.evaluation.runs import TrainedRun, method_name, require_unseen, unfinished
+from utils.evaluation.runs import TrainedRun, method_name, require_unseen
 from utils.evaluation.statistics import agreement_limits, mean_std_interval
 from utils.evaluation.tools import write_label_names
 from utils.files import OutputFolder, write_json
 from utils.run.checkpoint import provenance
+from utils.run.folder import unfinished
 from utils.run.logger import read_log
 
-RESULT_FILES = ("summary.json", "summary.md", "per_case.csv", "report.html", "dice_per_case.png", "bland_altman.png")
+RESULT_FILES = ("summary.json", "summary.md", "per_case.csv", "report.html", "dice_per_case.png", "bland_altman.png",
+                "risk_coverage.png")  # fmt: skip
 NO_SELECTION = "none, the last state of the training"
 COUNTS = ("missed", "slices", "missed_slices")  # of a structure in a scan: is it missed, and in how many slices
 CASE_COLUMNS = ("patient", "phase", "structure", *METRICS, *COUNTS, "predicted_ml", "truth_ml", "paper_dice")
@@ -83,6 +87,7 @@ def evaluate_run(
     cases: list[dict[str, Any]] = []
     quality: list[dict[str, Any]] = []
     outside = np.zeros(2, int)
+    trust = Trust()
     loader = scan_loader(data, patients)
     for scan in tqdm(predicted(loader), total=len(loader), unit="scan", desc=f"evaluate {domain}"):
         native = to_native(scan, data, keep_largest=keep_largest)
@@ -90,6 +95,7 @@ def evaluate_run(
         cases += volumetric_rows(scan, native, dataset.class_names)
         quality += [{"patient": scan.patient, **row} for row in scan_quality(scan, data, dataset.class_names)]
         outside += native.outside
+        trust.add(scan, data)
         if save_predictions:
             path = outputs.claim(f"predictions/{scan.patient}_{scan.phase}.nii.gz")
             write_volume(path, native.labels, native.grid)
@@ -128,6 +134,7 @@ def evaluate_run(
         "trained_by": {name: run.metadata[name] for name in ("git_commit", "versions", "content_hash")},
         "evaluated_by": provenance(),
     } | ({"clinical": agreement} if agreement else {})
+    summary |= trust.summary() | last_figures(run.folder)
     summary |= {"quality": flag_quality(quality, paper_dice, ranges)} if ranges else {}
     if len(groups := _groups(cases, data)) > 1:
         summary["groups"] = groups
@@ -144,6 +151,10 @@ def evaluate_run(
     pictures = draw_results(outputs, cases, dataset, clinical=clinical, agreement=agreement, title=heading)
     overlaid = predicted(scan_loader(data, sorted(set(chosen.values()))))
     pictures += draw_patients(outputs, overlaid, data, dataset, chosen=chosen, paper_dice=paper_dice, title=heading)
+    pictures.append(draw_risk(outputs.claim("risk_coverage.png"), trust.curves(), heading))
+    if "pseudo_labels" in summary:
+        picture = run.folder / summary["pseudo_labels"]["picture"]
+        pictures.append(("Pseudo labels and hidden masks, at the end of the training", picture))
     if (run.folder / "curves.png").is_file() and not run.others:
         pictures.append((f"Training, {len(read_log(run.folder / 'log.jsonl'))} epochs", run.folder / "curves.png"))
     outputs.claim("report.html")

@@ -15,7 +15,7 @@ from utils.errors import UserError, first_line
 from utils.evaluation.tables import Cell, Table
 from utils.files import read_json
 from utils.run.checkpoint import load_checkpoint, load_networks, read_metadata
-from utils.run.folder import DEFAULTS, TRAINING_PARTS
+from utils.run.folder import DEFAULTS, TRAINING_PARTS, unfinished
 from utils.run.logger import read_log
 
 VARYING = {"seed", "test_domain"}  # settings in which the runs of a table differ by design
@@ -125,9 +125,7 @@ def name_rows(
                 f"one table takes runs of one label ratio, trained on the same data, not {key} {each}{remedy}"
             )
     if any(s["test_domain"] == NO_DOMAIN for s in settings):
-        problems.append(
-            f"a run that was trained on all domains has no place in a table over the held-out {dataset.domain_kind}s"
-        )
+        problems.append(f"a run trained on all domains has no place in a table over held-out {dataset.domain_kind}s")
     cells = [(name, s["test_domain"], s["seed"]) for name, s in zip(names, settings, strict=True)]
     twice = [str(folder) for folder, cell in zip(folders, cells, strict=True) if cells.count(cell) > 1]
     if twice:
@@ -179,20 +177,6 @@ def require_unseen(run: TrainedRun, patients: Sequence[str], root: Path) -> None
                 f"{run.folder} was trained with {len(seen)} of the patients of {root} to evaluate on: "
                 f"{', '.join(seen[:5])}. Evaluate on others, or rename these if they only share their names"
             )
-
-
-def unfinished(folder: Path) -> str:
-    """Return how far a run is that has not trained to its end, as a remark in brackets; empty where it has."""
-    if not all((folder / name).exists() for name in ("log.jsonl", "config.json")):  # weights from elsewhere
-        return ""
-    planned = read_json(folder / "config.json")
-    if not {"num_epoch", "max_steps"} <= set(planned):
-        raise UserError(f"{folder / 'config.json'} is damaged: num_epoch and max_steps are not in it")
-    epochs, steps = planned["num_epoch"], planned["max_steps"]
-    last = max(read_log(folder / "log.jsonl"), key=lambda line: line["step"], default={"epoch": 0, "step": 0})
-    if last["epoch"] >= epochs or (steps and last["step"] >= steps):
-        return ""
-    return f" (training not finished: epoch {last['epoch']} of {epochs})"
 
 
 def method_name(metadata: dict[str, Any]) -> str:

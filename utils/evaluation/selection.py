@@ -10,10 +10,10 @@ from utils.data.dataset import DatasetInfo
 from utils.data.loaders import scan_loader
 from utils.errors import UserError
 from utils.evaluation.predict import mean_dice, predict_scans
-from utils.evaluation.runs import load_run, open_data, require_unseen, unfinished
+from utils.evaluation.runs import load_run, open_data, require_unseen
 from utils.evaluation.statistics import mean_std_interval
 from utils.evaluation.tables import Cell, Table
-from utils.run.folder import KEPT_EPOCHS
+from utils.run.folder import KEPT_EPOCHS, unfinished
 
 
 def selection_cost(

@@ -13,6 +13,7 @@ from config import RUNTIME_SETTINGS, Config
 from utils.errors import UserError
 from utils.files import RECORD, OutputFolder, folder_lock, read_json, require_space, write_json
 from utils.run.checkpoint import load_networks, read_metadata
+from utils.run.logger import read_log
 
 CHECKPOINTS = ("last.pt", "previous.pt", "best.safetensors")
 RUN_FILES = (*CHECKPOINTS, "config.json", "split.json", "log.jsonl", "steps.jsonl", "curves.png", "not_finite.txt",
@@ -119,3 +120,17 @@ def load_initial(
         )
     load_networks(path, nets)
     return sorted(seen)
+
+
+def unfinished(folder: Path) -> str:
+    """Return how far a run is that has not trained to its end, as a remark in brackets; empty where it has."""
+    if not all((folder / name).exists() for name in ("log.jsonl", "config.json")):  # weights from elsewhere
+        return ""
+    planned = read_json(folder / "config.json")
+    if not {"num_epoch", "max_steps"} <= set(planned):
+        raise UserError(f"{folder / 'config.json'} is damaged: num_epoch and max_steps are not in it")
+    epochs, steps = planned["num_epoch"], planned["max_steps"]
+    last = max(read_log(folder / "log.jsonl"), key=lambda line: line["step"], default={"epoch": 0, "step": 0})
+    if last["epoch"] >= epochs or (steps and last["step"] >= steps):
+        return ""
+    return f" (training not finished: epoch {last['epoch']} of {epochs})"

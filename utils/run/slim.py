@@ -1,6 +1,6 @@
 """Free the disk of finished runs: what only resuming needs goes, the networks stay.
 
-python -m utils.slim runs/A runs/B
+python -m utils.run.slim runs/A runs/B
 """
 
 from pathlib import Path
@@ -9,9 +9,9 @@ import tyro
 from tyro.conf import Positional
 
 from utils.errors import UserError, clear_errors
-from utils.evaluation.runs import unfinished
 from utils.files import folder_lock
 from utils.run.checkpoint import load_checkpoint, save_checkpoint
+from utils.run.folder import unfinished
 
 
 def slim(runs: Positional[tuple[Path, ...]], /) -> None:
