@@ -10,7 +10,7 @@ import torch
 
 import mms_dataloader
 import scgm_dataloader
-from utils import slim
+from utils.run import slim
 from utils.data.loaders import build_loaders, scan_loader
 from utils.data.prepared import PreparedData, split_patients
 from utils.distributed import Process

@@ -278,18 +278,18 @@ def test_a_bad_scan_does_not_stop_the_others(tmp_path, capsys):
 @pytest.mark.parametrize(
     "name",
     [
-        "site1-sc01-mask-r1", "P1_sa_GT", "sub-01_T2starw_gmseg-manual", "a_mask", "a_Label", "a_labels", "a_dseg",
+        "site1-sc01-mask-r1", "P1_sa_GT", "sub-01_T2starw_gmseg-manual", "a_mask", "mask", "a_Label", "a_labels", "a_dseg",
         "a-seg", "a_SEG", "a_seg-manual", "a-manual", "a_agreement", "a_confidence",
     ],
 )  # fmt: skip
 def test_label_maps_in_a_folder_are_left_out(tmp_path, capsys, name):
-    for stem in ("site1-sc01-image", "gt_scanner", "mask", name):
+    for stem in ("site1-sc01-image", "gt_scanner", name):
         write(tmp_path / f"{stem}.nii.gz", phantom((60, 60, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
     (tmp_path / f"._{name}.nii.gz").write_bytes(b"of a file browser")
     (tmp_path / ".DS_Store").write_bytes(b"\0")
     segment_files(segmenter(), [tmp_path], tmp_path / "out")
     maps = {path.name for path in (tmp_path / "out").glob("*.nii.gz")}
-    assert maps == {f"{stem}_seg.nii.gz" for stem in ("site1-sc01-image", "gt_scanner", "mask")}
+    assert maps == {f"{stem}_seg.nii.gz" for stem in ("site1-sc01-image", "gt_scanner")}
     assert f"left out as a label map, by its name: {tmp_path / name}.nii.gz\n" in capsys.readouterr().out
 
 
