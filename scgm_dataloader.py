@@ -1,6 +1,7 @@
 """SCGM: the facts of the data set, and its commands.
 
 python scgm_dataloader.py phantom data/scgm_phantom_raw        # synthetic data in the raw layout
+python scgm_dataloader.py open-data RAW                        # real scans of several sites, free for all, 29 MB
 python scgm_dataloader.py check RAW                            # every problem of a raw data set; exit 1 if any
 python scgm_dataloader.py prepare RAW --out data/scgm          # check, then convert
 python scgm_dataloader.py preview --data data/scgm --out preview.png
@@ -15,6 +16,7 @@ import numpy as np
 from config import SCGM
 from utils.data.commands import run_data_command
 from utils.data.dataset import Case, DatasetInfo, RawDataset, missing_or_outside, nifti_path
+from utils.data.open_data import write_open_data
 from utils.data.phantom import write_scgm
 
 SITES = ("1", "2", "3", "4")
@@ -81,7 +83,7 @@ DATASET = DatasetInfo(
     class_names=("background", "GM"),
     ndim=3, num_raw_labels=3, spacing=0.175,
     find_cases=find_cases, consensus=majority, normalize=normalize, labeled_count=labeled_count,
-    write_phantom=write_scgm, demo_phantom={"patients": 8},
+    write_phantom=write_scgm, more_commands={"open-data": write_open_data}, demo_phantom={"patients": 8},
     download_help=(
         "SCGM is free for research after registration at http://niftyweb.cs.ucl.ac.uk/challenge (train, test).\n"
         "Then prepare it once: python scgm_dataloader.py prepare RAW --out data/scgm   (RAW holds train and test)"

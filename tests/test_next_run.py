@@ -10,7 +10,6 @@ import torch
 
 import mms_dataloader
 import scgm_dataloader
-from utils.run import slim
 from utils.data.loaders import build_loaders, scan_loader
 from utils.data.prepared import PreparedData, split_patients
 from utils.distributed import Process
@@ -19,6 +18,7 @@ from utils.errors import UserError
 from utils.evaluation.predict import predict_scans
 from utils.evaluation.results import evaluate_run
 from utils.evaluation.runs import ensemble, load_run
+from utils.run import slim
 from utils.run.checkpoint import load_checkpoint, read_metadata
 from utils.trainer import Trainer
 

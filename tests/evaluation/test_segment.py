@@ -278,8 +278,8 @@ def test_a_bad_scan_does_not_stop_the_others(tmp_path, capsys):
 @pytest.mark.parametrize(
     "name",
     [
-        "site1-sc01-mask-r1", "P1_sa_GT", "sub-01_T2starw_gmseg-manual", "a_mask", "mask", "a_Label", "a_labels", "a_dseg",
-        "a-seg", "a_SEG", "a_seg-manual", "a-manual", "a_agreement", "a_confidence",
+        "site1-sc01-mask-r1", "P1_sa_GT", "sub-01_T2starw_gmseg-manual", "a_mask", "mask", "a_Label", "a_labels",
+        "a_dseg", "a-seg", "a_SEG", "a_seg-manual", "a-manual", "a_agreement", "a_confidence",
     ],
 )  # fmt: skip
 def test_label_maps_in_a_folder_are_left_out(tmp_path, capsys, name):

@@ -80,9 +80,8 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
         print(out)
 
     with clear_errors():
-        tyro.extras.subcommand_cli_from_dict(
-            {"phantom": dataset.write_phantom, "check": check, "prepare": prepare, "preview": preview}
-        )
+        commands = {"phantom": dataset.write_phantom, "check": check, "prepare": prepare, "preview": preview}
+        tyro.extras.subcommand_cli_from_dict(commands | dataset.more_commands)
 
 
 def make_demo_data(data_root: str, dataset: DatasetInfo) -> None:

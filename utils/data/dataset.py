@@ -1,7 +1,7 @@
 """Description of a data set: its names, how its raw files become cases, its geometry and its intensities."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -65,4 +65,5 @@ class DatasetInfo:
     download_help: str  # where one gets the data and how one prepares them
     consensus: Callable[[list[np.ndarray]], np.ndarray] = itemgetter(0)  # raters' maps (Z, X, Y) uint8 -> one map
     clinical: Callable[[dict], dict] | None = None  # ml by (phase, structure) -> (value, unit) by name
+    more_commands: dict[str, Callable] = field(default_factory=dict)  # of its dataloader script, by name
     doubt: Callable[[np.ndarray], str] | None = None  # labels (Z, X, Y) -> why they may mean something else, or empty

@@ -1,0 +1,159 @@
+"""Real cord scans that are free for all, in the raw SCGM layout: the data of the grey matter challenge of 2018 (CC0).
+
+python scgm_dataloader.py open-data RAW
+"""
+
+import tempfile
+import urllib.request
+import zipfile
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+from tyro.conf import Positional
+
+from utils.data.phantom import save
+from utils.data.volume import Volume, mask_in_grid, read_volume, whole_numbers
+from utils.errors import UserError
+
+URL = "https://github.com/sct-pipeline/gm-challenge-data/archive/refs/heads/master.zip"
+# Sessions by site of the raw layout. Scanner and field strength decide, so that a held-out site is another scanner.
+SESSIONS = {
+    "1": ("sub-9418", "sub-9604"),  # Philips, 3 T: London, Montreal
+    "2": ("sub-9584", "sub-9669"),  # Siemens, 3 T, voxels of 0.4 to 0.5 mm: Potchefstroom, Tokyo
+    # Siemens, 3 T, voxels of 0.6 to 0.7 mm: Brno. 1.5 T: Milan, the least signal of all.
+    "3": ("sub-10062Ses1", "sub-10062Ses2", "sub-9709Ses1", "sub-9709Ses2"),
+    "4": ("sub-9605", "sub-9611Ses1", "sub-9611Ses2", "sub-9611Ses3", "sub-20210728"),  # 7 T: New York, Oxford, Zurich
+}
+SIDE_MM = 80  # of the cut images, which is more than the network's 50 mm
+OFFSET_MM = 5  # the cord lies up to so far from the centre, as in the challenge's images
+SOURCE = f"""Spinal cord grey matter imaging challenge 2018, acquisition data, CC0 1.0 (public domain), from {URL}
+A session is a subject; run 1 lies in train, where it has masks, run 2 in test. Cut around the cord by this project.
+The one manual mask stands for all four raters: 1 grey matter, 2 the rest of the cord.
+"""
+
+
+def write_open_data(
+    raw: Positional[Path], /, *, source: Annotated[Path | None, tyro.conf.arg(name="from")] = None, seed: int = 0
+) -> None:
+    """Download real cord scans of several sites, free for all (CC0, 29 MB), and write them in the raw SCGM layout.
+
+    Args:
+        raw: folder to write; must not be there.
+        source: a copy of the data that you have, folder or zip file, instead of the download. A part of them will do.
+        seed: seed of the cord's distance from the centre of the images, from 0.
+    """
+    if raw.exists():
+        raise UserError(f"{raw} exists already: remove it, or choose another folder")
+    if source and not source.exists():
+        raise UserError(f"--from {source}: no such folder or zip file")
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    archive = source or download(URL, raw.with_name(f"{raw.name}.download.zip"))
+    with tempfile.TemporaryDirectory(prefix=f"{raw.name}_", dir=raw.parent) as folder:
+        root = archive if archive.is_dir() else extract(archive, Path(folder) / "bids")
+        written = [
+            _write_session(root, session, f"site{site}-sc", number, Path(folder) / "raw", seed)
+            for site, sessions in SESSIONS.items()
+            for number, session in enumerate(tqdm(sessions, desc=f"site {site}", leave=False), start=1)
+        ]
+        if not any(written):
+            raise UserError(f"{archive}: no session of the data set in it, such as sub-9418/anat: is it another one?")
+        (Path(folder) / "raw" / "SOURCE.txt").write_text(SOURCE)
+        (Path(folder) / "raw").rename(raw)
+    if not source:
+        archive.unlink()
+    sites = {s: sum(name.startswith(f"site{s}") for name in filter(None, written)) for s in SESSIONS}
+    print(f"{raw}: sessions by site: {', '.join(f'{site}: {count}' for site, count in sites.items())}")
+
+
+def download(url: str, path: Path) -> Path:
+    """Download a zip file, from where an earlier attempt broke off if the server can do that, and check it.
+
+    Raises:
+        UserError: there is no network, or what came is no whole zip file.
+    """
+    have = path.stat().st_size if path.exists() else 0
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers={"Range": f"bytes={have}-"})) as answer:
+            have = have if answer.status == 206 else 0
+            total = int(answer.headers.get("Content-Length") or 0) + have or None
+            with (
+                open(path, "ab" if have else "wb") as file,
+                tqdm(desc="download", total=total, initial=have, unit="B", unit_scale=True) as bar,
+            ):
+                while piece := answer.read(1 << 16):
+                    bar.update(file.write(piece))
+    except OSError as error:
+        raise UserError(
+            f"{url} cannot be downloaded ({error}). Try again, or fetch it elsewhere and give it by --from"
+        ) from error
+    try:
+        with zipfile.ZipFile(path) as found:
+            damaged = found.testzip()
+    except zipfile.BadZipFile:
+        damaged = "its list of files"
+    if damaged:
+        size = path.stat().st_size
+        if total is None or size >= total:  # a shorter one goes on next time
+            path.unlink()
+        raise UserError(f"{url}: {size} bytes came, which are no whole zip file ({damaged}): try again")
+    return path
+
+
+def extract(archive: Path, folder: Path) -> Path:
+    """Write the files of the sessions, and no others, to a folder; names in the archive decide no path outside it."""
+    try:
+        with zipfile.ZipFile(archive) as packed:
+            for name in packed.namelist():
+                parts = name.split("/")[1:]  # below the folder that GitHub makes
+                if name.endswith(".nii.gz") and ".." not in parts and set(parts) & set(sum(SESSIONS.values(), ())):
+                    target = folder.joinpath(*parts)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(packed.read(name))
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{archive}: no whole zip file ({error}): download it again") from error
+    return folder
+
+
+def _write_session(root: Path, session: str, prefix: str, number: int, raw: Path, seed: int) -> str:
+    """Write both runs of a session; return its name in the raw layout, empty where it is not in this copy."""
+    runs = [root / session / "anat" / f"{session}_run-{run}_T2starw.nii.gz" for run in (1, 2)]
+    labels = root / "derivatives" / "labels" / session / "anat"
+    masks = [labels / f"{session}_run-1_T2starw_{kind}-manual.nii.gz" for kind in ("gmseg", "seg")]
+    if not runs[0].exists():
+        return ""
+    for path in (*runs, *masks):
+        if path.exists() and path.stat().st_size < 1000:
+            raise UserError(f"{path}: only a pointer of git-annex or git-lfs: get the file itself")
+    rng = np.random.default_rng([seed, *session.encode()])
+    first = read_volume(runs[0], 3)
+    middle = first.affine @ [*(np.array(first.array.shape) - 1) / 2, 1]  # mm
+    labeled = all(mask.exists() for mask in masks)
+    if labeled:
+        grey, cord = (mask_in_grid(whole_numbers(read_volume(mask, 3)), first).array > 0 for mask in masks)
+        middle = first.affine @ [*np.argwhere(cord).mean(0), 1]
+        label = np.where(grey, 1, np.where(cord, 2, 0)).astype(np.uint8)
+    for run, path in enumerate(runs):
+        if not path.exists():
+            continue
+        volume = first if run == 0 else read_volume(path, 3)
+        place, affine = _window(volume, middle, rng)
+        part = "train" if labeled and run == 0 else "test"
+        name = f"{prefix}{number + 10 * run:02d}"
+        save(raw / part / f"{name}-image.nii.gz", volume.array[place], affine)
+        for rater in range(1, 5) if part == "train" else ():
+            save(raw / part / f"{name}-mask-r{rater}.nii.gz", label[place], affine)
+    return f"{prefix}{number:02d}"
+
+
+def _window(volume: Volume, middle: np.ndarray, rng: np.random.Generator) -> tuple[tuple[slice, ...], np.ndarray]:
+    """Return the window of at most SIDE_MM around a place in mm, up to OFFSET_MM beside it, and its affine."""
+    shape, zooms = np.array(volume.array.shape[:2]), np.array(volume.zooms[:2])
+    center = (np.linalg.inv(volume.affine) @ middle)[:2] + rng.uniform(-OFFSET_MM, OFFSET_MM, 2) / zooms
+    half = np.minimum(SIDE_MM / 2 / zooms, np.minimum(center, shape - 1 - center)).astype(int)
+    start = np.rint(center).astype(int) - half
+    affine = volume.affine.copy()
+    affine[:3, 3] += affine[:3, :2] @ start
+    return tuple(slice(a, a + 2 * n + 1) for a, n in zip(start, half, strict=True)), affine
