@@ -1,17 +1,22 @@
 """Paired comparison of methods against scipy and numbers worked out by hand; any runs in one table, or refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 from test_tables import DATASETS, summary
 
 from config import MMS as DEFAULTS
 from utils.errors import UserError
-from utils.evaluation import runs
+from utils.evaluation import commands, runs
 from utils.evaluation.commands import COMPARISON_FILES, write_comparison
 from utils.evaluation.comparison import compare_methods
 from utils.evaluation.domains import by_method
 from utils.evaluation.statistics import holm
+from utils.run.checkpoint import save_networks
+from utils.trainer import run_metadata
 
 MMS = DATASETS["mms"]
 
@@ -128,3 +133,43 @@ def test_runs_that_do_not_belong_together_are_refused_at_once(name_rows):
         name_rows({}, {"num_epoch": 8}, labels=["a", "a"])
     with pytest.raises(UserError, match="1 names for 2 runs"):
         name_rows({}, {"seed": 1}, labels=["a"])
+
+
+def test_the_command_refuses_first_and_gives_every_comparison_a_folder(monkeypatch, tmp_path, capsys):
+    """With networks of one layer, and an evaluation that only returns what it would have found."""
+    for name, change in {"a": {}, "b": {"seed": 1}, "c": {"cps_weight": 1.0}, "copy": {}}.items():
+        facts = {"selection": "rule", "step": 1, "cps_weight": 3.0}
+        settings = vars(replace(DEFAULTS, **change))
+        metadata = run_metadata(MMS, settings, None, {"content_hash": "1" * 9}, **facts)
+        (tmp_path / name).mkdir()
+        save_networks(tmp_path / name / "best.safetensors", [torch.nn.Linear(1, 1) for _ in range(2)], metadata)
+    evaluated = []
+
+    def evaluate(run, *_, **options):
+        evaluated.append(run.folder.name)
+        gain = run.config.cps_weight
+        return scored("full", "D", [70 + gain, 80 - run.config.seed, 75, 60 + gain, 90, 85, 82], run.config.seed)
+
+    monkeypatch.setattr(commands, "evaluate_run", evaluate)
+
+    def inference(*arguments):
+        monkeypatch.setattr("sys.argv", ["x", *map(str, arguments), "--device", "cpu"])
+        commands.run_inference(MMS, lambda classes: torch.nn.Linear(1, 1))
+        return capsys.readouterr().out
+
+    a, b, c, copy = (tmp_path / name for name in ("a", "b", "c", "copy"))
+    with pytest.raises(SystemExit, match=r"a, .*copy have the same settings"):
+        inference("--run", a, c, copy)
+    with pytest.raises(SystemExit, match="1 names for 2 runs"):
+        inference("--run", a, c, "--label", "x")
+    assert not evaluated and not (tmp_path / "comparisons").exists()
+    out = inference("--run", a, b, c)
+    assert "| full, cps_weight 1, D | 7 |" in out and "its seeds are [0], those of full, cps_weight 3 [0, 1]" in out
+    [folder] = (tmp_path / "comparisons").iterdir()
+    assert folder.name.startswith("full-cps_weight-3_vs_full-cps_weight-1_")
+    inference("--run", a, b, c)
+    assert list((tmp_path / "comparisons").iterdir()) == [folder]
+    assert "| weak, D | 7 |" in inference("--run", a, c, "--label", "ours", "weak")
+    assert len(list((tmp_path / "comparisons").iterdir())) == 2
+    assert "**Comparison.**" not in inference("--run", a, b, "--out", tmp_path / "seeds")
+    assert (tmp_path / "seeds/leave_one_domain_out.md").is_file()
