@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import mms_dataloader
 import scgm_dataloader
-from utils.data.loaders import build_loaders
+from utils.data.loaders import SliceDataset, build_loaders
 from utils.distributed import Process
 from utils.engine import MAX_BAD_STEPS, fit
 from utils.errors import UserError
@@ -202,6 +202,42 @@ def test_finished_run_says_so_and_longer_one_goes_on(mms_config, build_tiny, cap
     assert [line["step"] for line in lines] == [3, 5]  # the first run's end was logged, too
     ours, theirs = tensors(longer["networks"]), tensors(whole["networks"])
     assert all(torch.equal(ours[path], theirs[path]) for path in ours)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_unlabeled_images_are_read_only_with_pseudo_supervision(mms_config, build_tiny, monkeypatch, accumulate):
+    """From then on the batches are those of the same micro-step; the samples show the last step's, read or not."""
+    cfg = replace(mms_config, batch_size=4, accumulate=accumulate, cps_ramp=0, max_steps=4)
+    loaders = build_loaders(cfg, MMS)
+    cfg = replace(cfg, cps_warmup=2 / loaders.steps_per_epoch)  # two steps
+    seen, drawn, fetched = [], [], []
+    original = SliceDataset.__getitem__
+    monkeypatch.setattr(Trainer, "draw_samples", lambda self, path, batch: drawn.append(batch["row"].tolist()))
+    train_step = Trainer.train_step
+
+    def stepping(self, batches):
+        seen.append([None if unlabeled is None else unlabeled["row"].tolist() for _, unlabeled in batches])
+        train_step(self, batches)
+
+    def fetching(self, positions):
+        fetched.append(self)
+        return original(self, positions)
+
+    monkeypatch.setattr(Trainer, "train_step", stepping)
+    monkeypatch.setattr(SliceDataset, "__getitem__", fetching)
+
+    def rows(number):
+        return loaders.unlabeled.dataset.rows[loaders.unlabeled.sampler.batch_of_number(number)].tolist()
+
+    fit(cfg, loaders, build_tiny, Process(CPU))
+    assert seen[:2] == [[None] * accumulate] * 2
+    assert [row for step in seen[2:] for row in step] == [rows(n) for n in range(2 * accumulate, 4 * accumulate)]
+    assert drawn == [rows(3 * accumulate)]
+    assert sum(dataset is loaders.unlabeled.dataset for dataset in fetched) == 2 * accumulate + 1
+    never = replace(cfg, cps_weight=0, run_name="never", max_steps=2)
+    fetched.clear()
+    fit(never, loaders, build_tiny, Process(CPU))
+    assert sum(dataset is loaders.unlabeled.dataset for dataset in fetched) == 1  # the samples
 
 
 def test_pretrained_weights_are_fetched_for_a_new_run_only(mms_config, build_tiny):
