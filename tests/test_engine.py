@@ -17,7 +17,7 @@ import mms_dataloader
 import scgm_dataloader
 import utils.run.folder as folder_module
 from utils import engine
-from utils.data.loaders import build_loaders
+from utils.data.loaders import SliceDataset, build_loaders
 from utils.distributed import Process
 from utils.engine import MAX_BAD_STEPS, fit
 from utils.errors import UserError
@@ -273,6 +273,42 @@ def test_kept_epochs_count_in_the_space(mms_config, monkeypatch, tmp_path):
     for changes in ({}, {"keep_epochs": 5}, {"keep_epochs": 99}, {"keep_epochs": 1}):
         folder_module.begin_run(tmp_path, replace(mms_config, num_epoch=9, **changes), 1, {}, 100)
     assert needs == [1000, 1000 + 400, 1000 + 800, 1000 + 100]  # to come, and the one more before an old one goes
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_unlabeled_images_are_read_only_with_pseudo_supervision(mms_config, build_tiny, monkeypatch, accumulate):
+    """From then on the batches are those of the same micro-step; the samples show the last step's, read or not."""
+    cfg = replace(mms_config, batch_size=4, accumulate=accumulate, cps_ramp=0, max_steps=4)
+    loaders = build_loaders(cfg, MMS)
+    cfg = replace(cfg, cps_warmup=2 / loaders.steps_per_epoch)  # two steps
+    seen, drawn, fetched = [], [], []
+    original = SliceDataset.__getitem__
+    monkeypatch.setattr(Trainer, "draw_samples", lambda self, path, batch, title: drawn.append(batch["row"].tolist()))
+    train_step = Trainer.train_step
+
+    def stepping(self, batches):
+        seen.append([None if unlabeled is None else unlabeled["row"].tolist() for _, unlabeled in batches])
+        train_step(self, batches)
+
+    def fetching(self, positions):
+        fetched.append(self)
+        return original(self, positions)
+
+    monkeypatch.setattr(Trainer, "train_step", stepping)
+    monkeypatch.setattr(SliceDataset, "__getitem__", fetching)
+
+    def rows(number):
+        return loaders.unlabeled.dataset.rows[loaders.unlabeled.sampler.batch_of_number(number)].tolist()
+
+    fit(cfg, loaders, build_tiny, Process(CPU))
+    assert seen[:2] == [[None] * accumulate] * 2
+    assert [row for step in seen[2:] for row in step] == [rows(n) for n in range(2 * accumulate, 4 * accumulate)]
+    assert drawn == [rows(3 * accumulate)]
+    assert sum(dataset is loaders.unlabeled.dataset for dataset in fetched) == 2 * accumulate + 1
+    never = replace(cfg, cps_weight=0, run_name="never", max_steps=2)
+    fetched.clear()
+    fit(never, loaders, build_tiny, Process(CPU))
+    assert sum(dataset is loaders.unlabeled.dataset for dataset in fetched) == 1  # the samples
 
 
 def test_pretrained_weights_are_fetched_for_a_new_run_only(mms_config, build_tiny):

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 from torch import nn
@@ -79,10 +79,12 @@ def fit(
         )
         recent: deque[list[int]] = deque(maxlen=MAX_BAD_STEPS)  # index rows of the images of each step
         began = time.monotonic()
-        for batches in training_batches(loaders, cfg.accumulate, trainer.step, total):
+        supervised = (step for step in range(trainer.step, total) if trainer.cps_weight(step))
+        begin = next(supervised, total)  # of the pseudo supervision, which alone needs unlabelled images
+        for batches in training_batches(loaders, cfg.accumulate, trainer.step, total, unlabeled_from=begin):
             trainer.train_step(batches)
             progress.update()
-            recent.append([row for pair in batches for batch in pair for row in batch["row"].tolist()])
+            recent.append([row for pair in batches for batch in pair if batch for row in batch["row"].tolist()])
             epoch_ends = trainer.step % loaders.steps_per_epoch == 0 or trainer.step == total
             at_sync = trainer.step % SYNC_EVERY == 0 or epoch_ends
             if at_sync:
@@ -92,7 +94,7 @@ def fit(
                 if logger:
                     logger.log_point({"step": trainer.step, **point})
             if epoch_ends:
-                end_epoch(trainer, time.monotonic() - began, batches[0][1], logger, outputs)
+                end_epoch(trainer, time.monotonic() - began, logger, outputs)
                 began = time.monotonic()
             # Several processes agree on a stop where they wait for each other anyway.
             stop = any_process(bool(interrupt.received)) if at_sync or process.world_size == 1 else False
@@ -109,11 +111,18 @@ def fit(
         print(f"{folder}: {trainer.step} steps, best Dice on {trainer.validated} {trainer.best:.2f} %")
 
 
-def training_batches(loaders: Loaders, accumulate: int, first: int, last: int) -> Iterator[list[tuple[Batch, Batch]]]:
-    """Yield the pairs of a labelled and an unlabelled batch of each step, from step `first` to `last`."""
-    for loader in (loaders.labeled, loaders.unlabeled):
-        loader.sampler.start, loader.sampler.stop = first * accumulate, last * accumulate
-    pairs = zip(loaders.labeled, loaders.unlabeled, strict=True)
+def training_batches(
+    loaders: Loaders, accumulate: int, first: int, last: int, *, unlabeled_from: int = 0
+) -> Iterator[list[tuple[Batch, Batch | None]]]:
+    """Yield the pairs of a labelled and an unlabelled batch of each step, from step `first` to `last`.
+
+    Before step `unlabeled_from` no unlabelled batch is read: it is None.
+    """
+    begin = max(first, unlabeled_from)
+    for loader, start in ((loaders.labeled, first), (loaders.unlabeled, begin)):
+        loader.sampler.start, loader.sampler.stop = start * accumulate, last * accumulate
+    unlabeled = chain(repeat(None, (begin - first) * accumulate), loaders.unlabeled)
+    pairs = zip(loaders.labeled, unlabeled, strict=True)
     for _ in range(first, last):
         yield list(islice(pairs, accumulate))
 
@@ -121,11 +130,10 @@ def training_batches(loaders: Loaders, accumulate: int, first: int, last: int) -
 def end_epoch(
     trainer: Trainer,
     seconds: float,
-    unlabeled: Batch,
     logger: Logger | None,
     outputs: OutputFolder | None,
 ) -> None:
-    """Evaluate on source images; keep the best weights; log, and draw curves and samples of `unlabeled`."""
+    """Evaluate on source images; keep the best weights; log, and draw curves and samples of the last step."""
     epoch = math.ceil(trainer.step / trainer.loaders.steps_per_epoch)
     means, dice, skipped = trainer.means(trainer.sums), trainer.validate(), int(trainer.bad_steps[1])
     line = {"epoch": epoch, "step": trainer.step, **means, "lr": trainer.cfg.lr, "val_dice": dice,
@@ -145,7 +153,9 @@ def end_epoch(
             (outputs.folder / old).unlink(missing_ok=True)
     samples = outputs.claim(f"samples/epoch_{epoch:03d}.png")
     title = f"run {outputs.folder.resolve().name}, data {trainer.loaders.data.name}, step {trainer.step}"
-    trainer.draw_samples(samples, unlabeled, title)
+    loader = trainer.loaders.unlabeled
+    last = loader.sampler.batch_of_number((trainer.step - 1) * trainer.cfg.accumulate)
+    trainer.draw_samples(samples, loader.dataset[last], title)
     pictures = {"samples": samples}
     if trainer.cfg.monitor_pseudo_labels:
         pictures["pseudo_labels"] = outputs.claim(f"samples/pseudo_labels_epoch_{epoch:03d}.png")

@@ -118,10 +118,11 @@ class Trainer:
             box_mask = cutmix_mask(len(image) // 2, self.cfg.image_size, generator=self.generator)
         return UnlabeledViews(plain.chunk(parts), None if fourier is None else fourier.chunk(parts), box_mask)
 
-    def train_step(self, batches: Sequence[tuple[Batch, Batch]]) -> None:
+    def train_step(self, batches: Sequence[tuple[Batch, Batch | None]]) -> None:
         """Take one step of both networks, on one micro-step per pair of a labelled and an unlabelled batch.
 
-        A step that is not finite changes nothing, which the device decides alone.
+        The second is not read while there is no pseudo supervision. A step that is not finite changes nothing, which
+        the device decides alone.
         """
         weight = self.cps_weight(self.step)
         statistics_before = torch.cat(self.statistics)

@@ -121,6 +121,15 @@ def test_content_hash_covers_table_truth_and_geometry(raw, tmp_path):
     assert len(set(hashes)) == len(hashes)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (20, 10), (61, 83)])
+def test_normalisation_clips_at_the_percentiles_of_numpy_to_the_bit(shape):
+    slices = (1000 * np.random.default_rng(0).random((3, *shape))).astype(np.float32)
+    slices[2] = slices[2].round(-2)  # many equal values
+    low, high = np.percentile(slices, [0.5, 99.5], axis=(1, 2), keepdims=True).astype(np.float32)
+    expected = (slices.clip(low, high) - low) / np.where(high > low, high - low, 1)
+    assert np.array_equal(mms_dataloader.normalize(slices), expected)
+
+
 def test_normalisation_survives_constant_and_empty_slices():
     slices = np.stack([np.full((8, 8), 7.0), np.zeros((8, 8)), np.arange(64.0).reshape(8, 8)]).astype(np.float32)
     for normalize in (mms_dataloader.normalize, scgm_dataloader.normalize):

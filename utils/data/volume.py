@@ -328,5 +328,9 @@ def _sample(array: np.ndarray, position: np.ndarray, axis: int) -> np.ndarray:
     low = np.floor(position).astype(int)
     weight = (position - low).astype(np.float32).reshape(inside.shape)
     array = array.astype(np.float32, copy=False)
-    upper = array.take(np.minimum(low + 1, last), axis)
-    return (array.take(low, axis) * (1 - weight) + upper * weight) * inside
+    sampled, upper = array.take(low, axis), array.take(np.minimum(low + 1, last), axis)
+    sampled *= 1 - weight  # in place: fresh memory costs more than the sums
+    upper *= weight
+    sampled += upper
+    sampled *= inside
+    return sampled
