@@ -80,7 +80,7 @@ def test_training_is_the_same_bit_for_bit_and_never_sees_the_hidden_masks(mms_co
     options = {"data_root": None, "save_predictions": False, "precision": "fp32", "tta": False, "keep_largest": False}
     summary = evaluate_run(load_run(folder, "last", MMS, build_tiny, CPU), MMS, out=tmp_path / "results", **options)
     assert summary["pseudo_labels"] == with_monitor[1][-1] | {"epoch": len(with_monitor[1])}
-    assert summary["risk"]["slices"]["best possible"] <= summary["risk"]["slices"]["agreement"]
+    assert summary["risk"]["slices"]["best possible"] <= summary["risk"]["slices"]["agreement"] + 1e-9
     page = (tmp_path / "results/report.html").read_text()
     assert "hidden masks of at most 64 slices" in page and "risk-coverage curves" in page
 
