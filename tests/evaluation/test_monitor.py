@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import mms_dataloader
+from config import MMS_DEMO
 from utils.data.loaders import SliceDataset, build_loaders
 from utils.data.prepared import PreparedData, Split
 from utils.distributed import Process, autocast_context
@@ -79,7 +80,7 @@ def test_training_is_the_same_bit_for_bit_and_never_sees_the_hidden_masks(mms_co
     options = {"data_root": None, "save_predictions": False, "precision": "fp32", "tta": False, "keep_largest": False}
     summary = evaluate_run(load_run(folder, "last", MMS, build_tiny, CPU), MMS, out=tmp_path / "results", **options)
     assert summary["pseudo_labels"] == with_monitor[1][-1] | {"epoch": len(with_monitor[1])}
-    assert summary["risk"]["slices"]["best possible"] <= summary["risk"]["slices"]["agreement"]
+    assert summary["risk"]["slices"]["best possible"] <= summary["risk"]["slices"]["agreement"] + 1e-9
     page = (tmp_path / "results/report.html").read_text()
     assert "hidden masks of at most 64 slices" in page and "risk-coverage curves" in page
 
@@ -112,19 +113,25 @@ class Known(nn.Module):
         return torch.stack([next(self.logits) for _ in image])
 
 
-def test_figures_of_known_predictions(mms_config, mms_root, tmp_path):
+def test_figures_of_known_predictions(tmp_path):
     """Right everywhere but in the upper half of the truth's structures; there, and only there, the views disagree."""
-    cfg = replace(mms_config, image_size=32)
-    loaders = build_loaders(cfg, MMS)
-    rows = monitor.hidden_rows(loaders.data, loaders.split)
-    mask = SliceDataset(loaders.data, rows, with_mask=True)[list(range(len(rows)))]["mask"]
+    cfg = replace(MMS_DEMO, image_size=32)
+    rng = np.random.default_rng(0)
+    images, masks = rng.random((8, 300, 300)).astype(np.float16), np.zeros((8, 300, 300), np.uint8)
+    for number, mask in enumerate(masks):
+        mask[90 : 170 + 9 * number, 100:200], mask[120:160, 120:160] = 2, 1
+    index = {"patient": np.repeat(["a", "b"], 4), "domain": np.repeat(["A", "B"], 4), "mask": np.arange(8)}
+    data = PreparedData(Path("somewhere"), {}, index, images, masks, np.zeros((8, 256), np.float32))
+    split = Split(["c"], ["a", "b"], ["c"], ["d"])
+    rows = monitor.hidden_rows(data, split)
+    mask = SliceDataset(data, rows, with_mask=True)[list(range(len(rows)))]["mask"]
     truth = canvas_to_view(mask, 32)[:, 0].long()
     wrong = (truth > 0) & (torch.arange(32)[:, None] < 16)
     label = torch.where(wrong, 0, truth)
     plain = 6.0 * nn.functional.one_hot(label, 4).movedim(-1, 1)
     fourier = torch.where(wrong[:, None], 0.5 * plain, plain)
     figures = monitor.monitor_pseudo_labels(
-        tmp_path / "samples/picture.png", [Known(plain, fourier) for _ in range(2)], loaders.data, loaders.split, cfg,
+        tmp_path / "samples/picture.png", [Known(plain, fourier) for _ in range(2)], data, split, cfg,
         reference=None, device=CPU, autocast=partial(autocast_context, CPU, "fp32"), title="known",
     )  # fmt: skip
     assert figures["error"] == pytest.approx(100 * float(wrong.float().mean()))
@@ -133,7 +140,7 @@ def test_figures_of_known_predictions(mms_config, mms_root, tmp_path):
     assert figures["scores"]["agreement"]["auroc"] == pytest.approx(0.5)  # the networks agree everywhere
     assert confidence["kept"][-1] == pytest.approx(100 - figures["error"]) and confidence["kept_error"][-1] == 0
     dice = (2 * (label > 0).sum((1, 2)) + 1e-4) / ((label > 0).sum((1, 2)) + (truth > 0).sum((1, 2)) + 1e-4)
-    domain = loaders.data.index["domain"][rows]
+    domain = data.index["domain"][rows]
     assert figures["dice"] == {
         d: pytest.approx(100 * float(dice[domain == d].mean()), abs=1e-3) for d in np.unique(domain)
     }
