@@ -64,6 +64,7 @@ def arguments(tmp_path):
     return {
         "title": "M&Ms, held-out vendor D",
         "summary": {
+            "data": "mms",
             "patients": 2,
             "ratio": 0.02,
             "seed": 7,
@@ -128,7 +129,7 @@ def test_values_are_there(report):
     for text in (
         "M&Ms, held-out vendor D",
         "For research use, not for clinical decisions.",
-        "2 patients, 2 % labelled, seed 7, 288 px. "
+        "Data: mms. 2 patients, 2 % labelled, seed 7, 288 px. "
         "Method: plain CPS. Checkpoint: best, step 3; selection: highest Dice.",
         "Dice 65.00 ± 35.36 % [40.00, 90.00]",
         "0.50 % of the labelled voxels lie outside",

@@ -25,7 +25,7 @@ from utils.errors import UserError
 from utils.evaluation.commands import write_table
 from utils.evaluation.predict import mean_dice, predict_scans, to_native, volumetric_rows
 from utils.evaluation.results import evaluate_run
-from utils.evaluation.runs import load_run, runs_table
+from utils.evaluation.runs import load_run, open_data, runs_table
 from utils.evaluation.tables import to_markdown
 from utils.run.checkpoint import load_networks, read_metadata, save_networks
 from utils.run.logger import read_log
@@ -41,10 +41,10 @@ def trained(mms_config, build_tiny):
 
 
 def evaluate(run, build_tiny, **options):
-    defaults = {"data_root": None, "save_predictions": False, "precision": "fp32", "tta": False, "keep_largest": False}
-    options = defaults | {"out": run / "results/D"} | options
-    checkpoint = options.pop("checkpoint", "best")
-    return evaluate_run(load_run(run, checkpoint, MMS, build_tiny, CPU), MMS, **options)
+    defaults = {"save_predictions": False, "precision": "fp32", "tta": False, "keep_largest": False}
+    options = defaults | {"out": run / "results/D", "domain": "D", "title": "M&Ms, held-out vendor D"} | options
+    trained = load_run(run, options.pop("checkpoint", "best"), MMS, build_tiny, CPU)
+    return evaluate_run(trained, MMS, data=open_data(trained, options.pop("data_root", None), MMS)[0], **options)
 
 
 def listed(folder):

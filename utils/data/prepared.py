@@ -29,7 +29,7 @@ INDEX_COLUMNS = {  # of index.csv: one row per slice, in the order of images.npy
     "column_mm": float,
 }
 
-INFO = ("dataset", "source", "spacing_mm", "content_hash", "phantom")  # what dataset.json must say
+INFO = ("dataset", "spacing_mm", "content_hash", "phantom")  # what dataset.json must say
 
 
 @dataclass(frozen=True)

@@ -100,8 +100,8 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             name, own = input[0].resolve().name, labeled(input, truth, labels, dataset)
             with tempfile.TemporaryDirectory(prefix="semidg_") as folder:  # TMPDIR says where
                 source = input[0] if input[0].is_dir() else input[0].parent
-                prepare_dataset(source, Path(folder) / "own", own, workers=usable_cores())
-                data = PreparedData.open(Path(folder) / "own", dataset)
+                prepare_dataset(source, Path(folder) / name, own, workers=usable_cores())
+                data = PreparedData.open(Path(folder) / name, dataset)
                 title = f"{dataset.name} run {run[0].name}, own scans: {name}"
                 files = {"out": output, "save_predictions": save_predictions, "title": title}
                 evaluate_run(trained, dataset, data=data, domain=data.index["domain"][0], **files, **options)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from utils.data.dataset import DatasetInfo
 from utils.errors import UserError
 from utils.evaluation.metrics import METRICS, MISSED_SLICES
+from utils.evaluation.runs import on_other_data
 from utils.evaluation.tables import Cell, Table
 from utils.method.augment import FIELD_PX
 
@@ -53,7 +54,8 @@ def leave_one_domain_out(summaries: list[dict[str, Any]], dataset: DatasetInfo) 
     seeds' means. The average is that of the domains' means, with their population standard deviation, as in the paper.
 
     Raises:
-        UserError: the runs differ in data set or label ratio, or one of them is there twice.
+        UserError: the runs differ in data set or label ratio, one of them is there twice, or some were evaluated on
+            other data than those of their training, but not all on the same.
     """
     names = [
         f"{s['dataset']} {s['test_domain']} {_percent(s['ratio'])} seed {s['seed']} ({s['method']})" for s in summaries
@@ -63,6 +65,10 @@ def leave_one_domain_out(summaries: list[dict[str, Any]], dataset: DatasetInfo) 
     if len(set(names)) < len(names):
         raise UserError(f"give each held-out domain, seed and method once, not {', '.join(names)}")
     ratio, kind = summaries[0]["ratio"], dataset.domain_kind
+    other = any(map(on_other_data, summaries))
+    if other and len({summary["content_hash"] for summary in summaries}) > 1:
+        raise UserError(f"other data than the training's: one --data-root for all of {', '.join(names)}")
+    of_data = f" of other data than the training's, {summaries[0]['data']}," if other else ""
     methods: dict[str, Runs] = {s["method"]: {domain: [] for domain in dataset.domains} for s in summaries}
     for summary in sorted(summaries, key=lambda summary: summary["seed"]):
         methods[summary["method"]][summary["test_domain"]].append(summary)
@@ -70,9 +76,9 @@ def leave_one_domain_out(summaries: list[dict[str, Any]], dataset: DatasetInfo) 
     nearest = min(published, key=lambda share: abs(share - ratio), default=None)
     checkpoints = dict.fromkeys(f"{s['checkpoint'].split(',')[0]}, selection: {s['selection']}" for s in summaries)
     setting = (
-        f"{dataset.name}, each {kind} held out in turn, {_percent(ratio)} of the patients labelled. Mean ± standard "
-        f"deviation over patients, of several seeds over their means; average ± population standard deviation of the "
-        f"{kind}s' means. Checkpoint: {'; '.join(checkpoints)}."
+        f"{dataset.name}, each {kind}{of_data} held out in turn, {_percent(ratio)} of the patients labelled. Mean ± "
+        f"standard deviation over patients, of several seeds over their means; average ± population standard deviation "
+        f"of the {kind}s' means. Checkpoint: {'; '.join(checkpoints)}."
     )
     sources = {method: _sources(method, runs, published) for method, runs in methods.items()}
     header = ["", *dataset.domains, "average"]

@@ -94,7 +94,7 @@ def evaluate_run(
     summary = {
         "dataset": dataset.key,
         "test_domain": domain,
-        "data": Path(data.info["source"]).name,
+        "data": data.root.resolve().name,
         "checkpoint": f"{run.checkpoint}, step {run.metadata['step']}{remark}",
         "selection": run.metadata["selection"] if run.checkpoint == "best" else NO_SELECTION,
         "patients": len(paper_dice),
