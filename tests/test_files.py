@@ -16,7 +16,7 @@ from utils.data.loaders import build_loaders
 from utils.distributed import Process
 from utils.engine import fit
 from utils.errors import UserError, clear_errors
-from utils.evaluation.commands import load_run
+from utils.evaluation.commands import load_run, open_data
 from utils.evaluation.results import evaluate_run
 from utils.files import OutputFolder, folder_lock
 
@@ -86,7 +86,8 @@ def test_results_of_the_user_stay(mms_config, build_tiny, tmp_path):
 
     def evaluate(**options):
         trained = load_run(run, "best", MMS, build_tiny, CPU)
-        evaluate_run(trained, MMS, data_root=None, out=out, precision="fp32", tta=False, keep_largest=False, **options)
+        facts = {"data": open_data(trained, None, MMS)[0], "domain": "D", "title": "D"}
+        evaluate_run(trained, MMS, out=out, precision="fp32", tta=False, keep_largest=False, **facts, **options)
 
     evaluate(save_predictions=True)
     maps = sorted((out / "predictions").glob("*_E?.nii.gz"))

@@ -26,7 +26,7 @@ from utils.evaluation.commands import write_comparison
 from utils.evaluation.domains import by_method
 from utils.evaluation.predict import mean_dice, predict_scans, to_native, volumetric_rows
 from utils.evaluation.results import evaluate_run
-from utils.evaluation.runs import load_run, runs_table
+from utils.evaluation.runs import load_run, open_data, runs_table
 from utils.evaluation.selection import selection_cost
 from utils.evaluation.tables import to_markdown
 from utils.run.checkpoint import load_networks, read_metadata, save_networks
@@ -43,10 +43,10 @@ def trained(mms_config, build_tiny):
 
 
 def evaluate(run, build_tiny, **options):
-    defaults = {"data_root": None, "save_predictions": False, "precision": "fp32", "tta": False, "keep_largest": False}
-    options = defaults | {"out": run / "results/D"} | options
-    checkpoint = options.pop("checkpoint", "best")
-    return evaluate_run(load_run(run, checkpoint, MMS, build_tiny, CPU), MMS, **options)
+    defaults = {"save_predictions": False, "precision": "fp32", "tta": False, "keep_largest": False}
+    options = defaults | {"out": run / "results/D", "domain": "D", "title": "M&Ms, held-out vendor D"} | options
+    trained = load_run(run, options.pop("checkpoint", "best"), MMS, build_tiny, CPU)
+    return evaluate_run(trained, MMS, data=open_data(trained, options.pop("data_root", None), MMS)[0], **options)
 
 
 def listed(folder):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from utils.data.dataset import DatasetInfo
 from utils.evaluation.metrics import METRICS, MISSED_SLICES
-from utils.evaluation.runs import VARYING
+from utils.evaluation.runs import VARYING, on_other_data
 from utils.evaluation.tables import Cell, Table
 from utils.method.augment import FIELD_PX
 
@@ -64,13 +64,15 @@ def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list
     """
     summaries = [summary for runs in methods.values() for found in runs.values() for summary in found]
     ratio, kind = summaries[0]["ratio"], dataset.domain_kind
+    other = any(map(on_other_data, summaries))
+    of_data = f" of other data than the training's, {summaries[0]['data']}," if other else ""
     published = published_rows(dataset.key)
     nearest = min(published, key=lambda share: abs(share - ratio), default=None)
     checkpoints = dict.fromkeys(f"{s['checkpoint'].split(',')[0]}, selection: {s['selection']}" for s in summaries)
     setting = (
-        f"{dataset.name}, each {kind} held out in turn, {_percent(ratio)} of the patients labelled. Mean ± standard "
-        f"deviation over patients, of several seeds over their means; average ± population standard deviation of the "
-        f"{kind}s' means. Checkpoint: {'; '.join(checkpoints)}."
+        f"{dataset.name}, each {kind}{of_data} held out in turn, {_percent(ratio)} of the patients labelled. Mean ± "
+        f"standard deviation over patients, of several seeds over their means; average ± population standard deviation "
+        f"of the {kind}s' means. Checkpoint: {'; '.join(checkpoints)}."
     )
     sources = {method: _sources(method, runs, published) for method, runs in methods.items()}
     header = ["", *dataset.domains, "average"]

@@ -167,6 +167,11 @@ def open_data(run: TrainedRun, data_root: Path | None, dataset: DatasetInfo) -> 
     return data, f"{domain}@{name}", f"{dataset.name}, {held_out} of data other than the training's: {name}"
 
 
+def on_other_data(summary: dict[str, Any]) -> bool:
+    """Return True if an evaluation was made on other data than those of the training."""
+    return summary["trained_by"]["content_hash"] not in (None, summary["content_hash"])
+
+
 def require_unseen(run: TrainedRun, patients: Sequence[str], root: Path) -> None:
     """Raise UserError when the run's training has seen a patient to evaluate on."""
     if (run.folder / "split.json").exists():  # not beside converted weights
@@ -220,8 +225,7 @@ def _run_row(folder: Path, metadata: dict[str, Any]) -> list[Any]:
     config = metadata["config"]
     source = max((line["val_dice"] for line in read_log(folder / "log.jsonl")), default=None)
     evaluated = folder / "results" / config["test_domain"] / "summary.json"
-    summary = read_json(evaluated) if evaluated.exists() else {}
-    on_its_data = metadata["content_hash"] in (None, summary.get("content_hash"))
-    held_out = summary["paper_protocol"] if summary and on_its_data else {"mean": None, "std": None}
+    summary = read_json(evaluated) if evaluated.exists() else None  # an earlier version left those of other data there
+    held_out = {"mean": None, "std": None} if not summary or on_other_data(summary) else summary["paper_protocol"]
     row = [config["test_domain"], f"{100 * config['ratio']:g} %", method_name(metadata), config["seed"]]
     return [*row, f"{metadata['step']}{unfinished(folder)}", Cell(source), Cell(held_out["mean"], held_out["std"])]
