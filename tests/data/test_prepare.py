@@ -303,7 +303,7 @@ def test_data_of_an_earlier_format_are_refused_with_the_remedy(mms_root, tmp_pat
     shutil.copytree(mms_root, root)
     info = json.loads((root / "dataset.json").read_text())
     (root / "dataset.json").write_text(json.dumps(info | {"format": 1}))
-    with pytest.raises(UserError, match=r"prepared is of format 1, expected 3: remove it, and prepare the data again"):
+    with pytest.raises(UserError, match=r"prepared is of format 1, expected 4: remove it, and prepare the data again"):
         PreparedData.open(root, MMS)
 
 

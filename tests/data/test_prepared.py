@@ -61,7 +61,7 @@ def test_validation_patients_are_kept_out_of_training(mms_config):
     ("change", "message"),
     [
         ({"test_domain": "E"}, "no such vendor, only A, B, C, D"),
-        ({"ratio": 1.0}, "asks for 5 labelled patients of group A"),
+        ({"ratio": 0.99}, "asks for 5 labelled patients of group A"),
         ({"val_patients": 2}, "none is left to train on"),
         ({"batch_size": 500}, "smaller --batch-size"),
         ({"data_root": "nowhere"}, "mms_train.py --demo"),
