@@ -21,7 +21,7 @@ from utils.engine import fit
 from utils.evaluation.metrics import cardiac_metrics
 from utils.evaluation.quality import flag_quality, outside_ranges, structure_quality, value_ranges
 from utils.evaluation.results import evaluate_run
-from utils.evaluation.runs import load_run
+from utils.evaluation.runs import load_run, open_data
 from utils.evaluation.segment import segment_files
 from utils.evaluation.tools import write_label_names
 from utils.files import OutputFolder
@@ -80,7 +80,8 @@ def test_a_run_keeps_the_ranges_of_its_source_scans(mms_config, build_tiny, tmp_
     ranges = read_metadata(run.folder / "best.safetensors")["quality"]
     assert set(ranges) <= {"LV", "MYO", "RV"} and ranges
     options = {"save_predictions": True, "precision": "fp32", "tta": False, "keep_largest": False}
-    summary = evaluate_run(run, MMS, data_root=None, out=tmp_path / "out", **options)
+    facts = {"data": open_data(run, None, MMS)[0], "domain": "D", "title": "D"}
+    summary = evaluate_run(run, MMS, out=tmp_path / "out", **facts, **options)
     assert summary["quality"]["bad"] == 4  # after two steps, everything is
     assert "Quality without truth" in (tmp_path / "out/summary.md").read_text()
     assert "Quality without truth" in (tmp_path / "out/report.html").read_text()
