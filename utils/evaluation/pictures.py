@@ -1,6 +1,6 @@
 """The pictures of an evaluation: Dice of all cases, clinical agreement, worst, median and best patient, and risk."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,18 @@ from utils.plots import plot_bland_altman, plot_case, plot_dice_per_case
 
 
 def draw_pictures(
-    outputs: OutputFolder,
-    summary: Mapping[str, Any],
-    cases: Sequence[Mapping[str, Any]],
-    scans: Iterable[ScanPrediction],
-    data: PreparedData,
-    dataset: DatasetInfo,
-    *,
-    chosen: Mapping[str, str],
-    clinical: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    curves: Mapping[str, Mapping[str, np.ndarray]],
+    outputs: OutputFolder, summary: Mapping[str, Any], cases: Sequence[Mapping[str, Any]], data: PreparedData,
+    dataset: DatasetInfo, *, chosen: Mapping[str, str], scans: Sequence[ScanPrediction],
+    clinical: Mapping[str, tuple[Sequence[float], Sequence[float]]], curves: Mapping[str, Mapping[str, np.ndarray]],
     title: str,
-) -> list[tuple[str, Path]]:
+) -> list[tuple[str, Path]]:  # fmt: skip
     """Draw the pictures of an evaluation; returns captions and files, for the report.
 
     Args:
         summary: content of summary.json.
         cases: the lines of per_case.csv.
-        scans: predictions of the chosen patients.
         chosen: patients by rank: "worst", "median", "best". One patient may have several ranks.
+        scans: predictions of the chosen patients.
         clinical: truths and predictions by quantity; empty for a data set without any.
         curves: risk-coverage curves by kind of case and score.
     """
@@ -51,7 +44,6 @@ def draw_pictures(
     if clinical:
         path = picture("Clinical quantities: prediction against truth (Bland-Altman)", "bland_altman.png")
         plot_bland_altman(path, clinical, summary["clinical"], title=title)
-    scans = list(scans)
     for rank, patient in chosen.items():
         dice = f"paper Dice of the patient {summary['paper_dice'][patient]:.1f} %"
         for scan in (scan for scan in scans if scan.patient == patient):

@@ -66,17 +66,10 @@ def predict(
 
 
 def predict_scans(
-    nets: Sequence[nn.Module],
-    loader: DataLoader,
-    data: PreparedData,
-    *,
-    size: int,
-    reference: torch.Tensor | None,
-    device: torch.device,
-    precision: str,
-    tta: bool = False,
+    nets: Sequence[nn.Module], loader: DataLoader, data: PreparedData, *,
+    size: int, reference: torch.Tensor | None, device: torch.device, precision: str, tta: bool = False,
     others: Sequence[tuple[Sequence[nn.Module], torch.Tensor | None]] = (),
-) -> Iterator[ScanPrediction]:
+) -> Iterator[ScanPrediction]:  # fmt: skip
     """Predict every scan of a loader that yields one scan per batch; `others`: (nets, reference) to average with."""
     for batch in loader:
         canvas, quantiles, mask = (batch[name].to(device) for name in ("image", "quantiles", "mask"))

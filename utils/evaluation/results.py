@@ -38,18 +38,9 @@ CASE_COLUMNS = ("patient", "phase", "structure", *METRICS, *COUNTS, "predicted_m
 
 
 def evaluate_run(
-    run: TrainedRun,
-    dataset: DatasetInfo,
-    *,
-    data: PreparedData,
-    domain: str,
-    title: str,
-    out: Path,
-    save_predictions: bool,
-    precision: str,
-    tta: bool,
-    keep_largest: bool,
-) -> dict[str, Any]:
+    run: TrainedRun, dataset: DatasetInfo, *, data: PreparedData, domain: str, title: str, out: Path,
+    save_predictions: bool, precision: str, tta: bool, keep_largest: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Evaluate a run on a domain of prepared data; write tables, pictures, predictions and the report to `out`.
 
     Args:
@@ -123,10 +114,10 @@ def evaluate_run(
         writer.writerows(cases)
     ranked = sorted(paper_dice, key=paper_dice.__getitem__)
     chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
-    scans = predict_run(run, scan_loader(data, sorted({*chosen.values()})), data, **how)
-    found = {"chosen": chosen, "clinical": clinical, "curves": trust.curves()}
+    scans = list(predict_run(run, scan_loader(data, sorted({*chosen.values()})), data, **how))
+    found = {"chosen": chosen, "scans": scans, "clinical": clinical, "curves": trust.curves()}
     heading = f"{title}: run {summary['run']}, data {data.name}"
-    pictures = draw_pictures(outputs, summary, cases, scans, data, dataset, **found, title=heading)
+    pictures = draw_pictures(outputs, summary, cases, data, dataset, **found, title=heading)
     if "pseudo_labels" in summary:
         picture = run.folder / summary["pseudo_labels"]["picture"]
         pictures.append(("Pseudo labels and hidden masks, at the end of the training", picture))

@@ -78,7 +78,8 @@ def ensemble(runs: Sequence[TrainedRun], *, evaluate: bool) -> TrainedRun:
 
 def _read_run(folder: Path, checkpoint: str, dataset: DatasetInfo) -> tuple[Path, dict, dict | None]:
     """Return the file of a run's checkpoint, its metadata and, of "last", the whole state."""
-    require_run(folder, dataset)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run; train one first: python {dataset.key}_train.py --help")
     path, state = folder / f"{checkpoint}.safetensors", None
     if checkpoint == "last":
         path, state = folder / "last.pt", load_checkpoint(folder)
@@ -138,12 +139,6 @@ def _names_by_settings(methods: Sequence[str], settings: Sequence[dict[str, Any]
         told_apart = [key for key in keys if any(text[key] != own[key] for text in beside[key])]
         names.append(", ".join([method, *(f"{key} {own[key]}" for key in told_apart)]))
     return names
-
-
-def require_run(folder: Path, dataset: DatasetInfo) -> None:
-    """Raise UserError when there is no such folder."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such run; train one first: python {dataset.key}_train.py --help")
 
 
 def open_data(run: TrainedRun, data_root: Path | None, dataset: DatasetInfo) -> tuple[PreparedData, str, str]:
@@ -248,8 +243,8 @@ def runs_table(root: Path, dataset: DatasetInfo) -> Table:
 def _run_row(folder: Path, metadata: dict[str, Any]) -> list[Any]:
     config = metadata["config"]
     source = max((line["val_dice"] for line in read_log(folder / "log.jsonl")), default=None)
-    evaluated = folder / "results" / config["test_domain"] / "summary.json"
-    summary = read_json(evaluated) if evaluated.exists() else None  # an earlier version left those of other data there
-    held_out = {"mean": None, "std": None} if not summary or on_other_data(summary) else summary["paper_protocol"]
+    evaluated, held_out = folder / "results" / config["test_domain"] / "summary.json", Cell(None)
+    if evaluated.exists() and not on_other_data(summary := read_json(evaluated)):  # of an earlier version they may be
+        held_out = Cell(summary["paper_protocol"]["mean"], summary["paper_protocol"]["std"])
     row = [config["test_domain"], f"{100 * config['ratio']:g} %", method_name(metadata), config["seed"]]
-    return [*row, f"{metadata['step']}{unfinished(folder)}", Cell(source), Cell(held_out["mean"], held_out["std"])]
+    return [*row, f"{metadata['step']}{unfinished(folder)}", Cell(source), held_out]

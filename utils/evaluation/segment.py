@@ -49,11 +49,6 @@ class Segmenter:
     center: tuple[float, float] | Literal["auto"] | None = None
     slice_axis: int | None = None  # of the file, from 1; None: the third
 
-    @property
-    def maps(self) -> tuple[str, ...]:
-        """The names of the maps that are made of a scan."""
-        return MAPS if self.confidence else MAPS[:1]
-
     def frame(self, slices: np.ndarray, plane: PlaneMap) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Segment one frame.
 
@@ -73,7 +68,8 @@ class Segmenter:
         canvas = np.concatenate([plane.to_canvas(image).astype(np.float16) for image in normalized])
         # A new scan comes without partners from other scanners: half the scan away lies another amplitude.
         partners = np.roll(range(len(canvas)), len(canvas) // 2)
-        maps = {name: np.empty(slices.shape, np.uint8 if name == "seg" else np.float32) for name in self.maps}
+        wanted = MAPS if self.confidence else MAPS[:1]
+        maps = {name: np.empty(slices.shape, np.uint8 if name == "seg" else np.float32) for name in wanted}
         seen: dict[str, list[np.ndarray]] = defaultdict(list)
         for first in range(0, len(slices), self.batch_size):
             batch = slice(first, first + self.batch_size)
@@ -137,9 +133,9 @@ class Segmenter:
         Returns maps of its shape as `frame`, and `structure_quality` of every frame with the frame's number.
         """
         shape = volume.array.shape
-        centered = PlaneMap(shape[:2], volume.zooms[:2], CANVAS_PX, self.dataset.spacing)
-        center = self._found(volume, centered) if self.center == "auto" else self.center
-        plane = replace(centered, center=center)
+        plane = PlaneMap(shape[:2], volume.zooms[:2], CANVAS_PX, self.dataset.spacing)
+        center = self._found(volume, plane) if self.center == "auto" else self.center
+        plane = replace(plane, center=center)
         if center and not all(0 <= c < n for c, n in zip(center, plane.shape, strict=True)):
             raise UserError(f"--center {center} lies outside the image of {plane.shape} voxels")
         if self.confidence and shape[2] < 2:
@@ -151,7 +147,7 @@ class Segmenter:
             frames.append(maps)
             rows = structure_quality(seen.pop("seg"), seen, self.dataset.class_names, voxel_ml)
             quality += [{"frame": number, **row} for row in rows]
-        stacked = {name: np.stack([maps.pop(name) for maps in frames]) for name in self.maps}  # (T, Z, X, Y)
+        stacked = {name: np.stack([maps.pop(name) for maps in frames]) for name in list(maps)}  # (T, Z, X, Y)
         return {name: array.transpose(2, 3, 1, 0).reshape(shape) for name, array in stacked.items()}, quality
 
     def file(self, path: Path, target: str) -> tuple[int, list[dict[str, Any]], dict[str, Any]]:
@@ -229,8 +225,8 @@ def segment_files(
             all the others, the files that failed.
     """
     stems = _output_stems(inputs, output)
-    maps = [output / f"{stem}_{name}.nii.gz" for stem in stems.values() for name in segmenter.maps]
-    there = [path for path in maps if path.exists()]
+    names = MAPS if segmenter.confidence else MAPS[:1]
+    there = [path for stem in stems.values() for name in names if (path := output / f"{stem}_{name}.nii.gz").exists()]
     if there and not overwrite:
         raise UserError(
             f"{len(there)} of the maps to write are there already, perhaps corrected by hand: {there[0]} and so on; "
