@@ -1,5 +1,6 @@
 """Scans of one's own: pairs of every layout, labels, and unlabelled folders."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from helpers import TinyNetwork
 
 import mms_dataloader
 import scgm_dataloader
@@ -15,6 +18,9 @@ from utils.data.own import labeled, with_unlabeled
 from utils.data.prepare import prepare_dataset, process_case
 from utils.data.prepared import PreparedData, split_patients
 from utils.errors import UserError
+from utils.evaluation.commands import run_inference
+from utils.run.checkpoint import save_networks
+from utils.trainer import run_metadata
 
 MMS, SCGM = mms_dataloader.DATASET, scgm_dataloader.DATASET
 
@@ -225,3 +231,51 @@ def test_wrong_unlabeled_folders_are_all_named_and_nothing_is_written(hospital, 
     for said in ("empty: no .nii", "there is a vendor A already", "a patient P0 already", "there is a vendor AAA alre"):
         assert said in text
     assert not (hospital / "data").exists() and not (hospital / "data.partial").exists()
+
+
+def test_public_acdc_layout_gives_the_figures_of_prepare_to_the_last_digit(
+    mms_raw, mms_root, tmp_path, monkeypatch, capsys
+):
+    """Vendor D of the phantom as ACDC: 3D frames, labels in the reverse order, Info.cfg."""
+    reverse = np.array([0, 3, 2, 1], np.uint8)
+    for case in (case for case in mms_dataloader.find_cases(mms_raw).cases if case.domain == "D"):
+        folder = tmp_path / "acdc" / case.patient
+        folder.mkdir(parents=True)
+        image, mask = nib.load(case.image), nib.load(case.masks[0])
+        nib.save(image, folder / f"{case.patient}_4d.nii.gz")
+        for frame in case.phases.values():
+            name = f"{case.patient}_frame{frame + 1:02d}"
+            frames = {name: np.asanyarray(image.dataobj), f"{name}_gt": reverse[np.asanyarray(mask.dataobj)]}
+            for file, array in frames.items():
+                header = image.header.copy()
+                header.set_data_shape(array.shape[:3])
+                header.set_data_dtype(array.dtype)
+                nib.save(nib.Nifti1Image(array[..., frame], None, header), folder / f"{file}.nii.gz")
+        phases = "".join(f"{phase}: {frame + 1}\n" for phase, frame in case.phases.items())
+        (folder / "Info.cfg").write_text(f"{phases}Group: NOR\nNbFrame: 30\n")
+    settings = vars(replace(MMS_CONFIG, data_root=str(mms_root), image_size=32))
+    content = PreparedData.open(mms_root, MMS).info
+    metadata = run_metadata(MMS, settings, None, content, selection="none", step=1, cps_weight=3.0)
+    torch.manual_seed(0)
+    (tmp_path / "run").mkdir()
+    save_networks(tmp_path / "run" / "best.safetensors", [TinyNetwork(4), TinyNetwork(4)], metadata)
+
+    def inference(*arguments):
+        monkeypatch.setattr("sys.argv", ["x", "--run", str(tmp_path / "run"), "--device", "cpu", *map(str, arguments)])
+        run_inference(MMS, TinyNetwork)
+
+    own = ["--input", tmp_path / "acdc", "--truth", tmp_path / "acdc", "--labels", "1=RV", "2=MYO", "3=LV"]
+    inference("--out", tmp_path / "held_out")
+    inference(*own, "--output", tmp_path / "own")
+    held_out, found = (tmp_path / name for name in ("held_out", "own"))
+    assert (found / "per_case.csv").read_text() == (held_out / "per_case.csv").read_text()
+    expected, summary = (json.loads((folder / "summary.json").read_text()) for folder in (held_out, found))
+    for key in ("paper_protocol", "volumetric", "clinical", "paper_dice", "calibration", "risk"):
+        assert summary[key] == expected[key], key
+    assert (found / "report.html").exists() and len(list((found / "overlays").iterdir())) >= 2
+    bad = tmp_path / "acdc" / "alone_frame01.nii.gz"
+    bad.write_bytes(b"no image")
+    with pytest.raises(SystemExit, match="nothing was prepared"):
+        inference(*own, "--output", tmp_path / "refused")
+    assert "alone_frame01.nii.gz: no mask of that name" in capsys.readouterr().out
+    assert not (tmp_path / "refused").exists()

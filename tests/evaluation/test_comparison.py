@@ -151,6 +151,7 @@ def test_the_command_refuses_first_and_gives_every_comparison_a_folder(monkeypat
         return scored("full", "D", [70 + gain, 80 - run.config.seed, 75, 60 + gain, 90, 85, 82], run.config.seed)
 
     monkeypatch.setattr(commands, "evaluate_run", evaluate)
+    monkeypatch.setattr(commands, "open_data", lambda *_: (None, "D", "title"))
 
     def inference(*arguments):
         monkeypatch.setattr("sys.argv", ["x", *map(str, arguments), "--device", "cpu"])

@@ -77,13 +77,11 @@ def ours(summaries):
     return cells(combine(summaries)[0], "this implementation, full")
 
 
-def test_other_data_than_the_trainings_are_one_for_all_runs_and_named():
+def test_other_data_than_the_trainings_are_named():
     other = {"content_hash": "xyz", "data": "hospital"}
     note = combine(all_domains(**other))[0].note
     assert "of other data than the training's, hospital, held out" in note
     assert "other data" not in combine(all_domains())[0].note
-    with pytest.raises(UserError, match="one --data-root for all of mms A"):
-        combine([summary("A"), summary("B", **other)])
 
 
 def test_average_has_the_population_deviation_of_the_domain_means():
