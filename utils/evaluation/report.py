@@ -32,11 +32,10 @@ def write_report(
 
     Args:
         title: heading, such as "M&Ms, held-out vendor D".
-        summary: content of summary.json; with a key "clinical" (the result of `agreement_limits` and the unit, by
-            quantity) also the table of the clinical quantities.
+        summary: content of summary.json.
         config: the run's settings.
-        cases: the lines of per_case.csv as numbers, one per patient, phase and structure; a metric is absent, None or
-            NaN where the structure was absent from truth and prediction.
+        cases: the lines of per_case.csv as numbers; a metric is absent, None or NaN where the structure was absent
+            from truth and prediction.
         pictures: (caption, PNG file), in this order. A missing file is named in its place: it must not cost the rest.
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)

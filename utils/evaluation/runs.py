@@ -111,15 +111,14 @@ def name_rows(
     for key, remedy in (("ratio", ""), ("data", "; --data-root names data to evaluate all of them on")):
         if len({s[key] for s in settings}) > 1 and not (key == "data" and one_data):
             each = ", ".join(f"{folder}: {s[key]}" for folder, s in zip(folders, settings, strict=True))
-            problems.append(
-                f"one table takes runs of one label ratio, trained on the same data, not {key} {each}{remedy}"
-            )
+            rule = "one table takes runs of one label ratio, trained on the same data"
+            problems.append(f"{rule}, not {key} {each}{remedy}")
     if any(s["test_domain"] == NO_DOMAIN for s in settings):
         problems.append(f"a run trained on all domains has no place in a table over held-out {dataset.domain_kind}s")
     cells = [(name, s["test_domain"], s["seed"]) for name, s in zip(names, settings, strict=True)]
-    if twice := [str(folder) for folder, cell in zip(folders, cells, strict=True) if cells.count(cell) > 1]:
-        same = "have the same settings, held-out domain and seed: give one, or tell them apart by --label"
-        problems.append(f"{', '.join(twice)} {same}")
+    if twice := ", ".join(str(folder) for folder, cell in zip(folders, cells, strict=True) if cells.count(cell) > 1):
+        remedy = "give one, or tell them apart by --label"
+        problems.append(f"{twice} have the same settings, held-out domain and seed: {remedy}")
     if problems:
         raise UserError("\n".join(problems))
     return names
@@ -182,13 +181,13 @@ def patients_to_evaluate(run: TrainedRun, data: PreparedData, domain: str, datas
         raise UserError(
             f"{data.root} has no {dataset.domain_kind} {domain} with masks to evaluate on: check --data-root"
         )
-    for folder, metadata in ((member.folder, member.metadata) for member in (run, *run.others)):
-        split = folder / "split.json"
+    for member in (run, *run.others):
+        split = member.folder / "split.json"
         parts = read_json(split) if split.exists() else {}  # not beside converted weights
-        trained = {p for part in TRAINING_PARTS for p in parts.get(part, [])} | {*metadata.get("seen_before", [])}
-        if seen := sorted(trained & {*patients}):
+        trained = {patient for part in TRAINING_PARTS for patient in parts.get(part, [])}
+        if seen := sorted({*patients} & (trained | {*member.metadata.get("seen_before", [])})):
             raise UserError(
-                f"{folder} was trained with {len(seen)} of the patients of {data.root} to evaluate on: "
+                f"{member.folder} was trained with {len(seen)} of the patients of {data.root} to evaluate on: "
                 f"{', '.join(seen[:5])}. Evaluate on others, or rename these if they only share their names"
             )
     return patients
