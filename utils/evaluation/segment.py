@@ -147,7 +147,7 @@ class Segmenter:
             frames.append(maps)
             rows = structure_quality(seen.pop("seg"), seen, self.dataset.class_names, voxel_ml)
             quality += [{"frame": number, **row} for row in rows]
-        stacked = {name: np.stack([maps.pop(name) for maps in frames]) for name in list(maps)}  # (T, Z, X, Y)
+        stacked = {name: np.stack([maps.pop(name) for maps in frames]) for name in list(frames[0])}  # (T, Z, X, Y)
         return {name: array.transpose(2, 3, 1, 0).reshape(shape) for name, array in stacked.items()}, quality
 
     def file(self, path: Path, target: str) -> tuple[int, list[dict[str, Any]], dict[str, Any]]:
