@@ -24,7 +24,6 @@ from utils.trainer import Trainer
 
 MMS = mms_dataloader.DATASET
 CPU = torch.device("cpu")
-EVALUATION = {"save_predictions": False, "precision": "fp32", "tta": False, "keep_largest": False}
 
 
 def train(cfg, build, **changes):
@@ -37,9 +36,10 @@ def weights(nets):
     return {f"{i}.{key}": value for i, net in enumerate(nets) for key, value in net.state_dict().items()}
 
 
-def evaluate(run, data_root, out):
-    data, domain, title = open_data(run, data_root, MMS)
-    return evaluate_run(run, MMS, data=data, domain=domain, title=title, out=out, **EVALUATION)
+def evaluate(run, out, data_root=None):
+    data, _, title = open_data(run, data_root, MMS)
+    options = {"save_predictions": False, "precision": "fp32", "tta": False, "keep_largest": False}
+    return evaluate_run(run, MMS, data=data, domain=run.config.test_domain, title=title, out=out, **options)
 
 
 def test_a_run_begins_with_the_networks_of_another(mms_config, build_tiny, scgm_config):
@@ -80,9 +80,9 @@ def test_training_on_all_domains(mms_config, mms_root, build_tiny, tmp_path):
     assert len(split["unlabeled"]) == len(set(data.index["patient"][data.index["mask"] >= 0]))
     trained = load_run(run, "best", MMS, build_tiny, CPU)
     with pytest.raises(UserError, match=r"trained on all domains: .*--data-root.*--input"):
-        evaluate(trained, None, tmp_path / "out")
+        evaluate(trained, tmp_path / "out")
     with pytest.raises(UserError, match="was trained with 16 of the patients"):
-        evaluate(trained, mms_root, tmp_path / "out")
+        evaluate(trained, tmp_path / "out", mms_root)
 
 
 def test_ratio_1_labels_all_patients_there_are(mms_config, mms_root):
@@ -110,7 +110,7 @@ def test_an_ensemble_is_the_mean_of_its_runs(mms_config, mms_root, build_tiny, t
         assert np.allclose(scan.probability.numpy(), expected, atol=1e-6)
         assert np.abs(parts[0].probability.numpy() - parts[1].probability.numpy()).max() > 1e-3
         assert np.allclose(scan.agreement, (parts[0].agreement + parts[1].agreement) / 2)
-    summary = evaluate(both, None, tmp_path / "out")
+    summary = evaluate(both, tmp_path / "out")
     assert summary["ensemble"] == [str(folder) for folder in folders]
     assert "mean of 2 runs' networks" in (tmp_path / "out/summary.md").read_text()
     other = runs[1]._replace(config=replace(runs[1].config, test_domain="A", image_size=48))

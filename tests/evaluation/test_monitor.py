@@ -20,7 +20,7 @@ from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluation import monitor
 from utils.evaluation.results import evaluate_run
-from utils.evaluation.runs import load_run
+from utils.evaluation.runs import load_run, open_data
 from utils.method.augment import canvas_to_view
 
 MMS = mms_dataloader.DATASET
@@ -77,8 +77,10 @@ def test_training_is_the_same_bit_for_bit_and_never_sees_the_hidden_masks(mms_co
     assert with_monitor[1][-1]["dice"] != scrambled[1][-1]["dice"]  # it does see them
     folder = Path(watched.out_root) / "watched"
     assert (folder / with_monitor[1][-1]["picture"]).stat().st_size > 10_000
-    options = {"data_root": None, "save_predictions": False, "precision": "fp32", "tta": False, "keep_largest": False}
-    summary = evaluate_run(load_run(folder, "last", MMS, build_tiny, CPU), MMS, out=tmp_path / "results", **options)
+    options = {"save_predictions": False, "precision": "fp32", "tta": False, "keep_largest": False}
+    run = load_run(folder, "last", MMS, build_tiny, CPU)
+    facts = {"data": open_data(run, None, MMS)[0], "domain": "D", "title": "D"}
+    summary = evaluate_run(run, MMS, out=tmp_path / "results", **facts, **options)
     assert summary["pseudo_labels"] == with_monitor[1][-1] | {"epoch": len(with_monitor[1])}
     assert summary["risk"]["slices"]["best possible"] <= summary["risk"]["slices"]["agreement"] + 1e-9
     page = (tmp_path / "results/report.html").read_text()

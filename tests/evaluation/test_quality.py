@@ -80,8 +80,8 @@ def test_a_run_keeps_the_ranges_of_its_source_scans(mms_config, build_tiny, tmp_
     ranges = read_metadata(run.folder / "best.safetensors")["quality"]
     assert set(ranges) <= {"LV", "MYO", "RV"} and ranges
     options = {"save_predictions": True, "precision": "fp32", "tta": False, "keep_largest": False}
-    data, domain, title = open_data(run, None, MMS)
-    summary = evaluate_run(run, MMS, data=data, domain=domain, title=title, out=tmp_path / "out", **options)
+    facts = {"data": open_data(run, None, MMS)[0], "domain": "D", "title": "D"}
+    summary = evaluate_run(run, MMS, out=tmp_path / "out", **facts, **options)
     assert summary["quality"]["bad"] == 4  # after two steps, everything is
     assert "Quality without truth" in (tmp_path / "out/summary.md").read_text()
     assert "Quality without truth" in (tmp_path / "out/report.html").read_text()

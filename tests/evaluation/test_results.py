@@ -253,7 +253,7 @@ def test_patients_that_the_training_has_seen_are_not_evaluated(trained, build_ti
     split = json.loads((trained / "split.json").read_text())
     patient = split["held_out"][0]
     (trained / "split.json").write_text(json.dumps(split | {"unlabeled": [*split["unlabeled"], patient]}))
-    with pytest.raises(UserError, match=f"was trained with 1 of the patients that .* holds out: {patient}"):
+    with pytest.raises(UserError, match=f"was trained with 1 of the patients of .* to evaluate on: {patient}"):
         evaluate(trained, build_tiny)
 
 

@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from utils.evaluation.domains import Runs, by_method, leave_one_domain_out
 from utils.evaluation.results import evaluate_run
 from utils.evaluation.runs import TrainedRun, load_run, name_rows, open_data, runs_table
 from utils.evaluation.runs import ensemble as mean_of
-from utils.evaluation.segment import OUT_OF_MEMORY, Segmenter, is_out_of_memory, segment_files
+from utils.evaluation.segment import Segmenter, memory_errors, segment_files
 from utils.evaluation.selection import selection_cost
 from utils.evaluation.statistics_plots import plot_differences
 from utils.evaluation.tables import to_csv, to_latex, to_markdown
@@ -103,69 +103,62 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
         """
         if list_runs:
             return print(to_markdown([runs_table(list_runs, dataset)]))
-        if not run:
-            raise UserError("--run names the trained run, --list-runs the folder whose runs are listed")
-        where = choose_device(device)
-        if bool(input) != bool(output):
-            raise UserError(
-                "--input and --output belong together: scans of your own, and the folder for what is written"
-            )
         with_truth = bool(truth) or [path.suffix.lower() for path in input] == [".csv"]
-        if ((truth or labels) and not input) or (labels and not with_truth):
-            raise UserError(
-                "--truth and --labels belong to --input: --input IMAGES --truth MASKS, or --input TABLE.csv"
-            )
-        if (center or confidence or slice_axis or volumes or overwrite) and (with_truth or not input):
-            raise UserError(
-                "--center, --confidence, --slice-axis, --volumes and --overwrite are for new scans: --input names "
-                "them, without --truth"
-            )
-        if volumes and not dataset.clinical:
-            raise UserError(f"--volumes: {dataset.name} has no clinical quantities")
-        if input and len(run) > 1 and not ensemble:
-            raise UserError("--input takes one --run, or the mean of several with --ensemble")
-        if ensemble and (len(run) < 2 or not (input or out)):
-            raise UserError("--ensemble needs several --run, and for an evaluation --out, the folder of its results")
-        if len({folder.resolve() for folder in run}) < len(run):
-            raise UserError("--run names a run twice")
-        if batch_size < 1:
-            raise UserError(f"--batch-size {batch_size}: at least 1 slice at a time")
+        for_new_scans = center or confidence or slice_axis or volumes or overwrite
+        mistakes = {
+            "--run names the trained run, --list-runs the folder whose runs are listed": not run,
+            "--run names a run twice": len({folder.resolve() for folder in run}) < len(run),
+            "--input and --output belong together: scans of your own, and the folder for what is written": (
+                bool(input) != bool(output)
+            ),
+            "--truth and --labels belong to --input: --input IMAGES --truth MASKS, or --input TABLE.csv": (
+                (truth or labels) and not (input and with_truth)
+            ),
+            "--center, --confidence, --slice-axis, --volumes and --overwrite are for new scans: --input names them, "
+            "without --truth": for_new_scans and (with_truth or not input),
+            f"--volumes: {dataset.name} has no clinical quantities": volumes and not dataset.clinical,
+            "--input takes one --run, or the mean of several with --ensemble": input and len(run) > 1 and not ensemble,
+            "--ensemble needs several --run, and for an evaluation --out, the folder of its results": (
+                ensemble and (len(run) < 2 or not (input or out))
+            ),
+            f"--batch-size {batch_size}: at least 1 slice at a time": batch_size < 1,
+        }
+        if made := [mistake for mistake, is_made in mistakes.items() if is_made]:
+            raise UserError("\n".join(made))
+        where = choose_device(device)
         options = {"precision": precision, "tta": tta, "keep_largest": keep_largest}
-        parts = checkpoint, dataset, build_network, where
+
+        def load(folders: Sequence[Path]) -> TrainedRun:
+            runs = [load_run(folder, checkpoint, dataset, build_network, where) for folder in folders]
+            return mean_of(runs, evaluate=not input)
+
+        if input and with_truth:
+            own = labeled(input, truth, labels, dataset)
+            return evaluate_own(load(run), own, input[0], output, save_predictions=save_predictions, **options)
         if input:
-            trained = mean_of([load_run(folder, *parts) for folder in run], evaluate=False)
-            if with_truth:
-                own = labeled(input, truth, labels, dataset)
-                return evaluate_own(trained, own, input[0], output, save_predictions=save_predictions, **options)
-            maps = {"batch_size": batch_size, "confidence": confidence, "center": center, "slice_axis": slice_axis}
-            segmenter = Segmenter(run=trained, dataset=dataset, **maps, **options)
+            options |= {"confidence": confidence, "center": center, "slice_axis": slice_axis, "batch_size": batch_size}
+            segmenter = Segmenter(run=load(run), dataset=dataset, **options)
             return segment_files(segmenter, input, output, overwrite=overwrite, volumes=volumes)
         if selection:
             evaluation = {"data_root": data_root, "precision": precision, "tta": tta}
             tables = [selection_cost(folder, dataset, build_network, where, **evaluation) for folder in run]
             return print(to_markdown(tables))
-        compared = len(run) > 1 and not ensemble
-        if compared:  # before the first of them is evaluated
+        groups = [run] if ensemble else [(folder,) for folder in run]
+        if len(groups) > 1:  # before the first of them is evaluated
             names = name_rows(run, checkpoint, dataset, labels=label, one_data=data_root is not None)
             facts = repr((sorted(map(str, run)), checkpoint, tta, keep_largest, data_root, names)).encode()
             title = re.sub(r"[^\w.]+", "-", "_vs_".join(dict.fromkeys(names)))[:80]
             tables_at = out or run[0].parent / "comparisons" / f"{title}_{sha256(facts).hexdigest()[:6]}"
             OutputFolder(tables_at).require_free(*COMPARISON_FILES)
         summaries = []
-        groups = [run] if ensemble else [(folder,) for folder in run]
-        for folder, *others in groups:
-            trained = mean_of([load_run(member, *parts) for member in (folder, *others)], evaluate=True)
+        for folders in groups:
+            trained = load(folders)
             data, place, title = open_data(trained, data_root, dataset)
-            results = out if out and len(groups) == 1 else folder / "results" / place
-            files = {"out": results, "title": title, "save_predictions": save_predictions}
-            domain = trained.config.test_domain
-            try:
-                summaries.append(evaluate_run(trained, dataset, data=data, domain=domain, **files, **options))
-            except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise UserError(f"{folder}: {OUT_OF_MEMORY}") from error
-        if compared:
+            results = out if out and len(groups) == 1 else trained.folder / "results" / place
+            options |= {"domain": trained.config.test_domain, "title": title, "save_predictions": save_predictions}
+            with memory_errors(trained.folder):
+                summaries.append(evaluate_run(trained, dataset, data=data, out=results, **options))
+        if len(groups) > 1:
             write_comparison(by_method(summaries, names, dataset), dataset, tables_at)
 
     with clear_errors():

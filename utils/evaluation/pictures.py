@@ -1,6 +1,6 @@
-"""The pictures of an evaluation: Dice of all cases, clinical agreement, and the worst, median and best patient."""
+"""The pictures of an evaluation: Dice of all cases, clinical agreement, worst, median and best patient, and risk."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,63 +17,43 @@ from utils.method.augment import FIELD_PX, canvas_to_view
 from utils.plots import plot_bland_altman, plot_case, plot_dice_per_case
 
 
-def draw_results(
-    outputs: OutputFolder,
-    cases: Sequence[Mapping[str, Any]],
-    dataset: DatasetInfo,
-    *,
-    clinical: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    agreement: Mapping[str, Mapping[str, Any]],
+def draw_pictures(
+    outputs: OutputFolder, summary: Mapping[str, Any], cases: Sequence[Mapping[str, Any]], data: PreparedData,
+    dataset: DatasetInfo, *, chosen: Mapping[str, str], scans: Sequence[ScanPrediction],
+    clinical: Mapping[str, tuple[Sequence[float], Sequence[float]]], curves: Mapping[str, Mapping[str, np.ndarray]],
     title: str,
-) -> list[tuple[str, Path]]:
-    """Draw the Dice of all cases and the clinical agreement; returns captions and files, for the report.
+) -> list[tuple[str, Path]]:  # fmt: skip
+    """Draw the pictures of an evaluation; returns captions and files, for the report.
 
     Args:
+        summary: content of summary.json.
         cases: the lines of per_case.csv.
-        clinical: truths and predictions by quantity; empty for a data set without any.
-        agreement: what `agreement_limits` says of them, and the unit.
-    """
-    path = outputs.claim("dice_per_case.png")
-    plot_dice_per_case(path, [case for case in cases if "dice" in case], dataset.class_names[1:], title=title)
-    pictures = [("Dice per structure and case", path)]
-    if clinical:
-        path = outputs.claim("bland_altman.png")
-        plot_bland_altman(path, clinical, agreement, title=title)
-        pictures.append(("Clinical quantities: prediction against truth (Bland-Altman)", path))
-    return pictures
-
-
-def draw_patients(
-    outputs: OutputFolder,
-    scans: Iterable[ScanPrediction],
-    data: PreparedData,
-    dataset: DatasetInfo,
-    *,
-    chosen: Mapping[str, str],
-    paper_dice: Mapping[str, float],
-    title: str,
-) -> list[tuple[str, Path]]:
-    """Draw the scans of chosen patients; returns captions and files, for the report.
-
-    Args:
         chosen: patients by rank: "worst", "median", "best". One patient may have several ranks.
-        paper_dice: percent by patient.
+        scans: predictions of the chosen patients.
+        clinical: truths and predictions by quantity; empty for a data set without any.
+        curves: risk-coverage curves by kind of case and score.
     """
-    scans, pictures = list(scans), []
+    pictures: list[tuple[str, Path]] = []
+
+    def picture(caption: str, name: str) -> Path:
+        pictures.append((caption, outputs.claim(name)))
+        return pictures[-1][1]
+
+    path = picture("Dice per structure and case", "dice_per_case.png")
+    plot_dice_per_case(path, [case for case in cases if "dice" in case], dataset.class_names[1:], title=title)
+    if clinical:
+        path = picture("Clinical quantities: prediction against truth (Bland-Altman)", "bland_altman.png")
+        plot_bland_altman(path, clinical, summary["clinical"], title=title)
     for rank, patient in chosen.items():
+        dice = f"paper Dice of the patient {summary['paper_dice'][patient]:.1f} %"
         for scan in (scan for scan in scans if scan.patient == patient):
-            path = outputs.claim(f"overlays/{rank}_{patient}_{scan.phase}.png")
-            heading = f"{rank} patient: {patient} {scan.phase}; paper Dice of the patient {paper_dice[patient]:.1f} %"
-            _draw_case(path, scan, data, dataset, f"{heading}\n{title}")
-            pictures.append((f"{rank} patient by the paper's Dice: {patient} {scan.phase}", path))
-    return pictures
-
-
-def draw_risk(path: Path, curves: Mapping[str, Mapping[str, np.ndarray]], title: str) -> tuple[str, Path]:
-    """Draw the risk-coverage curves by kind of case and score; returns caption and file, for the report."""
+            name = f"{patient} {scan.phase}"
+            path = picture(f"{rank} patient by the paper's Dice: {name}", f"overlays/{rank}_{patient}_{scan.phase}.png")
+            _draw_case(path, scan, data, dataset, f"{rank} patient: {name}; {dice}\n{title}")
+    path = picture("Risk when slices or patients are kept by a score (risk-coverage curves)", "risk_coverage.png")
     labels = ("coverage, highest scores first (%)", "100 − Dice of the kept (%)")
     plot_scores(path, {kind: (*labels, of) for kind, of in curves.items()}, title=title)
-    return "Risk when slices or patients are kept by a score (risk-coverage curves)", path
+    return pictures
 
 
 def _draw_case(path: Path, scan: ScanPrediction, data: PreparedData, dataset: DatasetInfo, title: str) -> None:

@@ -66,25 +66,17 @@ def predict(
 
 
 def predict_scans(
-    nets: Sequence[nn.Module],
-    loader: DataLoader,
-    data: PreparedData,
-    *,
-    size: int,
-    reference: torch.Tensor | None,
-    device: torch.device,
-    precision: str,
-    tta: bool = False,
+    nets: Sequence[nn.Module], loader: DataLoader, data: PreparedData, *,
+    size: int, reference: torch.Tensor | None, device: torch.device, precision: str, tta: bool = False,
     others: Sequence[tuple[Sequence[nn.Module], torch.Tensor | None]] = (),
-) -> Iterator[ScanPrediction]:
+) -> Iterator[ScanPrediction]:  # fmt: skip
     """Predict every scan of a loader that yields one scan per batch; `others`: (nets, reference) to average with."""
     for batch in loader:
         canvas, quantiles, mask = (batch[name].to(device) for name in ("image", "quantiles", "mask"))
-        views = [
-            prepare_view(canvas, quantiles, size=size, reference=of) for of in (reference, *(r for _, r in others))
-        ]
-        pairs = zip((nets, *(n for n, _ in others)), views, strict=True)
-        predictions = [predict(of, view, precision=precision, tta=tta) for of, view in pairs]
+        views, predictions = [], []
+        for networks, its_reference in ((nets, reference), *others):
+            views.append(prepare_view(canvas, quantiles, size=size, reference=its_reference))
+            predictions.append(predict(networks, views[-1], precision=precision, tta=tta))
         probability, agreement = (sum(found) / len(views) for found in zip(*predictions, strict=True))
         # Images of every size are scored on the same grid.
         on_grid = F.interpolate(probability, size=FIELD_PX, mode="bilinear") if size != FIELD_PX else probability

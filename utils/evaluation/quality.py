@@ -61,8 +61,10 @@ def value_ranges(rows: Iterable[Mapping[str, Any]]) -> Ranges:
     return ranges
 
 
-def outside_ranges(row: Mapping[str, Any], ranges: Ranges) -> str:
-    """Return the measures of a row that lie outside the ranges, with blanks between; "empty" for no voxel at all."""
+def outside_ranges(row: Mapping[str, Any], ranges: Ranges | None) -> str:
+    """Return the measures of a row that lie outside the ranges; "empty" for no voxel, "unknown" without ranges."""
+    if not ranges:
+        return "unknown"
     if not row["volume_ml"]:
         return "empty"
     of = ranges.get(row["structure"], {})
@@ -78,10 +80,10 @@ def flag_quality(rows: Sequence[Mapping[str, Any]], dice: Mapping[str, float], r
     """
     flagged = {row["patient"] for row in rows if outside_ranges(row, ranges)}
     bad = {patient for patient, value in dice.items() if value < BAD_DICE}
-    agreement = [
-        np.mean([row["agreement"] for row in rows if row["patient"] == patient and "agreement" in row] or [0])
-        for patient in dice
-    ]
+    agreement = []
+    for patient in dice:
+        found = [row["agreement"] for row in rows if row["patient"] == patient and "agreement" in row]
+        agreement.append(np.mean(found or [0]))
     known = len(set(agreement)) > 1 and len(set(dice.values())) > 1
     good = dice.keys() - bad
     return {

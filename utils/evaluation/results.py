@@ -2,13 +2,12 @@
 
 import csv
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from config import RUNTIME_SETTINGS
@@ -16,21 +15,14 @@ from utils.data.dataset import DatasetInfo
 from utils.data.loaders import scan_loader
 from utils.data.prepared import PreparedData
 from utils.data.volume import write_volume
-from utils.errors import UserError
 from utils.evaluation.calibration import Trust
 from utils.evaluation.metrics import METRICS
 from utils.evaluation.monitor import last_figures
-from utils.evaluation.pictures import draw_patients, draw_results, draw_risk
-from utils.evaluation.predict import (
-    ScanPrediction,
-    mean_dice,
-    predict_scans,
-    to_native,
-    volumetric_rows,
-)
+from utils.evaluation.pictures import draw_pictures
+from utils.evaluation.predict import mean_dice, to_native, volumetric_rows
 from utils.evaluation.quality import flag_quality, scan_quality
 from utils.evaluation.report import summary_text, write_report
-from utils.evaluation.runs import TrainedRun, method_name, require_unseen
+from utils.evaluation.runs import TrainedRun, method_name, patients_to_evaluate, predict_run
 from utils.evaluation.statistics import agreement_limits, mean_std_interval
 from utils.evaluation.tools import write_label_names
 from utils.files import OutputFolder, write_json
@@ -46,18 +38,9 @@ CASE_COLUMNS = ("patient", "phase", "structure", *METRICS, *COUNTS, "predicted_m
 
 
 def evaluate_run(
-    run: TrainedRun,
-    dataset: DatasetInfo,
-    *,
-    data: PreparedData,
-    domain: str,
-    title: str,
-    out: Path,
-    save_predictions: bool,
-    precision: str,
-    tta: bool,
-    keep_largest: bool,
-) -> dict[str, Any]:
+    run: TrainedRun, dataset: DatasetInfo, *, data: PreparedData, domain: str, title: str, out: Path,
+    save_predictions: bool, precision: str, tta: bool, keep_largest: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Evaluate a run on a domain of prepared data; write tables, pictures, predictions and the report to `out`.
 
     Args:
@@ -68,28 +51,16 @@ def evaluate_run(
         The content of summary.json: paper protocol and volumetric metrics with bootstrap intervals.
     """
     config, remark = run.config, unfinished(run.folder)
-    patients = data.patients_with_masks(domain)
-    if not patients:
-        raise UserError(
-            f"{data.root} has no {dataset.domain_kind} {domain} with masks to evaluate on: check --data-root"
-        )
-    for member in (run, *run.others):
-        require_unseen(member, patients, data.root)
+    patients = patients_to_evaluate(run, data, domain, dataset)
     outputs = OutputFolder(out)
     outputs.require_free(*RESULT_FILES)  # before the work
-
-    def predicted(loader: DataLoader) -> Iterator[ScanPrediction]:
-        options = {"size": config.image_size, "reference": run.reference, "device": run.device}
-        others = [(member.nets, member.reference) for member in run.others]
-        return predict_scans(run.nets, loader, data, **options, precision=precision, tta=tta, others=others)
-
+    structures, how = dataset.class_names[1:], {"precision": precision, "tta": tta}
     slice_dice: list[tuple[str, str, list[float]]] = []
     cases: list[dict[str, Any]] = []
     quality: list[dict[str, Any]] = []
-    outside = np.zeros(2, int)
-    trust = Trust()
-    loader = scan_loader(data, patients)
-    for scan in tqdm(predicted(loader), total=len(loader), unit="scan", desc=f"evaluate {domain}"):
+    outside, trust, loader = np.zeros(2, int), Trust(), scan_loader(data, patients)
+    scans = predict_run(run, loader, data, **how)
+    for scan in tqdm(scans, total=len(loader), unit="scan", desc=f"evaluate {domain}"):
         native = to_native(scan, data, keep_largest=keep_largest)
         slice_dice.append((scan.patient, scan.phase, scan.slice_dice.tolist()))
         cases += volumetric_rows(scan, native, dataset.class_names)
@@ -102,10 +73,9 @@ def evaluate_run(
     if save_predictions:
         write_label_names(outputs, dataset.class_names, "predictions")
     paper_dice = mean_dice(slice_dice)
-    ranges = run.metadata.get("quality")  # not beside weights of an earlier version, or converted ones
     cases = [{**case, "paper_dice": paper_dice[case["patient"]]} for case in cases]
     units, clinical = _clinical(cases, dataset)
-    agreement = {name: agreement_limits(*pair) | {"unit": units[name]} for name, pair in clinical.items()}
+    settings = {key: value for key, value in asdict(config).items() if key not in RUNTIME_SETTINGS}
     summary = {
         "run": run.folder.resolve().name,
         "data": data.name,
@@ -115,28 +85,25 @@ def evaluate_run(
         "selection": run.metadata["selection"] if run.checkpoint == "best" else NO_SELECTION,
         "patients": len(paper_dice),
         "paper_dice": paper_dice,
-        "paper_protocol": mean_std_interval(list(paper_dice.values())),
-        "volumetric": {name: _volumetric(cases, name) for name in dataset.class_names[1:]},
+        "paper_protocol": mean_std_interval([*paper_dice.values()]),
+        "volumetric": {name: _volumetric(cases, name) for name in structures},
         "outside_field_percent": 100 * float(outside[0]) / max(int(outside[1]), 1),
-        "phantom": data.info["phantom"],
-        "centered_on_labels": data.info["centered_on_labels"],
         "method": method_name(run.metadata),
         "unfinished": remark,
-        "settings": {key: value for key, value in asdict(config).items() if key not in RUNTIME_SETTINGS},
-        "ratio": config.ratio,
-        "seed": config.seed,
-        "image_size": config.image_size,
-        "precision": precision,
-        "tta": tta,
+        "settings": settings,
         "keep_largest": keep_largest,
         "ensemble": [str(member.folder) for member in (run, *run.others)] if run.others else [],
-        "content_hash": data.info["content_hash"],
         "trained_by": {name: run.metadata[name] for name in ("git_commit", "versions", "content_hash")},
         "evaluated_by": provenance(),
-    } | ({"clinical": agreement} if agreement else {})
+    }
+    summary |= how | {key: settings[key] for key in ("ratio", "seed", "image_size")}
+    summary |= {key: data.info[key] for key in ("phantom", "centered_on_labels", "content_hash")}
     summary |= trust.summary() | last_figures(run.folder)
-    summary |= {"quality": flag_quality(quality, paper_dice, ranges)} if ranges else {}
-    if len(groups := _groups(cases, data)) > 1:
+    if clinical:
+        summary["clinical"] = {name: agreement_limits(*of) | {"unit": units[name]} for name, of in clinical.items()}
+    if ranges := run.metadata.get("quality"):  # not beside weights of an earlier version, or converted ones
+        summary["quality"] = flag_quality(quality, paper_dice, ranges)
+    if len(groups := _groups(cases, data, structures)) > 1:
         summary["groups"] = groups
     text = summary_text(title, summary)
     write_json(outputs.claim("summary.json"), summary)
@@ -147,11 +114,10 @@ def evaluate_run(
         writer.writerows(cases)
     ranked = sorted(paper_dice, key=paper_dice.__getitem__)
     chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
+    scans = list(predict_run(run, scan_loader(data, sorted({*chosen.values()})), data, **how))
+    found = {"chosen": chosen, "scans": scans, "clinical": clinical, "curves": trust.curves()}
     heading = f"{title}: run {summary['run']}, data {data.name}"
-    pictures = draw_results(outputs, cases, dataset, clinical=clinical, agreement=agreement, title=heading)
-    overlaid = predicted(scan_loader(data, sorted(set(chosen.values()))))
-    pictures += draw_patients(outputs, overlaid, data, dataset, chosen=chosen, paper_dice=paper_dice, title=heading)
-    pictures.append(draw_risk(outputs.claim("risk_coverage.png"), trust.curves(), heading))
+    pictures = draw_pictures(outputs, summary, cases, data, dataset, **found, title=heading)
     if "pseudo_labels" in summary:
         picture = run.folder / summary["pseudo_labels"]["picture"]
         pictures.append(("Pseudo labels and hidden masks, at the end of the training", picture))
@@ -160,8 +126,7 @@ def evaluate_run(
     outputs.claim("report.html")
     write_report(out, title=title, summary=summary, config=asdict(config), cases=cases, pictures=pictures)
     outputs.remove_stale()  # of an earlier evaluation, maybe of another checkpoint
-    print(text)
-    print(f"results in {out}")
+    print(f"{text}\nresults in {out}")
     return summary
 
 
@@ -176,24 +141,24 @@ def _volumetric(cases: Sequence[dict[str, Any]], structure: str) -> dict[str, An
     for metric in METRICS:
         spread = mean_std_interval([np.mean([case[metric] for case in found]) for found in of_patient.values()])
         result |= {metric: spread["mean"], f"{metric}_std": spread["std"], f"{metric}_ci95": spread["ci95"]}
-    result["scans"] = len(scans)
     result |= {count: sum(case.get(count, 0) for case in scans) for count in COUNTS}
-    result["both_empty"] = sum("dice" not in case for case in scans)
-    return result
+    return result | {"scans": len(scans), "both_empty": sum("dice" not in case for case in scans)}
 
 
-def _groups(cases: Sequence[dict[str, Any]], data: PreparedData) -> dict[str, dict[str, Any]]:
+def _groups(
+    cases: Sequence[dict[str, Any]], data: PreparedData, structures: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     """Return the number of patients, the paper's Dice and every structure's Dice by group of patients."""
     group_of = dict(zip(data.index["patient"], data.index["group"], strict=True))
-    by_group: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for case in cases:
-        by_group[str(group_of[case["patient"]])].append(case)
     groups = {}
-    for group, members in sorted(by_group.items()):
+    for group in sorted({group_of[case["patient"]] for case in cases}):
+        members = [case for case in cases if group_of[case["patient"]] == group]
         paper_dice = {case["patient"]: case["paper_dice"] for case in members}
-        dice = {name: _volumetric(members, name)["dice"] for name in dict.fromkeys(c["structure"] for c in members)}
-        paper = mean_std_interval(list(paper_dice.values()))
-        groups[group] = {"patients": len(paper_dice), "paper_protocol": paper, "dice": dice}
+        groups[str(group)] = {
+            "patients": len(paper_dice),
+            "paper_protocol": mean_std_interval([*paper_dice.values()]),
+            "dice": {name: _volumetric(members, name)["dice"] for name in structures},
+        }
     return groups
 
 
@@ -204,15 +169,16 @@ def _clinical(
 
     They need both phases: a patient with one of them is left out.
     """
-    if dataset.clinical is None:
-        return {}, {}
-    volumes: dict[str, tuple[dict, dict]] = defaultdict(lambda: ({}, {}))
-    for case in cases:
-        for of_patient, kind in zip(volumes[case["patient"]], ("truth_ml", "predicted_ml"), strict=True):
-            of_patient[case["phase"], case["structure"]] = case[kind]
-    both = [pair for pair in volumes.values() if {"ED", "ES"} <= {phase for phase, _ in pair[0]}]
-    if not both:
-        return {}, {}
-    pairs = [tuple(map(dataset.clinical, pair)) for pair in both]
-    units = {name: unit for name, (_, unit) in pairs[0][0].items()}
-    return units, {name: tuple([of[name][0] for of in column] for column in zip(*pairs, strict=True)) for name in units}
+    scans_of: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for case in cases if dataset.clinical else ():
+        scans_of[case["patient"]].append(case)
+    units: dict[str, str] = {}
+    values: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
+    for scans in scans_of.values():
+        if {"ED", "ES"} <= {case["phase"] for case in scans}:
+            for column, kind in enumerate(("truth_ml", "predicted_ml")):
+                quantities = dataset.clinical({(case["phase"], case["structure"]): case[kind] for case in scans})
+                for name, (value, unit) in quantities.items():
+                    units[name] = unit
+                    values[name][column].append(value)
+    return units, values

@@ -1,17 +1,19 @@
 """Trained runs: loading one for inference, what is known of it, and the list of all in a folder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from config import RUNTIME_SETTINGS, Config
 from utils.data.dataset import DatasetInfo
 from utils.data.prepared import NO_DOMAIN, PreparedData
 from utils.errors import UserError, first_line
+from utils.evaluation.predict import ScanPrediction, predict_scans
 from utils.evaluation.tables import Cell, Table
 from utils.files import read_json
 from utils.run.checkpoint import load_checkpoint, load_networks, read_metadata
@@ -76,7 +78,8 @@ def ensemble(runs: Sequence[TrainedRun], *, evaluate: bool) -> TrainedRun:
 
 def _read_run(folder: Path, checkpoint: str, dataset: DatasetInfo) -> tuple[Path, dict, dict | None]:
     """Return the file of a run's checkpoint, its metadata and, of "last", the whole state."""
-    require_run(folder, dataset)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run; train one first: python {dataset.key}_train.py --help")
     path, state = folder / f"{checkpoint}.safetensors", None
     if checkpoint == "last":
         path, state = folder / "last.pt", load_checkpoint(folder)
@@ -93,8 +96,6 @@ def name_rows(
 ) -> list[str]:
     """Return the names of several runs in one table: their labels, or their methods and the settings that tell apart.
 
-    A setting that makes the method is named only between runs of one method, any other where two of the runs differ.
-
     Args:
         one_data: all runs are evaluated on the same data, whatever their training's.
 
@@ -103,43 +104,40 @@ def name_rows(
     """
     found = [_read_run(folder, checkpoint, dataset)[1] for folder in folders]
     settings = [DEFAULTS | m["config"] | {"data": (m["content_hash"] or "unknown")[:8]} for m in found]
-    methods = [method_name(metadata) for metadata in found]
-
-    def values(key: str, method: str | None = None) -> list[str]:
-        """Return a setting of every run; of one that makes the method, of the runs of that method."""
-        of_method = [s for s, m in zip(settings, methods, strict=True) if m == method or key not in METHOD_SETTINGS]
-        return [str(s.get(key)).removesuffix(".0") for s in of_method]
-
-    keys = sorted(set().union(*settings) - RUNTIME_SETTINGS - VARYING)
-    names = list(labels)
-    for method, s in zip(methods, settings, strict=True) if not labels else ():
-        differing = [f"{key} {str(s.get(key)).removesuffix('.0')}" for key in keys if len({*values(key, method)}) > 1]
-        names.append(", ".join([method, *differing]))
+    names = list(labels) or _names_by_settings(list(map(method_name, found)), settings)
     if len(names) != len(folders):
         raise UserError(f"--label gives {len(labels)} names for {len(folders)} runs: give one per --run, in that order")
     problems = []
     for key, remedy in (("ratio", ""), ("data", "; --data-root names data to evaluate all of them on")):
-        if len({*values(key)}) > 1 and not (key == "data" and one_data):
-            each = ", ".join(f"{folder}: {value}" for folder, value in zip(folders, values(key), strict=True))
-            problems.append(
-                f"one table takes runs of one label ratio, trained on the same data, not {key} {each}{remedy}"
-            )
+        if len({s[key] for s in settings}) > 1 and not (key == "data" and one_data):
+            each = ", ".join(f"{folder}: {s[key]}" for folder, s in zip(folders, settings, strict=True))
+            rule = "one table takes runs of one label ratio, trained on the same data"
+            problems.append(f"{rule}, not {key} {each}{remedy}")
     if any(s["test_domain"] == NO_DOMAIN for s in settings):
         problems.append(f"a run trained on all domains has no place in a table over held-out {dataset.domain_kind}s")
     cells = [(name, s["test_domain"], s["seed"]) for name, s in zip(names, settings, strict=True)]
-    twice = [str(folder) for folder, cell in zip(folders, cells, strict=True) if cells.count(cell) > 1]
-    if twice:
-        same = "have the same settings, held-out domain and seed: give one, or tell them apart by --label"
-        problems.append(f"{', '.join(twice)} {same}")
+    if twice := ", ".join(str(folder) for folder, cell in zip(folders, cells, strict=True) if cells.count(cell) > 1):
+        remedy = "give one, or tell them apart by --label"
+        problems.append(f"{twice} have the same settings, held-out domain and seed: {remedy}")
     if problems:
         raise UserError("\n".join(problems))
     return names
 
 
-def require_run(folder: Path, dataset: DatasetInfo) -> None:
-    """Raise UserError when there is no such folder."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such run; train one first: python {dataset.key}_train.py --help")
+def _names_by_settings(methods: Sequence[str], settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Return each run's method with the settings in which two of the runs differ.
+
+    A setting that makes the method is named only between runs of one method.
+    """
+    keys = sorted(set().union(*settings) - RUNTIME_SETTINGS - VARYING)
+    texts = [{key: str(s.get(key)).removesuffix(".0") for key in keys} for s in settings]
+    names = []
+    for method, own in zip(methods, texts, strict=True):
+        of_method = [text for other, text in zip(methods, texts, strict=True) if other == method]
+        beside = {key: of_method if key in METHOD_SETTINGS else texts for key in keys}
+        told_apart = [key for key in keys if any(text[key] != own[key] for text in beside[key])]
+        names.append(", ".join([method, *(f"{key} {own[key]}" for key in told_apart)]))
+    return names
 
 
 def open_data(run: TrainedRun, data_root: Path | None, dataset: DatasetInfo) -> tuple[PreparedData, str, str]:
@@ -172,16 +170,36 @@ def on_other_data(summary: dict[str, Any]) -> bool:
     return summary["trained_by"]["content_hash"] not in (None, summary["content_hash"])
 
 
-def require_unseen(run: TrainedRun, patients: Sequence[str], root: Path) -> None:
-    """Raise UserError when the run's training has seen a patient to evaluate on."""
-    if (run.folder / "split.json").exists():  # not beside converted weights
-        split = read_json(run.folder / "split.json")
-        trained = {p for part in TRAINING_PARTS for p in split[part]} | {*run.metadata.get("seen_before", [])}
-        if seen := sorted(trained & set(patients)):
+def patients_to_evaluate(run: TrainedRun, data: PreparedData, domain: str, dataset: DatasetInfo) -> list[str]:
+    """Return the patients with masks of a domain.
+
+    Raises:
+        UserError: there are none, or the training of the run, or of one averaged with it, has seen one of them.
+    """
+    patients = data.patients_with_masks(domain)
+    if not patients:
+        raise UserError(
+            f"{data.root} has no {dataset.domain_kind} {domain} with masks to evaluate on: check --data-root"
+        )
+    for member in (run, *run.others):
+        split = member.folder / "split.json"
+        parts = read_json(split) if split.exists() else {}  # not beside converted weights
+        trained = {patient for part in TRAINING_PARTS for patient in parts.get(part, [])}
+        if seen := sorted({*patients} & (trained | {*member.metadata.get("seen_before", [])})):
             raise UserError(
-                f"{run.folder} was trained with {len(seen)} of the patients of {root} to evaluate on: "
+                f"{member.folder} was trained with {len(seen)} of the patients of {data.root} to evaluate on: "
                 f"{', '.join(seen[:5])}. Evaluate on others, or rename these if they only share their names"
             )
+    return patients
+
+
+def predict_run(
+    run: TrainedRun, loader: DataLoader, data: PreparedData, *, precision: str, tta: bool
+) -> Iterator[ScanPrediction]:
+    """Predict every scan of a loader by a run, or by the mean of several."""
+    others = [(member.nets, member.reference) for member in run.others]
+    options = {"size": run.config.image_size, "reference": run.reference, "device": run.device}
+    return predict_scans(run.nets, loader, data, **options, precision=precision, tta=tta, others=others)
 
 
 def method_name(metadata: dict[str, Any]) -> str:
@@ -224,8 +242,8 @@ def runs_table(root: Path, dataset: DatasetInfo) -> Table:
 def _run_row(folder: Path, metadata: dict[str, Any]) -> list[Any]:
     config = metadata["config"]
     source = max((line["val_dice"] for line in read_log(folder / "log.jsonl")), default=None)
-    evaluated = folder / "results" / config["test_domain"] / "summary.json"
-    summary = read_json(evaluated) if evaluated.exists() else None  # an earlier version left those of other data there
-    held_out = {"mean": None, "std": None} if not summary or on_other_data(summary) else summary["paper_protocol"]
+    evaluated, held_out = folder / "results" / config["test_domain"] / "summary.json", Cell(None)
+    if evaluated.exists() and not on_other_data(summary := read_json(evaluated)):  # of an earlier version they may be
+        held_out = Cell(summary["paper_protocol"]["mean"], summary["paper_protocol"]["std"])
     row = [config["test_domain"], f"{100 * config['ratio']:g} %", method_name(metadata), config["seed"]]
-    return [*row, f"{metadata['step']}{unfinished(folder)}", Cell(source), Cell(held_out["mean"], held_out["std"])]
+    return [*row, f"{metadata['step']}{unfinished(folder)}", Cell(source), held_out]

@@ -2,8 +2,9 @@
 
 import csv
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -29,8 +30,8 @@ from utils.method.augment import CANVAS_PX, FIELD_PX, fourier_view
 from utils.method.losses import kl_variance
 
 NOTE = "SemiDG-Seg: for research use, not for clinical decisions"
+MAPS = ("seg", "confidence", "agreement")  # as files are called; with --confidence all of them are written
 QUALITY_COLUMNS = ("scan", "frame", "structure", *MEASURES, "outside_range")
-OUT_OF_MEMORY = "out of memory: try --device cpu, --precision bf16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,25 +61,23 @@ class Segmenter:
             of the networks, both float32 and 0 outside the field of view. And the same maps, always with "agreement",
             as the networks see them: (Z, size, size).
         """
-        config = self.run.config
-        spacing = self.dataset.spacing * FIELD_PX / config.image_size
-        grid = PlaneMap(plane.shape, plane.zooms, config.image_size, spacing, plane.center)
-        batches = [slice(first, first + self.batch_size) for first in range(0, len(slices), self.batch_size)]
+        size = self.run.config.image_size
+        grid = replace(plane, size=size, spacing=self.dataset.spacing * FIELD_PX / size)
         # Slice by slice, here and below: a whole scan at its own resolution, with all classes, would take gigabytes.
         normalized = (self.dataset.normalize(image[None].astype(np.float32)) for image in slices)
         canvas = np.concatenate([plane.to_canvas(image).astype(np.float16) for image in normalized])
         # A new scan comes without partners from other scanners: half the scan away lies another amplitude.
         partners = np.roll(range(len(canvas)), len(canvas) // 2)
-        maps = {"seg": np.empty(slices.shape, np.uint8)}
-        if self.confidence:
-            maps |= {name: np.empty(slices.shape, np.float32) for name in ("confidence", "agreement")}
+        wanted = MAPS if self.confidence else MAPS[:1]
+        maps = {name: np.empty(slices.shape, np.uint8 if name == "seg" else np.float32) for name in wanted}
         seen: dict[str, list[np.ndarray]] = defaultdict(list)
-        for batch in batches:
-            found = self._mean(canvas[batch], canvas[partners[batch]], config.image_size)
+        for first in range(0, len(slices), self.batch_size):
+            batch = slice(first, first + self.batch_size)
+            found = self._mean(canvas[batch], canvas[partners[batch]], size)
             for name, values in found.items():
                 seen[name].append((values.argmax(1) if name == "seg" else values).cpu().numpy())
             for name, array in maps.items():
-                for number, values in enumerate(found[name].cpu().numpy(), start=batch.start):
+                for number, values in enumerate(found[name].cpu().numpy(), start=first):
                     native = grid.to_native(values)
                     array[number] = native.argmax(0) if name == "seg" else native
         if self.keep_largest:
@@ -116,20 +115,17 @@ class Segmenter:
         normalized = np.concatenate([self.dataset.normalize(image[None].astype(np.float32)) for image in slices])
         budget, size = len(slices) * frame_count(volume), self.run.config.image_size
         center, share = locate(normalized, plane, self._foreground, size=size, budget=budget)
-        if center is None:
-            tqdm.write("  center: the networks find nothing, so the image's centre is taken")
-        else:
-            tqdm.write(
-                f"  center: {center[0]:.1f} {center[1]:.1f}, with {100 * share:.0f} % of what was found around it"
-            )
+        said = "the networks find nothing, so the image's centre is taken"
+        if center:
+            said = f"{center[0]:.1f} {center[1]:.1f}, with {100 * share:.0f} % of what was found around it"
+        tqdm.write(f"  center: {said}")
         return center
 
     def _foreground(self, canvas: np.ndarray, size: int) -> np.ndarray:
         """Return the probability of any structure: canvases (N, C, C) -> (N, size, size)."""
         batches = np.array_split(canvas, range(self.batch_size, len(canvas), self.batch_size))
         plain = replace(self, tta=False, confidence=False)
-        found = [1 - plain._mean(batch, batch, size)["seg"][:, 0].cpu().numpy() for batch in batches]
-        return np.concatenate(found)
+        return np.concatenate([1 - plain._mean(batch, batch, size)["seg"][:, 0].cpu().numpy() for batch in batches])
 
     def volume(self, volume: Volume) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
         """Segment all frames of a 3D or 4D volume, slices on the third axis.
@@ -151,12 +147,8 @@ class Segmenter:
             frames.append(maps)
             rows = structure_quality(seen.pop("seg"), seen, self.dataset.class_names, voxel_ml)
             quality += [{"frame": number, **row} for row in rows]
-        maps = {}
-        for name in list(frames[0]):
-            found = [maps_of_frame.pop(name) for maps_of_frame in frames]
-            stacked = np.stack(found) if len(found) > 1 else found[0][None]  # (T, Z, X, Y), of one frame without a copy
-            maps[name] = stacked.transpose(2, 3, 1, 0).reshape(shape)
-        return maps, quality
+        stacked = {name: np.stack([maps.pop(name) for maps in frames]) for name in list(frames[0])}  # (T, Z, X, Y)
+        return {name: array.transpose(2, 3, 1, 0).reshape(shape) for name, array in stacked.items()}, quality
 
     def file(self, path: Path, target: str) -> tuple[int, list[dict[str, Any]], dict[str, Any]]:
         """Segment a file, write TARGET_seg.nii.gz and, where wanted, the other maps.
@@ -179,12 +171,12 @@ class Segmenter:
             )
         if reasons := implausible(turned, any_thickness=True):
             raise UserError("; ".join(reasons))
-        warnings = [volume.warning] if volume.warning else []
+        if volume.warning:
+            tqdm.write(f"warning: {path}: {volume.warning}")
         values = np.unique(volume.array[::4, ::4, ::2])
         if len(values) <= 10 and (values == np.rint(values)).all():
-            warnings.append(f"it holds only the values {', '.join(f'{v:g}' for v in values)}: is it a label map?")
-        for warning in warnings:
-            tqdm.write(f"warning: {path}: {warning}")
+            found = ", ".join(f"{value:g}" for value in values)
+            tqdm.write(f"warning: {path}: it holds only the values {found}: is it a label map?")
         if self.center == "auto":
             tqdm.write(f"{path}:")
         maps, quality = self.volume(turned)
@@ -206,10 +198,16 @@ class Segmenter:
         return frames | {f"{name} ({unit})": value for name, (value, unit) in found.items()}
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Return True if an exception says that the memory, of the machine or its GPU, is full."""
-    full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return full or "can't allocate memory" in str(error)  # PyTorch has no class of its own for the machine's memory
+@contextmanager
+def memory_errors(name: Path, remedy: str = "") -> Iterator[None]:
+    """Turn a full memory, of the machine or its GPU, into a UserError that names a file or folder."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not full and "can't allocate memory" not in str(error):  # PyTorch has no class of its own for that
+            raise
+        raise UserError(f"{name}: out of memory: try --device cpu, --precision bf16{remedy}") from error
 
 
 def segment_files(
@@ -227,8 +225,8 @@ def segment_files(
             all the others, the files that failed.
     """
     stems = _output_stems(inputs, output)
-    kinds = ("seg", "confidence", "agreement") if segmenter.confidence else ("seg",)
-    there = [path for stem in stems.values() for kind in kinds if (path := output / f"{stem}_{kind}.nii.gz").exists()]
+    names = MAPS if segmenter.confidence else MAPS[:1]
+    there = [path for stem in stems.values() for name in names if (path := output / f"{stem}_{name}.nii.gz").exists()]
     if there and not overwrite:
         raise UserError(
             f"{len(there)} of the maps to write are there already, perhaps corrected by hand: {there[0]} and so on; "
@@ -236,22 +234,20 @@ def segment_files(
         )
     outputs, ranges = OutputFolder(output), segmenter.run.metadata.get("quality")
     outputs.require_free("quality.csv", "volumes.csv", "labels.txt", "labels.ctbl")
+    smaller = f", or a smaller --batch-size (now {segmenter.batch_size})"
     problems, slices, began = [], 0, monotonic()
     quality: list[dict[str, Any]] = []
     clinical: list[dict[str, Any]] = []
     for path, stem in tqdm(stems.items(), unit="scan", desc="segment"):
         try:
-            count, rows, quantities = segmenter.file(path, f"{output / stem}")
-            slices += count
-            flags = [{"outside_range": outside_ranges(row, ranges) if ranges else "unknown"} for row in rows]
-            quality += [{"scan": stem, **row, **flag} for row, flag in zip(rows, flags, strict=True)]
-            clinical += [{"scan": stem, **quantities}] if quantities else []
+            with memory_errors(path, smaller):
+                count, rows, quantities = segmenter.file(path, f"{output / stem}")
         except UserError as error:
             problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            problems.append(f"{path}: {OUT_OF_MEMORY}, or a smaller --batch-size (now {segmenter.batch_size})")
+            continue
+        slices += count
+        quality += [{"scan": stem, **row, "outside_range": outside_ranges(row, ranges)} for row in rows]
+        clinical += [{"scan": stem, **quantities}] if quantities else []
     print(f"{len(stems) - len(problems)} scans in {output}: {slices / (monotonic() - began):.1f} slices/s. {NOTE}.")
     if quality:
         _write_rows(outputs, "quality.csv", QUALITY_COLUMNS, quality)
@@ -279,19 +275,19 @@ def _write_rows(outputs: OutputFolder, name: str, columns: Sequence[str], rows: 
 
 
 def _output_stems(inputs: Sequence[Path], output: Path) -> dict[Path, str]:
+    """Return the beginning of the outputs' names by input; UserError where outputs would overwrite something."""
     files = nifti_files(inputs)
-    stems = {path: file_stem(path) for path in files}
-    for path in [path for path in files if is_map(path) and path not in inputs]:
+    left_out = [path for path in files if is_map(path) and path not in inputs]
+    for path in left_out:
         print(f"left out as a label map, by its name: {path}")
-        del stems[path]
+    stems = {path: file_stem(path) for path in files if path not in left_out}
     if not stems:
         raise UserError(f"no .nii or .nii.gz scan in {', '.join(map(str, inputs))} (folders in it are not searched)")
-    doubles = sorted({stem for stem in stems.values() if list(stems.values()).count(stem) > 1})
-    if doubles:
-        raise UserError(f"several inputs would be written as {doubles[0]}_seg.nii.gz: segment them into other folders")
+    stem, count = Counter(stems.values()).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"several inputs would be written as {stem}_seg.nii.gz: segment them into other folders")
     given = {path.resolve() for path in files}
-    for stem in stems.values():
-        for target in (output / f"{stem}_{name}.nii.gz" for name in ("seg", "confidence", "agreement")):
-            if target.resolve() in given:
-                raise UserError(f"{target} lies among the inputs and would be overwritten: choose another --output")
+    for target in (output / f"{stem}_{name}.nii.gz" for stem in stems.values() for name in MAPS):
+        if target.resolve() in given:
+            raise UserError(f"{target} lies among the inputs and would be overwritten: choose another --output")
     return stems

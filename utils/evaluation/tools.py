@@ -9,11 +9,11 @@ from utils.plots import STRUCTURE_COLOURS
 
 def write_label_names(outputs: OutputFolder, class_names: Sequence[str], folder: str = ".") -> None:
     """Write labels.txt for ITK-SNAP and labels.ctbl for 3D Slicer into a folder in `outputs`."""
-    structures = list(zip(range(1, len(class_names)), class_names[1:], STRUCTURE_COLOURS, strict=False))
-    colours = [" ".join(map(str, bytes.fromhex(colour[1:]))) for _, _, colour in structures]
-    snap = ['0 0 0 0 0 0 0 "Clear Label"']  # index, red, green, blue, opacity, visible, mesh visible, name
-    snap += [f'{label} {rgb} 1 1 1 "{name}"' for (label, name, _), rgb in zip(structures, colours, strict=True)]
-    slicer = [f"0 {class_names[0]} 0 0 0 0"]
-    slicer += [f"{label} {name} {rgb} 255" for (label, name, _), rgb in zip(structures, colours, strict=True)]
-    for suffix, lines in (("txt", snap), ("ctbl", slicer)):
-        outputs.claim(str(Path(folder, f"labels.{suffix}"))).write_text("\n".join(lines) + "\n")
+    snap = '0 0 0 0 0 0 0 "Clear Label"\n'  # index, red, green, blue, opacity, visible, mesh visible, name
+    slicer = f"0 {class_names[0]} 0 0 0 0\n"
+    for label, (name, colour) in enumerate(zip(class_names[1:], STRUCTURE_COLOURS, strict=False), start=1):
+        rgb = " ".join(map(str, bytes.fromhex(colour[1:])))
+        snap += f'{label} {rgb} 1 1 1 "{name}"\n'
+        slicer += f"{label} {name} {rgb} 255\n"
+    for suffix, text in (("txt", snap), ("ctbl", slicer)):
+        outputs.claim(str(Path(folder, f"labels.{suffix}"))).write_text(text)
