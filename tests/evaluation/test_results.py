@@ -44,9 +44,10 @@ def trained(mms_config, build_tiny):
 
 def evaluate(run, build_tiny, **options):
     defaults = {"save_predictions": False, "precision": "fp32", "tta": False, "keep_largest": False}
-    options = defaults | {"out": run / "results/D", "domain": "D", "title": "M&Ms, held-out vendor D"} | options
+    options = defaults | {"out": run / "results/D"} | options
     trained = load_run(run, options.pop("checkpoint", "best"), MMS, build_tiny, CPU)
-    return evaluate_run(trained, MMS, data=open_data(trained, options.pop("data_root", None), MMS)[0], **options)
+    data, _, title = open_data(trained, options.pop("data_root", None), MMS)
+    return evaluate_run(trained, MMS, data=data, domain=trained.config.test_domain, title=title, **options)
 
 
 def listed(folder):
