@@ -4,13 +4,12 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import chain, islice, repeat
 from pathlib import Path
 
-from torch import nn
 from tqdm import tqdm
 
 from config import Config
@@ -24,15 +23,13 @@ from utils.run.checkpoint import is_intact, load_checkpoint, save_checkpoint, sa
 from utils.run.folder import begin_run, open_run
 from utils.run.interrupt import EXIT_INTERRUPTED, Interrupt
 from utils.run.logger import Logger
-from utils.trainer import Batch, Trainer
+from utils.trainer import Batch, BuildNetwork, Trainer
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row before training gives up
 SYNC_EVERY = 10  # steps between looks at the device's counters, for the progress bar and the curves
 
 
-def fit(
-    cfg: Config, loaders: Loaders, build_network: Callable[..., nn.Module], process: Process, *, last: bool = True
-) -> None:
+def fit(cfg: Config, loaders: Loaders, build_network: BuildNetwork, process: Process, *, last: bool = True) -> None:
     """Train two networks by `cfg`, resuming the run of that name if there is one; the main process writes.
 
     Args:
@@ -74,13 +71,12 @@ def fit(
             print(f"{folder}: goes on from step {trainer.step} of {total}")
 
         interrupt = stack.enter_context(Interrupt())
-        progress = stack.enter_context(
-            tqdm(total=total, initial=trainer.step, unit="step", desc="train", smoothing=0.1, disable=not logger)
-        )
+        progress = tqdm(total=total, initial=trainer.step, unit="step", desc="train", smoothing=0.1, disable=not logger)
+        stack.enter_context(progress)
         recent: deque[list[int]] = deque(maxlen=MAX_BAD_STEPS)  # index rows of the images of each step
         began = time.monotonic()
-        supervised = (step for step in range(trainer.step, total) if trainer.cps_weight(step))
-        begin = next(supervised, total)  # of the pseudo supervision, which alone needs unlabelled images
+        # The pseudo supervision alone needs unlabelled images.
+        begin = next(filter(trainer.cps_weight, range(trainer.step, total)), total)
         for batches in training_batches(loaders, cfg.accumulate, trainer.step, total, unlabeled_from=begin):
             trainer.train_step(batches)
             progress.update()
@@ -92,7 +88,7 @@ def fit(
                 point, trainer.recent = trainer.means(trainer.recent), {}
                 progress.set_postfix(loss=f"{point['loss']:.3f}", cps=f"{point['cps']:.3f}")
                 if logger:
-                    logger.log_point({"step": trainer.step, **point})
+                    logger.points.append({"step": trainer.step, **point})
             if epoch_ends:
                 end_epoch(trainer, time.monotonic() - began, logger, outputs)
                 began = time.monotonic()
@@ -127,12 +123,7 @@ def training_batches(
         yield list(islice(pairs, accumulate))
 
 
-def end_epoch(
-    trainer: Trainer,
-    seconds: float,
-    logger: Logger | None,
-    outputs: OutputFolder | None,
-) -> None:
+def end_epoch(trainer: Trainer, seconds: float, logger: Logger | None, outputs: OutputFolder | None) -> None:
     """Evaluate on source images; keep the best weights; log, and draw curves and samples of the last step."""
     epoch = math.ceil(trainer.step / trainer.loaders.steps_per_epoch)
     means, dice, skipped = trainer.means(trainer.sums), trainer.validate(), int(trainer.bad_steps[1])
@@ -151,27 +142,25 @@ def end_epoch(
         save_networks(outputs.claim(name.format(epoch)), trainer.nets, trainer.metadata())
         for old in {name.format(number) for number in range(epoch - trainer.cfg.keep_epochs + 1)} & outputs.made:
             (outputs.folder / old).unlink(missing_ok=True)
-    samples = outputs.claim(f"samples/epoch_{epoch:03d}.png")
     title = f"run {outputs.folder.resolve().name}, data {trainer.loaders.data.name}, step {trainer.step}"
     loader = trainer.loaders.unlabeled
     last = loader.sampler.batch_of_number((trainer.step - 1) * trainer.cfg.accumulate)
-    trainer.draw_samples(samples, loader.dataset[last], title)
-    pictures = {"samples": samples}
+    pictures = {"samples": outputs.claim(f"samples/epoch_{epoch:03d}.png")}
+    trainer.draw_samples(pictures["samples"], loader.dataset[last], title)
     if trainer.cfg.monitor_pseudo_labels:
         pictures["pseudo_labels"] = outputs.claim(f"samples/pseudo_labels_epoch_{epoch:03d}.png")
-        where = {"reference": trainer.mean_reference, "device": trainer.device, "autocast": trainer.autocast}
         with trainer.evaluating():
             line["pseudo_labels"] = monitor_pseudo_labels(
                 pictures["pseudo_labels"], trainer.nets, trainer.loaders.data, trainer.loaders.split, trainer.cfg,
-                **where, title=title,
+                reference=trainer.mean_reference, device=trainer.device, autocast=trainer.autocast, title=title,
             )  # fmt: skip
     logger.log(line, pictures)
     selected = max(logger.lines, key=lambda line: line["val_dice"])["step"]
     curves = {"points": logger.points, "epochs": logger.lines, "selected_step": selected}
     plot_curves(outputs.folder / "curves.png", **curves, validated=trainer.validated, title=title)
-    text = f"epoch {epoch}: loss {means['loss']:.4f}, Dice on {trainer.validated} {dice:.2f} %"
-    text += f" (best {trainer.best:.2f})"
-    tqdm.write(text + (f"; {skipped} steps were not finite and skipped" if skipped else ""))
+    scores = f"loss {means['loss']:.4f}, Dice on {trainer.validated} {dice:.2f} % (best {trainer.best:.2f})"
+    remark = f"; {skipped} steps were not finite and skipped" if skipped else ""
+    tqdm.write(f"epoch {epoch}: {scores}{remark}")
 
 
 def stop_if_diverged(trainer: Trainer, recent: Sequence[list[int]], path: Path) -> None:

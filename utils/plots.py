@@ -45,42 +45,40 @@ def plot_curves(
 
     steps, loss, supervised, variance = map(column, ("step", "loss", "supervised", "variance"))
     losses = {"L = L_s + β L_cacps": loss, "L_s: Dice loss": supervised, "β L_cacps": loss - supervised}
-    dice = [[line[key] for line in epochs] for key in ("step", "val_dice")]
-    panels = {
-        "loss, summed over both networks": {name: (steps, values) for name, values in losses.items()},
-        f"Dice (%) on {validated}": {"mean of patients": dice},
-        "variance V (mean KL)": {"": (steps, variance)},
-        "confidence exp(−mean V)": {"": (steps, np.exp(-variance))},
+    ends, dice = ([line[key] for line in epochs] for key in ("step", "val_dice"))
+    panels = {  # the steps and the curves of each
+        "loss, summed over both networks": (steps, losses),
+        f"Dice (%) on {validated}": (ends, {"mean of patients": dice}),
+        "variance V (mean KL)": (steps, {"": variance}),
+        "confidence exp(−mean V)": (steps, {"": np.exp(-variance)}),
     }
-    monitored = [(line["step"], line["pseudo_labels"]) for line in epochs if "pseudo_labels" in line]
+    monitored = [line for line in epochs if "pseudo_labels" in line]
     if monitored:
-        at, figures = zip(*monitored, strict=True)
-        panels["pseudo label Dice (%) by domain"] = {
-            domain: (at, [of["dice"][domain] for of in figures]) for domain in figures[0]["dice"]
-        }
-        panels["AUROC: pixel is right, foreground"] = {
-            name: (at, [of["scores"][name]["auroc_foreground"] for of in figures]) for name in figures[0]["scores"]
-        }
+        at, figures = [line["step"] for line in monitored], [line["pseudo_labels"] for line in monitored]
+        dice = {domain: [of["dice"][domain] for of in figures] for domain in figures[0]["dice"]}
+        ranks = {name: [of["scores"][name]["auroc_foreground"] for of in figures] for name in figures[0]["scores"]}
+        panels |= {"pseudo label Dice (%) by domain": (at, dice), "AUROC: pixel is right, foreground": (at, ranks)}
     marker_size = 3 if len(steps) <= 50 else 1
     figure = Figure(figsize=(9, 3 * len(panels) / 2), layout="constrained")
     axes = list(figure.subplots(len(panels) // 2, 2, sharex=True).flat)
     if selected_step is not None:
         axes[1].axvline(selected_step, color="grey", linestyle="--", label=f"kept: step {selected_step}")
-    for ax, (name, curves) in zip(axes, panels.items(), strict=True):
+    for ax, (name, (at, curves)) in zip(axes, panels.items(), strict=True):
         for (label, values), (colour, style) in zip(curves.items(), LINE_STYLES, strict=False):
             # The markers keep a lone point, such as one between two gaps, visible.
-            ax.plot(*values, color=colour, linestyle=style, marker="o", markersize=marker_size, label=label)
+            ax.plot(at, values, color=colour, linestyle=style, marker="o", markersize=marker_size, label=label)
         ax.set_title(name, fontsize=10)
         ax.grid(alpha=0.3)
     for ax in axes[:2]:  # where no numbers of the steps stand below
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3, fontsize=8, frameon=False)
+    for ax in axes[4:]:
+        ax.legend(fontsize=8)
     if np.isnan(variance).all():
         for ax in axes[2:4]:
             ax.text(0.5, 0.5, "no pseudo supervision so far", ha="center", transform=ax.transAxes)
     axes[0].set_xlim(0, None)
     figure.supxlabel("step", fontsize=10)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    save(figure, path, title)
 
 
 def plot_training_samples(
@@ -95,7 +93,7 @@ def plot_training_samples(
     name = "CutMix image" if mask_box.any() else "plain image"  # the one that is pseudo-labelled
     titles = ["plain image", "Fourier view", name]
     titles += [f"{kind} {network}\non {name}" for kind in ("pseudo label", "confidence") for network in (1, 2)]
-    figure, axes = _grid(min(len(plain), 4), titles, title=title)
+    figure, axes = _grid(min(len(plain), 4), titles)
     for n, row in enumerate(axes):
         for ax, image in zip(row, (plain[n], fourier[n], mixed[n], mixed[n], mixed[n]), strict=False):
             _show(ax, image)
@@ -105,7 +103,7 @@ def plot_training_samples(
             confidence_map = _show(row[5 + network], confidence[network, n], cmap="viridis")
     figure.colorbar(confidence_map, ax=axes, shrink=0.6, label="confidence exp(−V)")
     box = Line2D([], [], color="white", label="edge of pasted region")
-    _finish(figure, path, [*_fills(class_names, "pseudo label"), box])
+    _finish(figure, path, title, [*_fills(class_names, "pseudo label"), box])
 
 
 def plot_preview(path, *, images, masks, fourier, mixed, letters, spacing, titles, class_names, title) -> None:
@@ -116,18 +114,18 @@ def plot_preview(path, *, images, masks, fourier, mixed, letters, spacing, title
     """
     difference = np.asarray(fourier, dtype=float) - images
     limit = max(np.abs(difference).max(), 1e-6)
-    figure, axes = _grid(
-        len(images), ["plain", "truth", "Fourier view", "Fourier − plain", "CutMix"], titles, title=title
-    )
+    figure, axes = _grid(len(images), ["plain", "truth", "Fourier view", "Fourier − plain", "CutMix"], titles)
     for n, row in enumerate(axes):
         for column, image in ((0, images[n]), (1, images[n]), (2, fourier[n]), (4, mixed[n])):
             _show(row[column], image)
         _orient(row[0], letters[n], spacing)
-        _contour_structures(row[1], masks[n], class_names)
+        # LV last: its edge is also the inner edge of MYO, which stays recognisable by its outer one.
+        for label, _, colour in reversed(_structures(class_names)):
+            _contour(row[1], masks[n] == label, colour)
         difference_map = _show(row[3], difference[n], cmap="RdBu_r", limits=(-limit, limit))
     figure.colorbar(difference_map, ax=axes, shrink=0.6, label="Fourier − plain")
     handles = [Line2D([], [], color=colour, label=f"{name} truth") for _, name, colour in _structures(class_names)]
-    _finish(figure, path, handles)
+    _finish(figure, path, title, handles)
 
 
 def plot_case(path, *, image, truth, prediction, agreement, slices, letters, spacing, class_names, title) -> None:
@@ -139,7 +137,7 @@ def plot_case(path, *, image, truth, prediction, agreement, slices, letters, spa
     """
     window = _structure_window(np.maximum(prediction, truth)[slices])
     limits = np.percentile(image[slices], (1, 99))  # one grey scale, so that slices can be compared
-    figure, axes = _grid(3, [f"slice {s}" for s in slices], ["image", "prediction, truth", "agreement"], title=title)
+    figure, axes = _grid(3, [f"slice {s}" for s in slices], ["image", "prediction, truth", "agreement"])
     for s, column in zip(slices, axes.T, strict=True):
         for ax in column[:2]:
             _show(ax, image[s][window], limits=limits)
@@ -150,7 +148,7 @@ def plot_case(path, *, image, truth, prediction, agreement, slices, letters, spa
     _orient(axes[0, 0], letters, spacing)
     figure.colorbar(agreement_map, ax=axes, shrink=0.6, label="agreement exp(−KL) of the two networks")
     truth_line = Line2D([], [], color="white", path_effects=CASING, label="truth")
-    _finish(figure, path, [*_fills(class_names, "prediction"), truth_line])
+    _finish(figure, path, title, [*_fills(class_names, "prediction"), truth_line])
 
 
 def plot_dice_per_case(path, rows: list[dict], class_names, *, title, num_named: int = 3) -> None:
@@ -167,35 +165,26 @@ def plot_dice_per_case(path, rows: list[dict], class_names, *, title, num_named:
     ax = figure.add_subplot()
     for x, name, colour in _structures(class_names):
         cases = [row for row in rows if row["structure"] == name]
-        ax.boxplot(
-            [row["dice"] for row in cases], positions=[x], widths=0.5, showfliers=False, medianprops={"color": "black"}
-        )
+        dice = [row["dice"] for row in cases]
+        ax.boxplot(dice, positions=[x], widths=0.5, showfliers=False, medianprops={"color": "black"})
         # Golden ratio steps spread neighbours in Dice apart, the same way each time.
-        places = [(x + 0.36 * (i * 0.618 % 1 - 0.5), row["dice"]) for i, row in enumerate(cases)]
+        places = [(x + 0.36 * (i * 0.618 % 1 - 0.5), value) for i, value in enumerate(dice)]
+        style = {"color": colour, "markersize": 5, "markeredgecolor": "black", "markeredgewidth": 0.5}
         for place, row in zip(places, cases, strict=True):
-            ax.plot(
-                *place, markers[row["phase"]], color=colour, markeredgecolor="black", markersize=5, markeredgewidth=0.5
-            )
+            ax.plot(*place, markers[row["phase"]], **style)
         text_y = np.inf
+        line = {"arrowstyle": "-", "linewidth": 0.5}
         for place, row in reversed(list(zip(places, cases, strict=True))[:num_named]):
             text_y = min(row["dice"], text_y - 0.045 * span)  # names move down until they are apart
-            ax.annotate(
-                f"{row['patient']} {row['phase']}",
-                place,
-                (x + 0.3, text_y),
-                fontsize=7,
-                va="center",
-                arrowprops={"arrowstyle": "-", "linewidth": 0.5},
-            )
-    ax.set(xlim=(0.5, len(class_names) + 0.8), ylim=(lowest - 0.15 * span, 100 + 0.03 * span))
+            text = f"{row['patient']} {row['phase']}"
+            ax.annotate(text, place, (x + 0.3, text_y), fontsize=7, va="center", arrowprops=line)
+    ax.set(xlim=(0.5, len(class_names) + 0.8), ylim=(lowest - 0.15 * span, 100 + 0.03 * span), ylabel="Dice (%)")
     ax.set_xticks(range(1, len(class_names) + 1), class_names)
-    ax.set_ylabel("Dice (%)")
-    ax.set_title(title, fontsize=10)
     ax.grid(axis="y", alpha=0.3)
     handles = [Patch(facecolor=c, edgecolor="black", label=n) for _, n, c in _structures(class_names)]
     handles += [Line2D([], [], color="grey", marker=m, ls="", label=p) for p, m in markers.items() if p]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
-    _save(figure, path)
+    legend_below(figure, handles)
+    save(figure, path, title)
 
 
 def plot_bland_altman(path, pairs: dict, agreement: dict[str, dict], *, title: str) -> None:
@@ -231,10 +220,8 @@ def plot_bland_altman(path, pairs: dict, agreement: dict[str, dict], *, title: s
             ax.text(0.5, 0.6, "no patient has both", ha="center", fontsize=8, transform=ax.transAxes)
     for ax in axes[len(pairs) :]:
         ax.set_axis_off()
-    by_label = {line.get_label(): line for ax in axes[: len(pairs)] for line in ax.lines}
-    figure.legend(handles=list(by_label.values()), loc="outside lower center", ncols=4, fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    legend_below(figure, ncols=4)
+    save(figure, path, title)
 
 
 def _structures(class_names):
@@ -268,12 +255,6 @@ def _orient(ax, letters, spacing) -> None:
     ax.text(0.05, 0.08, f"{length} mm", fontsize=7, **style)
 
 
-def _contour_structures(ax, labels, class_names) -> None:
-    # LV last: its edge is also the inner edge of MYO, which stays recognisable by its outer one.
-    for label, _, colour in reversed(_structures(class_names)):
-        _contour(ax, labels == label, colour)
-
-
 def _fill_structures(ax, labels, class_names) -> None:
     overlay = np.zeros((*labels.shape, 4))
     for label, _, colour in _structures(class_names):
@@ -293,7 +274,7 @@ def _structure_window(labels, margin: float = 0.35) -> tuple:
     return np.s_[x0:x1, y0:y1]
 
 
-def _grid(num_rows, column_titles, row_titles=(), *, title):
+def _grid(num_rows, column_titles, row_titles=()):
     figure = Figure(figsize=(1.65 * len(column_titles) + 1, 1.65 * num_rows + 1), layout="compressed")
     axes = figure.subplots(num_rows, len(column_titles), squeeze=False)
     for ax in axes.flat:
@@ -302,7 +283,6 @@ def _grid(num_rows, column_titles, row_titles=(), *, title):
         ax.set_title(text, fontsize=9)
     for ax, text in zip(axes[:, 0], row_titles, strict=False):
         ax.set_ylabel(text, fontsize=8)
-    figure.suptitle(title, fontsize=10)
     return figure, axes
 
 
@@ -311,21 +291,24 @@ def _fills(class_names, meaning):
     return [Patch(color=c, alpha=FILL_ALPHA, label=f"{name} {meaning}") for _, name, c in _structures(class_names)]
 
 
-def _finish(figure, path, handles) -> None:
+def _finish(figure, path, title, handles) -> None:
     """Save a grid of images above a legend."""
-    # As dark as the images, so that the colours (one of them white) look as they do there.
     num_columns = figure.axes[0].get_gridspec().ncols
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=min(len(handles), 2 * num_columns),
-        fontsize=8,
-        facecolor="dimgrey",
-        labelcolor="white",
-    )
-    _save(figure, path)
+    # As dark as the images, so that the colours (one of them white) look as they do there.
+    legend_below(figure, handles, min(len(handles), 2 * num_columns), facecolor="dimgrey", labelcolor="white")
+    save(figure, path, title)
 
 
-def _save(figure, path) -> None:
+def legend_below(figure, handles=None, ncols=None, **style) -> None:
+    """Put a legend below the axes: of `handles`, else of the lines that have a label, each label once."""
+    if handles is None:
+        by_label = {line.get_label(): line for ax in figure.axes for line in ax.lines}
+        handles = [line for label, line in by_label.items() if not label.startswith("_")]  # matplotlib's own
+    figure.legend(handles=handles, loc="outside lower center", ncols=ncols or len(handles), fontsize=8, **style)
+
+
+def save(figure, path, title) -> None:
+    """Write the PNG file with `title` above all."""
+    figure.suptitle(title, fontsize=10)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, bbox_inches="tight", pad_inches=0.05)

@@ -37,18 +37,15 @@ from utils.run.folder import load_initial
 SELECTION = "highest ensemble Dice (paper protocol) on {images}; the target domain is never looked at"
 
 Batch = dict[str, torch.Tensor]
+BuildNetwork = Callable[..., nn.Module]
+State = dict[str, Any]  # of a run, as its checkpoints hold it
 
 
 class Trainer:
     """The state of a run on its device: networks, optimisers, step, and what the log accumulates."""
 
     def __init__(
-        self,
-        cfg: Config,
-        loaders: Loaders,
-        build_network: Callable[..., nn.Module],
-        process: Process,
-        state: dict[str, Any] | None = None,
+        self, cfg: Config, loaders: Loaders, build_network: BuildNetwork, process: Process, state: State | None = None
     ):
         """Begin anew, or where the method `state` was called."""
         self.cfg, self.loaders, self.process, self.device = cfg, loaders, process, process.device
@@ -75,17 +72,13 @@ class Trainer:
             self.step_nets = [torch.compile(net) for net in self.nets]
         if cfg.checkpoint_activations:  # around the compiled networks: torch.compile cannot look into it
             self.step_nets = [checkpointed(net) for net in self.step_nets]
-        self.optimizers = [
-            torch.optim.AdamW(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-            for net in self.nets
-        ]
+        adamw = partial(torch.optim.AdamW, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+        self.optimizers = [adamw(net.parameters()) for net in self.nets]
         reference = torch.from_numpy(loaders.reference).to(self.device) if cfg.histogram_matching else None
         self.mean_reference = None if reference is None else reference.mean(0)
         self.augmentation = Augmentation(cfg, reference)
         self.generator = torch.Generator(self.device)
-        self.statistics = [
-            buffer for norm in batch_norms(self.nets) for buffer in (norm.running_mean, norm.running_var)
-        ]
+        self.statistics = [of for norm in batch_norms(self.nets) for of in (norm.running_mean, norm.running_var)]
         self.step = 0
         self.best = -1.0  # percent
         self.sums: dict[str, torch.Tensor] = {}  # since the last line of the log, on the device
@@ -112,10 +105,9 @@ class Trainer:
         """Augment an unlabelled batch of B, or with CutMix 2 B, canvases."""
         image, quantiles = (batch[name].to(self.device, non_blocking=True) for name in ("image", "quantiles"))
         plain, fourier = self.augmentation.unlabeled(image, quantiles, self.generator)
-        parts = 2 if self.cfg.cutmix else 1
-        box_mask = None
+        parts, box_mask = 1, None
         if self.cfg.cutmix:
-            box_mask = cutmix_mask(len(image) // 2, self.cfg.image_size, generator=self.generator)
+            parts, box_mask = 2, cutmix_mask(len(image) // 2, self.cfg.image_size, generator=self.generator)
         return UnlabeledViews(plain.chunk(parts), None if fourier is None else fourier.chunk(parts), box_mask)
 
     def train_step(self, batches: Sequence[tuple[Batch, Batch | None]]) -> None:
@@ -125,23 +117,16 @@ class Trainer:
         the device decides alone.
         """
         weight = self.cps_weight(self.step)
+        options = {"cps_loss": self.cfg.cps_loss, "cps_weight": weight, "autocast": self.autocast}
+        options |= {"dice_classes": slice(0 if self.cfg.dice_background else 1, None)}
         statistics_before = torch.cat(self.statistics)
         micro_steps = []
         for number, (labeled, unlabeled) in enumerate(batches, start=self.step * self.cfg.accumulate):
             self.generator.manual_seed(derive_seed(self.cfg.seed, 4, number, self.process.rank))
             torch.manual_seed(derive_seed(self.cfg.seed, 5, number, self.process.rank))  # dropout
             image, mask = self.labeled_views(labeled)
-            scalars = training_step(
-                self.step_nets,
-                image,
-                mask,
-                self.unlabeled_views(unlabeled) if weight else None,
-                dice_classes=slice(0 if self.cfg.dice_background else 1, None),
-                cps_loss=self.cfg.cps_loss,
-                cps_weight=weight,
-                autocast=self.autocast,
-                loss_scale=1 / self.cfg.accumulate,
-            )
+            views = self.unlabeled_views(unlabeled) if weight else None
+            scalars = training_step(self.step_nets, image, mask, views, loss_scale=1 / self.cfg.accumulate, **options)
             micro_steps.append(scalars)
         scalars = {name: torch.stack([part[name] for part in micro_steps]).mean() for name in micro_steps[0]}
         self._update(scalars, statistics_before)
@@ -189,17 +174,11 @@ class Trainer:
     def validate(self) -> float:
         """Return the mean paper-protocol Dice (percent) on the labelled source images, without augmentation."""
         with self.evaluating():
-            scans = predict_scans(
-                self.nets,
-                self.loaders.val,
-                self.loaders.data,
-                size=self.cfg.image_size,
-                reference=self.mean_reference,
-                device=self.device,
-                precision=self.cfg.precision,
-            )
-            # Each process predicts its share of the scans; in one order, so that sums do not depend on who did which.
             data, names = self.loaders.data, self.loaders.dataset.class_names
+            view = {"size": self.cfg.image_size, "reference": self.mean_reference}
+            where = {"device": self.device, "precision": self.cfg.precision}
+            scans = predict_scans(self.nets, self.loaders.val, data, **view, **where)
+            # Each process predicts its share of the scans; in one order, so that sums do not depend on who did which.
             found = [(s.patient, s.phase, s.slice_dice.tolist(), scan_quality(s, data, names)) for s in scans]
             *scores, quality = zip(*sorted(gather(found), key=itemgetter(0, 1)), strict=True)
             dice = mean_dice(zip(*scores, strict=True))
@@ -220,19 +199,13 @@ class Trainer:
             labels = [pseudo_label(net, views) for net in self.nets]
             variances = [kl_variance(*(net(image).float() for image in mixed)) for net in self.nets]
         box_mask = torch.zeros_like(mixed[0]) if views.box_mask is None else views.box_mask
-        plot_training_samples(
-            path,
-            plain=views.plain[0][:, 0].cpu().numpy(),
-            fourier=fourier[0][:, 0].cpu().numpy(),
-            mixed=mixed[0][:, 0].cpu().numpy(),
-            mask_box=box_mask[:, 0].cpu().numpy(),
-            pseudo_labels=torch.stack(labels).cpu().numpy(),
-            confidence=torch.exp(-torch.stack(variances)).cpu().numpy(),
-            class_names=self.loaders.dataset.class_names[1:],
-            title=title,
-        )
+        images = {"plain": views.plain[0], "fourier": fourier[0], "mixed": mixed[0], "mask_box": box_mask}
+        arrays = {name: image[:, 0] for name, image in images.items()}
+        arrays |= {"pseudo_labels": torch.stack(labels), "confidence": torch.exp(-torch.stack(variances))}
+        arrays = {name: array.cpu().numpy() for name, array in arrays.items()}
+        plot_training_samples(path, **arrays, class_names=self.loaders.dataset.class_names[1:], title=title)
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """Return everything that resuming needs, as plain tensors and values: the same in every process."""
         average([*self.sums.values(), *self.recent.values()])
         return {
@@ -246,7 +219,7 @@ class Trainer:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
 
-    def _load_state(self, state: dict[str, Any]) -> None:
+    def _load_state(self, state: State) -> None:
         if state["metadata"]["content_hash"] != self.loaders.data.info["content_hash"]:
             raise UserError(
                 f"{self.loaders.data.root} holds other data than this run began with: "
@@ -275,15 +248,10 @@ class Trainer:
 
     def metadata(self) -> dict[str, Any]:
         """Return what inference needs beside the weights."""
-        return run_metadata(
-            self.loaders.dataset,
-            asdict(self.cfg),
-            self.mean_reference,
-            self.loaders.data.info,
-            selection=SELECTION.format(images=self.validated),
-            step=self.step,
-            cps_weight=self.cps_weight(self.step - 1),  # of the last step: 0 before the pseudo supervision began
-        ) | {"seen_before": self.seen_before, "quality": self.quality}
+        facts = {"selection": SELECTION.format(images=self.validated), "step": self.step}
+        facts["cps_weight"] = self.cps_weight(self.step - 1)  # of the last step: 0 before the pseudo supervision began
+        parts = self.loaders.dataset, asdict(self.cfg), self.mean_reference, self.loaders.data.info
+        return run_metadata(*parts, **facts) | {"seen_before": self.seen_before, "quality": self.quality}
 
 
 def run_metadata(

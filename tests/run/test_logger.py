@@ -15,7 +15,7 @@ def test_lines_after_the_checkpoint_are_cut_off(tmp_path):
     with Logger(tmp_path, since=0, use_wandb=False, config={}) as logger:
         for step in (10, 20, 30):
             logger.log({"step": step, "loss": step / 7})
-            logger.log_point({"step": step, "loss": step / 3})
+            logger.points.append({"step": step, "loss": step / 3})
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 40, "lo')  # the process was killed while writing
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [10, 20, 30]

@@ -52,20 +52,18 @@ def write_open_data(
     raw.parent.mkdir(parents=True, exist_ok=True)
     archive = source or download(URL, raw.with_name(f"{raw.name}.download.zip"))
     with tempfile.TemporaryDirectory(prefix=f"{raw.name}_", dir=raw.parent) as folder:
-        root = archive if archive.is_dir() else extract(archive, Path(folder) / "bids")
-        written = [
-            _write_session(root, session, f"site{site}-sc", number, Path(folder) / "raw", seed)
-            for site, sessions in SESSIONS.items()
-            for number, session in enumerate(tqdm(sessions, desc=f"site {site}", leave=False), start=1)
-        ]
-        if not any(written):
+        root, new = archive if archive.is_dir() else extract(archive, Path(folder) / "bids"), Path(folder) / "raw"
+        counts = dict.fromkeys(SESSIONS, 0)
+        for site, sessions in SESSIONS.items():
+            for number, session in enumerate(tqdm(sessions, desc=f"site {site}", leave=False), start=1):
+                counts[site] += _write_session(root, session, f"site{site}-sc", number, new, seed)
+        if not any(counts.values()):
             raise UserError(f"{archive}: no session of the data set in it, such as sub-9418/anat: is it another one?")
-        (Path(folder) / "raw" / "SOURCE.txt").write_text(SOURCE)
-        (Path(folder) / "raw").rename(raw)
+        (new / "SOURCE.txt").write_text(SOURCE)
+        new.rename(raw)
     if not source:
         archive.unlink()
-    sites = {s: sum(name.startswith(f"site{s}") for name in filter(None, written)) for s in SESSIONS}
-    print(f"{raw}: sessions by site: {', '.join(f'{site}: {count}' for site, count in sites.items())}")
+    print(f"{raw}: sessions by site: {', '.join(f'{site}: {count}' for site, count in counts.items())}")
 
 
 def download(url: str, path: Path) -> Path:
@@ -79,16 +77,12 @@ def download(url: str, path: Path) -> Path:
         with urllib.request.urlopen(urllib.request.Request(url, headers={"Range": f"bytes={have}-"})) as answer:
             have = have if answer.status == 206 else 0
             total = int(answer.headers.get("Content-Length") or 0) + have or None
-            with (
-                open(path, "ab" if have else "wb") as file,
-                tqdm(desc="download", total=total, initial=have, unit="B", unit_scale=True) as bar,
-            ):
+            progress = tqdm(desc="download", total=total, initial=have, unit="B", unit_scale=True)
+            with open(path, "ab" if have else "wb") as file, progress as bar:
                 while piece := answer.read(1 << 16):
                     bar.update(file.write(piece))
     except OSError as error:
-        raise UserError(
-            f"{url} cannot be downloaded ({error}). Try again, or fetch it elsewhere and give it by --from"
-        ) from error
+        raise UserError(f"{url} cannot be downloaded ({error}). Try again, or give a copy of it by --from") from error
     try:
         with zipfile.ZipFile(path) as found:
             damaged = found.testzip()
@@ -103,27 +97,24 @@ def download(url: str, path: Path) -> Path:
 
 
 def extract(archive: Path, folder: Path) -> Path:
-    """Write the files of the sessions, and no others, to a folder; names in the archive decide no path outside it."""
+    """Write the files of the sessions, and no others, to a folder; return the root of the data in it."""
+    sessions = set(sum(SESSIONS.values(), ()))
     try:
         with zipfile.ZipFile(archive) as packed:
-            for name in packed.namelist():
-                parts = name.split("/")[1:]  # below the folder that GitHub makes
-                if name.endswith(".nii.gz") and ".." not in parts and set(parts) & set(sum(SESSIONS.values(), ())):
-                    target = folder.joinpath(*parts)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(packed.read(name))
+            names = [name for name in packed.namelist() if name.endswith(".nii.gz") and sessions & {*name.split("/")}]
+            packed.extractall(folder, names)  # which leads no name out of the folder
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{archive}: no whole zip file ({error}): download it again") from error
-    return folder
+    return folder / names[0].split("/")[0] if names else folder  # GitHub makes a folder around the files
 
 
-def _write_session(root: Path, session: str, prefix: str, number: int, raw: Path, seed: int) -> str:
-    """Write both runs of a session; return its name in the raw layout, empty where it is not in this copy."""
+def _write_session(root: Path, session: str, prefix: str, number: int, raw: Path, seed: int) -> bool:
+    """Write both runs of a session; return False where it is not in this copy."""
     runs = [root / session / "anat" / f"{session}_run-{run}_T2starw.nii.gz" for run in (1, 2)]
     labels = root / "derivatives" / "labels" / session / "anat"
     masks = [labels / f"{session}_run-1_T2starw_{kind}-manual.nii.gz" for kind in ("gmseg", "seg")]
     if not runs[0].exists():
-        return ""
+        return False
     for path in (*runs, *masks):
         if path.exists() and path.stat().st_size < 1000:
             raise UserError(f"{path}: only a pointer of git-annex or git-lfs: get the file itself")
@@ -138,14 +129,14 @@ def _write_session(root: Path, session: str, prefix: str, number: int, raw: Path
     for run, path in enumerate(runs):
         if not path.exists():
             continue
-        volume = first if run == 0 else read_volume(path, 3)
+        volume = read_volume(path, 3)
         place, affine = _window(volume, middle, rng)
         part = "train" if labeled and run == 0 else "test"
         name = f"{prefix}{number + 10 * run:02d}"
         save(raw / part / f"{name}-image.nii.gz", volume.array[place], affine)
         for rater in range(1, 5) if part == "train" else ():
             save(raw / part / f"{name}-mask-r{rater}.nii.gz", label[place], affine)
-    return f"{prefix}{number:02d}"
+    return True
 
 
 def _window(volume: Volume, middle: np.ndarray, rng: np.random.Generator) -> tuple[tuple[slice, ...], np.ndarray]:

@@ -53,6 +53,7 @@ class Report(NamedTuple):
 
 
 Reports = list[tuple[Case | None, Report]]
+Target = tuple[Path, int, int]  # folder of the arrays, first slice and first mask of a scan
 
 
 def check_dataset(raw: Path, dataset: DatasetInfo, *, workers: int) -> bool:
@@ -70,9 +71,7 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int,
     """
     unfinished = out.with_name(out.name + ".partial")
     if unfinished.exists() and not (unfinished / LOCK).exists():
-        raise UserError(
-            f"{unfinished} is there and was not left by this program: move it away, or choose another --out"
-        )
+        raise UserError(f"{unfinished} is there and was not left by this program: move it, or choose another --out")
     with folder_lock(unfinished):
         try:
             if out.exists():  # asked under the lock: another process may have made it just now
@@ -124,11 +123,8 @@ def _frames(case: Case, count: int) -> Sequence[int]:
     return sorted(case.phases.values()) if case.own and case.phases else range(count)
 
 
-def _allocate(cases: list[Case], dataset: DatasetInfo, out: Path) -> list[tuple[Path, int, int]] | None:
-    """Create the arrays for all slices that the headers promise.
-
-    Returns the folder, the first slice and the first mask of each case, or None if a header is damaged.
-    """
+def _allocate(cases: list[Case], dataset: DatasetInfo, out: Path) -> list[Target] | None:
+    """Create the arrays for all slices that the headers promise; return None if a header is damaged."""
     targets, slices, masks = [], 0, 0
     for case in cases:
         targets.append((out, slices, masks))
@@ -152,10 +148,8 @@ def _allocate(cases: list[Case], dataset: DatasetInfo, out: Path) -> list[tuple[
     return targets
 
 
-def process_case(
-    case: Case, dataset: DatasetInfo, target: tuple[Path, int, int] | None, on_labels: bool = False
-) -> Report:
-    """Check the files of one scan and, if `target` (folder, first slice and mask) is given, convert it."""
+def process_case(case: Case, dataset: DatasetInfo, target: Target | None, on_labels: bool = False) -> Report:
+    """Check the files of one scan and, if `target` is given, convert it."""
     errors: list[str] = []
     volumes: list[Volume] = []
     for path in (case.image, *case.masks):
@@ -204,43 +198,30 @@ def process_case(
     field = replace(plane, size=FIELD_PX).inside()
     outside = (np.count_nonzero(structures & ~field), np.count_nonzero(structures)) if truth else (0, 0)
     if outside[0] > 0.01 * outside[1]:
-        share = 100 * outside[0] / outside[1]
-        warnings.append(
-            f"{case.image}: {share:.1f} % of its labelled voxels lie outside the network's field of view"
-            + ("" if on_labels else "; --center auto puts the canvas on the labels")
-        )
-    report = Report(errors, warnings, [], outside)
-    return _convert(case, dataset, image, truth, plane, *target, report) if target else report
+        lost = f"{100 * outside[0] / outside[1]:.1f} % of its labelled voxels"
+        remedy = "" if on_labels else "; --center auto puts the canvas on the labels"
+        warnings.append(f"{case.image}: {lost} lie outside the network's field of view{remedy}")
+    rows, digest = _convert(case, dataset, image, truth, plane, target) if target else ([], b"")
+    return Report(errors, warnings, rows, outside, digest)
 
 
 def _labels(mask: Volume, dataset: DatasetInfo) -> Volume:
     """Return a mask with whole labels; raise UserError, which names no file, if the data set has no such label."""
-    mask = whole_numbers(mask)
-    if mask.array.min() < 0 or mask.array.max() >= dataset.num_raw_labels:
-        unknown = np.setdiff1d(mask.array, range(dataset.num_raw_labels))
-        raise UserError(
-            f"labels {unknown[:5].tolist()} outside 0..{dataset.num_raw_labels - 1}; for scans of your own, "
-            "--labels says what they mean"
-        )
+    mask, last = whole_numbers(mask), dataset.num_raw_labels - 1
+    if mask.array.min() < 0 or mask.array.max() > last:
+        unknown = np.setdiff1d(mask.array, range(last + 1))[:5].tolist()
+        raise UserError(f"labels {unknown} outside 0..{last}; for scans of your own, --labels says what they mean")
     return mask
 
 
 def _convert(
-    case: Case,
-    dataset: DatasetInfo,
-    image: Volume,
-    truth: dict[str, np.ndarray],
-    plane: PlaneMap,
-    out: Path,
-    row: int,
-    mask_row: int,
-    report: Report,
-) -> Report:
-    """Write the slices and masks of one checked scan."""
+    case: Case, dataset: DatasetInfo, image: Volume, truth: dict[str, np.ndarray], plane: PlaneMap, target: Target
+) -> tuple[list[dict[str, Any]], bytes]:
+    """Write the slices and masks of one checked scan; return its part of index.csv and the SHA-256 of all."""
+    out, row, mask_row = target
     images, masks, quantiles = (np.load(out / f"{n}.npy", mmap_mode="r+") for n in ("images", "masks", "quantiles"))
     phases = {frame: phase for phase, frame in case.phases.items()}
-    depth = image.array.shape[2]
-    digest = hashlib.sha256()
+    depth, index, digest = image.array.shape[2], [], hashlib.sha256()
     for frame in _frames(case, frame_count(image)):
         canvas = plane.to_canvas(dataset.normalize(frame_slices(image, frame).astype(np.float32))).astype(np.float16)
         images[row : row + depth] = canvas
@@ -255,13 +236,13 @@ def _convert(
             write_volume(path, np.ascontiguousarray(np.moveaxis(truth[phase], 0, 2)), like=image)
         for z in range(depth):
             mask = mask_row + z if phase else -1
-            row_values = (case.patient, case.domain, case.group, phase, frame, z, mask)
-            row_values += (*plane.shape, *image.zooms, *plane.middle)
-            report.rows.append(dict(zip(INDEX_COLUMNS, row_values, strict=True)))
+            values = (case.patient, case.domain, case.group, phase, frame, z, mask)
+            values += (*plane.shape, *image.zooms, *plane.middle)
+            index.append(dict(zip(INDEX_COLUMNS, values, strict=True)))
         row, mask_row = row + depth, mask_row + depth * bool(phase)
-    known = [{name: row[name] for name in HASHED_COLUMNS} for row in report.rows]
+    known = [{name: line[name] for name in HASHED_COLUMNS} for line in index]
     digest.update(repr(known).encode() + image.affine.tobytes())
-    return report._replace(digest=digest.digest())
+    return index, digest.digest()
 
 
 def quantile_curves(canvas: np.ndarray) -> np.ndarray:

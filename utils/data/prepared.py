@@ -60,9 +60,7 @@ class PreparedData:
         try:
             info = json.loads((root / "dataset.json").read_text())
             if info["dataset"] != dataset.key:
-                raise UserError(
-                    f"{root} holds {info['dataset']} data: use that data set's scripts, or name {dataset.key} data"
-                )
+                raise UserError(f"{root} holds {info['dataset']} data: use its scripts, or name {dataset.key} data")
             if info["format"] != FORMAT_VERSION:
                 raise UserError(
                     f"{root} is of format {info['format']}, expected {FORMAT_VERSION}: remove it, and prepare the "
@@ -147,20 +145,17 @@ def split_patients(data: PreparedData, dataset: DatasetInfo, cfg: Config) -> Spl
                     f"{len(members)}: hold that {dataset.domain_kind} out, use a smaller --ratio or more data"
                 )
             chosen += members[:count]
-        if not chosen or len(chosen) <= val_patients:
+        training = len(chosen) - val_patients
+        if training < 1:
             raise UserError(
                 f"{dataset.domain_kind} {domain}: {len(chosen)} patients are labelled in {data.root}, of "
                 f"{len(has_mask)} with masks in all; {val_patients} of them for validation: none is left to train on"
             )
-        labeled += chosen[: len(chosen) - val_patients]
-        validation += chosen[len(chosen) - val_patients :]
+        labeled += chosen[:training]
+        validation += chosen[training:]
     if not held_out and test_domain != NO_DOMAIN:
         raise UserError(f"{dataset.domain_kind} {test_domain}: no patient with masks in {data.root} to evaluate on")
-    unlabeled = sorted(
-        p
-        for p, (domain, _) in patients.items()
-        if domain != test_domain
-        and p not in validation
-        and (p in has_mask or cfg.use_extra_unlabeled or domain not in domains)
-    )
-    return Split(labeled, unlabeled, validation or labeled, held_out)
+    own = {p for p, (domain, _) in patients.items() if domain not in domains}
+    source = {p for p, (domain, _) in patients.items() if domain != test_domain}
+    unlabeled = source if cfg.use_extra_unlabeled else source & (has_mask | own)
+    return Split(labeled, sorted(unlabeled - {*validation}), validation or labeled, held_out)

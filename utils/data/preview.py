@@ -33,19 +33,13 @@ def draw_preview(root: Path, out: Path, dataset: DatasetInfo, cfg: Config, *, co
     plain, fourier = Augmentation(cfg, reference).unlabeled(batch["image"], batch["quantiles"], generator)
     boxes = cutmix_mask(count, FIELD_PX, generator=generator)
     mixed = torch.where(boxes > 0, plain.roll(1, 0), plain)
-    truths = [data.truth_path(*scan) for scan in zip(index["patient"], index["phase"], strict=True)]
-    scans = [read_volume(path, 3) for path in truths]
     columns = {"images": plain[:, 0], "masks": mask, "fourier": fourier[:, 0], "mixed": mixed[:, 0]}
-    names = zip(*(index[name] for name in ("domain", "patient", "phase", "slice")), strict=True)
-    plot_preview(
-        out,
-        **{name: list(map(radiological, images.numpy(), scans)) for name, images in columns.items()},
-        letters=[edge_letters(scan) for scan in scans],
-        spacing=dataset.spacing,
-        titles=[f"{dataset.domain_kind} {domain}\n{patient} {phase} slice {z}" for domain, patient, phase, z in names],
-        class_names=dataset.class_names[1:],
-        title=f"data {data.name}",
-    )
+    names = list(zip(*(index[name] for name in ("domain", "patient", "phase", "slice")), strict=True))
+    scans = [read_volume(data.truth_path(patient, phase), 3) for _, patient, phase, _ in names]
+    arrays = {name: list(map(radiological, images.numpy(), scans)) for name, images in columns.items()}
+    titles = [f"{dataset.domain_kind} {domain}\n{patient} {phase} slice {z}" for domain, patient, phase, z in names]
+    where = {"letters": [edge_letters(scan) for scan in scans], "spacing": dataset.spacing}
+    plot_preview(out, **arrays, **where, titles=titles, class_names=dataset.class_names[1:], title=f"data {data.name}")
 
 
 def _choose_rows(data: PreparedData, count: int, rng: np.random.Generator) -> np.ndarray:

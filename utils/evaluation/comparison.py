@@ -3,6 +3,7 @@
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import numpy as np
 from scipy.stats import wilcoxon
 
 from utils.evaluation.domains import Runs
@@ -52,14 +53,13 @@ def compare_methods(methods: dict[str, Runs]) -> tuple[Table, list[Difference]]:
     few = [f"{d.method}, {d.domain}" for d in differences if len(d.values) < FEW_PATIENTS]
     if few:
         warnings.append(f"Fewer than {FEW_PATIENTS} patients, too few for p < 0.05: {'; '.join(few)}.")
-    raw = {d[:2]: float(wilcoxon(d.values).pvalue) if any(d.values) else 1.0 for d in differences}
-    adjusted: dict[tuple[str, str], float] = {}
-    for domain in {d.domain for d in differences}:
-        tests = [key for key in raw if key[1] == domain]
-        adjusted |= zip(tests, holm([raw[key] for key in tests]), strict=True)
+    raw = np.array([wilcoxon(d.values).pvalue if any(d.values) else 1.0 for d in differences])
+    domains, adjusted = np.array([d.domain for d in differences]), np.empty(len(differences))
+    for domain in {*domains}:
+        adjusted[domains == domain] = holm(raw[domains == domain])
     rows: list[list[Any]] = []
-    for d in differences:
-        spread, p_values = mean_std_interval(d.values), (raw[d[:2]], adjusted[d[:2]])
+    for d, *p_values in zip(differences, raw, adjusted, strict=True):
+        spread = mean_std_interval(d.values)
         cell = Cell(spread["mean"], ci95=spread["ci95"])
         rows.append([f"{d.method}, {d.domain}", len(d.values), cell, *(f"{p:.3g}" for p in p_values)])
     note = (

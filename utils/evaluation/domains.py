@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
 from typing import Any, NamedTuple
@@ -12,12 +13,12 @@ from utils.evaluation.runs import VARYING, on_other_data
 from utils.evaluation.tables import Cell, Table
 from utils.method.augment import FIELD_PX
 
-MISSED = {"missed": "missed (% of scans)", "missed_slices": "missed (% of slices)"}
-SHARES = {"missed": "scans", "missed_slices": "slices"}  # what they are shares of, as keys of a summary
+MISSED = {"missed": "scans", "missed_slices": "slices"}  # counts in a summary, and there what they are shares of
 SELECTION_NOTE = (
     "A published checkpoint may have been chosen on the held-out domain itself; those of this implementation never are."
 )
 Runs = dict[str, list[dict[str, Any]]]  # held-out domain -> one method's summaries by seed; empty where there is none
+MeanStd = tuple[float | None, float | None]
 
 
 class Published(NamedTuple):
@@ -38,10 +39,9 @@ def published_rows(dataset: str) -> dict[float, list[Published]]:
     with open(Path(__file__).with_name("published.csv"), newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             if line["dataset"] == dataset:
-                dice = [float(value) for value in line["dice"].split()]
-                std = [float(value) for value in line["std"].split()] or [None] * len(dice)
-                texts = line["later"], line["note"], line["cite"]
-                row = Published(line["method"], dice, float(line["average"]), std, *texts)
+                dice, std = ([float(value) for value in line[key].split()] for key in ("dice", "std"))
+                texts = {key: line[key] for key in ("method", "later", "note", "cite")}
+                row = Published(dice=dice, std=std or [None] * len(dice), average=float(line["average"]), **texts)
                 rows.setdefault(float(line["ratio"]), []).append(row)
     return rows
 
@@ -68,57 +68,55 @@ def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list
     of_data = f" of other data than the training's, {summaries[0]['data']}," if other else ""
     published = published_rows(dataset.key)
     nearest = min(published, key=lambda share: abs(share - ratio), default=None)
+    printed = published.get(nearest, [])
+    marks = {
+        method: {d: _differences(found, published) for d, found in runs.items()} for method, runs in methods.items()
+    }
     checkpoints = dict.fromkeys(f"{s['checkpoint'].split(',')[0]}, selection: {s['selection']}" for s in summaries)
     setting = (
         f"{dataset.name}, each {kind}{of_data} held out in turn, {_percent(ratio)} of the patients labelled. Mean ± "
         f"standard deviation over patients, of several seeds over their means; average ± population standard deviation "
         f"of the {kind}s' means. Checkpoint: {'; '.join(checkpoints)}."
     )
-    sources = {method: _sources(method, runs, published) for method, runs in methods.items()}
+    sources = [_sources(method, runs, marks[method]) for method, runs in methods.items()]
     header = ["", *dataset.domains, "average"]
-    beside, not_comparable, remarks = "", [], []
+    beside, remarks = "", []
     if published:
         beside = f" Published rows: {_percent(nearest)} labelled."
         remarks = [SELECTION_NOTE]
-        if any(_differences([summary], published) for summary in summaries):
+        if any(mark for of_method in marks.values() for mark in of_method.values()):
             beside = f"{beside[:-1]}, not comparable with what is marked †."
-            shares = " or ".join(map(_percent, published))
-            not_comparable = [
-                f"† Not comparable with the published numbers ({dataset.name}, {shares} labelled, {FIELD_PX} px)."
-            ]
+            facts = f"{dataset.name}, {' or '.join(map(_percent, published))} labelled, {FIELD_PX} px"
+            sources.append(f"† Not comparable with the published numbers ({facts}).")
     rows: list[list[Any]] = [
-        [f"this implementation, {method}{_seeds(runs)}", *_cells(runs, published, _paper_dice)]
+        [f"this implementation, {method}{_seeds(runs)}", *_cells(runs, marks[method], _paper_dice)]
         for method, runs in methods.items()
     ]
-    for row in published.get(nearest, ()):
-        rows.append([f"{row.method} ‡" if row.later else row.method, *map(Cell, row.dice, row.std), Cell(row.average)])
-    citations = {row.method: row.cite for row in published.get(nearest, ()) if row.cite}
     later: dict[str, list[str]] = {}
-    for row in published.get(nearest, ()):
-        later.setdefault(row.later, []).append(f"{row.method} ({row.note})" if row.note else row.method)
-    later.pop("", None)
+    for row in printed:
+        rows.append([f"{row.method} ‡" if row.later else row.method, *map(Cell, row.dice, row.std), Cell(row.average)])
+        if row.later:
+            later.setdefault(row.later, []).append(f"{row.method} ({row.note})" if row.note else row.method)
     if later:
-        sources_of_rows = "; ".join(f"{', '.join(names)} as in {source}" for source, names in later.items())
-        remarks.append(f"‡ Published later: {sources_of_rows}.")
+        named = "; ".join(f"{', '.join(names)} as in {source}" for source, names in later.items())
+        remarks.append(f"‡ Published later: {named}.")
     note = f"Dice (%) of all structures pooled per slice, softmax > 0.5, on a {FIELD_PX} px grid. {setting}{beside}"
-    footnotes = [*sources.values(), *not_comparable, *remarks]
-    tables = [Table("Paper protocol", note, header, rows, footnotes, [len(methods)] if published else [], citations)]
+    rules, citations = [len(methods)] if published else [], {row.method: row.cite for row in printed if row.cite}
+    tables = [Table("Paper protocol", note, header, rows, [*sources, *remarks], rules, citations)]
     note = (
         "In the scans' own grid; a miss counts as Dice 0 and as distances of the image diagonal. In-plane: by the "
         f"contours of each slice. {MISSED_SLICES} {setting}"
     )
+    metrics = METRICS | {key: f"missed (% of {whole})" for key, whole in MISSED.items()}
     for structure in summaries[0]["volumetric"]:
         rows = [
-            [f"{text}, {method}", *_cells(runs, published, _volumetric(structure, key))]
-            for key, text in {**METRICS, **MISSED}.items()
+            [f"{text}, {method}", *_cells(runs, marks[method], partial(_volumetric, structure, key))]
+            for key, text in metrics.items()
             for method, runs in methods.items()
         ]
-        rules, footnotes = range(len(methods), len(rows), len(methods)), [*sources.values(), *not_comparable]
-        tables.append(Table(f"Volumetric, {structure}", note, header, rows, footnotes, rules))
+        rules = range(len(methods), len(rows), len(methods))
+        tables.append(Table(f"Volumetric, {structure}", note, header, rows, sources, rules))
     return tables
-
-
-MeanStd = tuple[float | None, float | None]
 
 
 def _seeds(runs: Runs) -> str:
@@ -127,19 +125,19 @@ def _seeds(runs: Runs) -> str:
     return f" ({max(counts)} seeds)" if len(counts) == 1 and counts != {1} else ""
 
 
-def _cells(runs: Runs, published: dict, mean_std: Callable[[dict[str, Any]], MeanStd]) -> list[Cell]:
+def _cells(runs: Runs, marks: dict[str, str], mean_std: Callable[[dict[str, Any]], MeanStd]) -> list[Cell]:
     """Return one cell per domain, and the average of those that have a mean."""
     cells = []
-    for found in runs.values():
+    for domain, found in runs.items():
         numbers = [mean_std(summary) for summary in found]
         remark = ""
         if len(numbers) > 1:
             means = [mean for mean, _ in numbers if mean is not None]
             numbers, remark = [_over(means, stdev)], "" if _seeds(runs) else f"{len(means)} seeds"
-        cells.append(Cell(*(numbers or [(None, None)])[0], remark, _differences(found, published)))
+        cells.append(Cell(*(numbers or [(None, None)])[0], remark, marks[domain]))
     means = [cell.mean for cell in cells if cell.mean is not None]
     partly = f"{len(means)} domain{'' if len(means) == 1 else 's'}" if len(means) < len(cells) else ""
-    differences = "; ".join(dict.fromkeys(cell.differences for cell in cells if cell.differences))
+    differences = "; ".join(dict.fromkeys(filter(None, marks.values())))
     return [*cells, Cell(*_over(means, pstdev), partly, differences)]
 
 
@@ -147,15 +145,12 @@ def _paper_dice(summary: dict[str, Any]) -> MeanStd:
     return summary["paper_protocol"]["mean"], summary["paper_protocol"]["std"]
 
 
-def _volumetric(structure: str, metric: str) -> Callable[[dict[str, Any]], MeanStd]:
-    def mean_std(summary: dict[str, Any]) -> MeanStd:
-        of_structure = summary["volumetric"][structure]
-        if metric in SHARES:
-            count = of_structure[SHARES[metric]]
-            return 100 * of_structure[metric] / count if count else None, None
-        return of_structure[metric], of_structure[f"{metric}_std"]
-
-    return mean_std
+def _volumetric(structure: str, metric: str, summary: dict[str, Any]) -> MeanStd:
+    of_structure = summary["volumetric"][structure]
+    if metric in MISSED:
+        count = of_structure[MISSED[metric]]
+        return 100 * of_structure[metric] / count if count else None, None
+    return of_structure[metric], of_structure[f"{metric}_std"]
 
 
 def _over(means: list[float], deviation: Callable[[list[float]], float]) -> MeanStd:
@@ -173,14 +168,13 @@ def _differences(found: Sequence[dict[str, Any]], published: dict[float, list[Pu
     return ", ".join([*reasons, *(f"{px} px" for px in sorted({s["image_size"] for s in found} - {FIELD_PX}))])
 
 
-def _sources(method: str, runs: Runs, published: dict[float, list[Published]]) -> str:
+def _sources(method: str, runs: Runs, marks: dict[str, str]) -> str:
     """Say what stands behind a method's cells, and in which settings its runs differ other than by design."""
     sources = []
     for domain, found in runs.items():
         if found:
             seeds = ", ".join(f"{summary['seed']}{summary['unfinished']}" for summary in found)
-            differences = _differences(found, published)
-            mark = f" († {differences})" if differences else ""
+            mark = f" († {marks[domain]})" if marks[domain] else ""
             sources.append(f"{domain} {found[0]['patients']} patients, seed {seeds}{mark}")
     text = f"Runs, {method}: {'; '.join(sources)}."
     settings = [summary["settings"] for found in runs.values() for summary in found]

@@ -21,7 +21,6 @@ from utils.evaluation.statistics_plots import plot_scores
 from utils.evaluation.tables import Cell, Table
 from utils.method.augment import canvas_to_view, fourier_view, random_partner
 from utils.method.losses import kl_variance
-from utils.method.objective import UnlabeledViews, pseudo_label
 from utils.run.logger import read_log
 
 SLICES = 64  # at most, as many of each source domain
@@ -83,27 +82,24 @@ def monitor_pseudo_labels(
     with autocast():
         logits = [[torch.cat([net(part).float() for part in view.split(cfg.batch_size)]) for view in views]
                   for net in nets]  # fmt: skip
-    # The networks have spoken: their logits take the places of the views.
-    spoken = [UnlabeledViews(of[:1], of[1:] or None, None) for of in logits]
-    label = torch.stack([pseudo_label(lambda found: found, of) for of in spoken])  # (2, N, H, W)
+    mean = torch.stack([sum(of) / len(of) for of in logits])  # (2, N, K, H, W)
+    label = mean.argmax(2)  # as `pseudo_label` does
     truth = canvas_to_view(mask, cfg.image_size)[:, 0].long().expand_as(label)
-    mean = [sum(of) / len(of) for of in logits]
-    agreement = torch.exp(-kl_variance(mean[1], mean[0])).expand_as(label)
-    maps = {"agreement": agreement, "softmax maximum": torch.stack([of.softmax(1).amax(1) for of in mean])}
-    if cfg.fourier_aug:
-        maps = {"exp(−V)": torch.stack([torch.exp(-kl_variance(*of)) for of in logits])} | maps
-    one_hot = F.one_hot(label, mean[0].shape[1]).movedim(-1, 2)
+    maps = {"exp(−V)": torch.stack([torch.exp(-kl_variance(*of)) for of in logits])} if cfg.fourier_aug else {}
+    maps["agreement"] = torch.exp(-kl_variance(mean[1], mean[0])).expand_as(label)
+    maps["softmax maximum"] = mean.softmax(2).amax(2)
+    scores = {name: of.cpu().numpy() for name, of in maps.items()}
+    one_hot = F.one_hot(label, mean.shape[2]).movedim(-1, 2)
     dice = torch.stack([paper_dice(*pair) for pair in zip(one_hot, truth, strict=True)]).mean(0).cpu().numpy()
     domain = data.index["domain"][rows]
     right, foreground = (label == truth).cpu().numpy(), ((label > 0) | (truth > 0)).cpu().numpy()
-    scores = {name: of.cpu().numpy() for name, of in maps.items()}
     areas = {"all pixels": np.ones_like(right), "foreground of either": foreground}
     ranked = {
         name: ranked_risks({score: of[area] for score, of in scores.items()}, 1.0 - right[area])
         for name, area in areas.items()
         if area.any()
     }
-    _draw(path, ranked, title)
+    _draw(path, ranked, list(scores), title)
     figures = {}
     for score, of in scores.items():
         kept = [right[of >= threshold] for threshold in THRESHOLDS]
@@ -123,12 +119,11 @@ def monitor_pseudo_labels(
     }
 
 
-def _draw(path: Path, ranked: Mapping[str, Mapping[str, np.ndarray]], title: str) -> None:
+def _draw(path: Path, ranked: Mapping[str, Mapping[str, np.ndarray]], scores: Sequence[str], title: str) -> None:
     """Draw, by kind of pixels and score, the share of wrong pixels in tenths of the score and among those kept."""
     panels = {}
     for pixels, risks in ranked.items():
-        tenths = {name: [100 * part.mean() for part in np.array_split(of[::-1], 10)] for name, of in risks.items()}
-        tenths = {name: values for name, values in tenths.items() if name not in ("best possible", "random")}
+        tenths = {name: [100 * part.mean() for part in np.array_split(risks[name][::-1], 10)] for name in scores}
         panels[f"{pixels}: by tenth"] = ("tenths of the score, low to high (%)", "wrong (%)", tenths)
         curves = {name: 100 * coverage_curve(of) for name, of in risks.items()}
         panels[f"{pixels}: kept by score"] = ("coverage, highest scores first (%)", "wrong among the kept (%)", curves)

@@ -41,8 +41,7 @@ def agreement_limits(truth: Sequence[float], predicted: Sequence[float]) -> dict
     truth, predicted = np.asarray(truth, float), np.asarray(predicted, float)
     known = np.isfinite(truth) & np.isfinite(predicted)
     truth, predicted = truth[known], predicted[known]
-    difference = mean_std_interval(predicted - truth)
-    error = mean_std_interval(np.abs(predicted - truth))
+    difference, error = mean_std_interval(predicted - truth), mean_std_interval(np.abs(predicted - truth))
     bias, sd = difference["mean"], difference["std"]
     return {
         "bias": bias,

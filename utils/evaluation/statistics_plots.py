@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.plots import Figure, _save
+from utils.plots import Figure, legend_below, save
 
 STYLES = {  # Okabe-Ito colours; lines that are told apart without colour, too
     "exp(−V)": ("#0072B2", "-"),
@@ -24,7 +24,7 @@ def plot_scores(
 
     A curve of N values stands at the N equal shares of the cases, 1/N to 1.
     """
-    num_rows = -(-len(panels) // 2)
+    num_rows = len(panels) // 2
     figure = Figure(figsize=(9, 3.3 * num_rows + 0.5), layout="constrained")
     axes = figure.subplots(num_rows, 2).flat
     for ax, (name, (x_label, y_label, curves)) in zip(axes, panels.items(), strict=True):
@@ -33,15 +33,13 @@ def plot_scores(
             places = np.unique(np.linspace(0, len(values) - 1, MOST_POINTS).round().astype(int))
             marker = "o" if len(places) <= 30 else None
             share = 100 * (places + 1) / len(values)
-            ax.plot(share, np.asarray(values)[places], color=colour, linestyle=style, marker=marker, markersize=3)
-        ax.set(title=name, xlabel=x_label, ylabel=y_label, xlim=(0, 102), ylim=(0, None))
-        ax.title.set_fontsize(10)
+            values = np.asarray(values)[places]
+            ax.plot(share, values, color=colour, linestyle=style, marker=marker, markersize=3, label=score)
+        ax.set(xlabel=x_label, ylabel=y_label, xlim=(0, 102), ylim=(0, None))
+        ax.set_title(name, fontsize=10)
         ax.grid(alpha=0.3)
-    names = list(dict.fromkeys(score for _, _, curves in panels.values() for score in curves))
-    lines = [axes[0].plot([], [], color=STYLES[name][0], linestyle=STYLES[name][1])[0] for name in names]
-    figure.legend(lines, names, loc="outside lower center", ncols=len(names), fontsize=8)
-    figure.suptitle(title, fontsize=10)
-    _save(figure, path)
+    legend_below(figure)
+    save(figure, path, title)
 
 
 def plot_differences(path: Path, rows: Sequence[tuple], *, title: str) -> None:
@@ -62,8 +60,6 @@ def plot_differences(path: Path, rows: Sequence[tuple], *, title: str) -> None:
     ax.set_yticks(range(len(rows)), [f"{name} (n = {len(values)})" for name, values, *_ in rows], fontsize=8)
     ax.set(ylim=(len(rows) - 0.5, -0.5))
     ax.set_xlabel("difference in Dice (points): left of 0 worse than the reference, right of it better", fontsize=8)
-    ax.set_title(title, fontsize=10)
     ax.grid(axis="x", alpha=0.3)
-    by_label = {line.get_label(): line for line in ax.lines[1:]}
-    figure.legend(handles=list(by_label.values()), loc="outside lower center", ncols=3, fontsize=8)
-    _save(figure, path)
+    legend_below(figure)
+    save(figure, path, title)

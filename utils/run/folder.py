@@ -56,15 +56,12 @@ def require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
         began = DEFAULTS | read_json(folder / "config.json")  # a setting that is new in the code had its default
     except UserError as error:
         raise UserError(f"{error}: restore it, or begin anew with --restart") from error
-    differing = {
-        key: (began.get(key), settings.get(key))
-        for key in {*began, *settings} - FREE_ON_RESUME
-        if began.get(key) != settings.get(key)
-    }
+    keys = sorted({*began, *settings} - FREE_ON_RESUME)
+    differing = [key for key in keys if began.get(key) != settings.get(key)]
     if differing:
-        lines = [f"  {key}: {old!r} there, {new!r} now" for key, (old, new) in sorted(differing.items())]
+        lines = [f"  {key}: {began.get(key)!r} there, {settings.get(key)!r} now\n" for key in differing]
         raise UserError(
-            f"{folder} holds a run with other settings:\n" + "\n".join(lines) + "\n"
+            f"{folder} holds a run with other settings:\n{''.join(lines)}"
             "Choose another --run-name, or begin anew with --restart"
         )
 

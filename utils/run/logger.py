@@ -5,6 +5,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,30 +16,41 @@ from utils.files import atomic_write
 WANDB_PATIENCE = 60  # seconds that a run waits for wandb, whose service may be stopped or dead
 
 
+class JsonLines(list):
+    """The lines of a file; what is after step `since` is cut off, as a resumed run writes it again."""
+
+    def __init__(self, path: Path, since: int):
+        super().__init__(line for line in read_log(path) if line["step"] <= since)
+        self.path = path
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in self))
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line, at once to the disk."""
+        super().append(line)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
 class Logger:
-    """Appends to log.jsonl and steps.jsonl; what is after step `since` is cut off, as a resumed run writes it again."""
+    """The lines of log.jsonl, one per epoch, and the points of steps.jsonl, which several steps share."""
 
     def __init__(self, folder: Path, *, since: int, use_wandb: bool, config: dict[str, Any]):
-        self.path, self.steps_path = folder / "log.jsonl", folder / "steps.jsonl"
-        self.lines, self.points = (_cut(path, since) for path in (self.path, self.steps_path))
+        self.lines, self.points = JsonLines(folder / "log.jsonl", since), JsonLines(folder / "steps.jsonl", since)
         self.wandb_run = None
         if use_wandb:
             self.wandb_run = self._guarded(lambda: _start_wandb(folder, config))
 
     def log(self, line: dict[str, Any], pictures: dict[str, Path] | None = None) -> None:
-        """Write one line, at once to the disk; pictures go to wandb only."""
+        """Write the line of an epoch, to wandb, too; pictures go there only."""
         self.lines.append(line)
-        _append(self.path, line)
         if self.wandb_run:
             import wandb
 
             images = {name: wandb.Image(str(path)) for name, path in (pictures or {}).items()}
             self._guarded(lambda: self.wandb_run.log({**line, **images}, step=line["step"]))
-
-    def log_point(self, point: dict[str, Any]) -> None:
-        """Write a point of the curves, which several steps share; log.jsonl and wandb have the means of an epoch."""
-        self.points.append(point)
-        _append(self.steps_path, point)
 
     def __enter__(self) -> "Logger":
         return self
@@ -52,25 +64,11 @@ class Logger:
         outcome = _within(WANDB_PATIENCE, call)
         if not isinstance(outcome, Exception):
             return outcome
-        print(f"warning: wandb failed ({first_line(outcome)}); from here on the log is in {self.path} only")
+        print(f"warning: wandb failed ({first_line(outcome)}); from here on the log is in {self.lines.path} only")
         self.wandb_run = None
-        _within(1, _forget_wandb)
+        # It has registered work for the end of the program, which would wait for its service for ever.
+        _within(1, lambda: import_module("wandb").teardown())
         return None
-
-
-def _cut(path: Path, since: int) -> list[dict[str, Any]]:
-    """Cut a log off after step `since`; returns what stays."""
-    lines = [line for line in read_log(path) if line["step"] <= since]
-    with atomic_write(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return lines
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
@@ -87,13 +85,6 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
     thread.start()
     thread.join(seconds)
     return outcome[0] if outcome else TimeoutError(f"no answer within {seconds:g} s")
-
-
-def _forget_wandb() -> None:
-    """Take back what wandb has registered for the end of the program, where it would wait for its service for ever."""
-    import wandb
-
-    wandb.teardown()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
