@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 from scipy.stats import spearmanr
-from skimage import measure
 
 from utils.data.prepared import PreparedData
 from utils.evaluation.predict import ScanPrediction
@@ -36,7 +36,7 @@ def structure_quality(
         slices = np.flatnonzero(mask.any((1, 2)))
         row = {"structure": name, "volume_ml": float(mask.sum() * voxel_ml)}
         row |= {key: float(values[mask].mean()) for key, values in certainty.items() if len(slices)}
-        row["components"] = int(measure.label(mask, return_num=True)[1])
+        row["components"] = int(ndimage.label(mask, np.ones((3, 3, 3)))[1])
         row["gaps"] = float(1 - len(slices) / (slices[-1] - slices[0] + 1)) if len(slices) else 0.0
         rows.append(row)
     return rows

@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -69,20 +69,21 @@ class Segmenter:
         # A new scan comes without partners from other scanners: half the scan away lies another amplitude.
         partners = np.roll(range(len(canvas)), len(canvas) // 2)
         wanted = MAPS if self.confidence else MAPS[:1]
-        maps = {name: np.empty(slices.shape, np.uint8 if name == "seg" else np.float32) for name in wanted}
-        seen: dict[str, list[np.ndarray]] = defaultdict(list)
+        kinds = dict(zip(MAPS, (np.uint8, np.float32, np.float32), strict=True))
+        maps = {name: np.empty(slices.shape, kinds[name]) for name in wanted}
+        seen = {name: np.empty((len(slices), size, size), kinds[name]) for name in {*wanted, "seg", "agreement"}}
         for first in range(0, len(slices), self.batch_size):
             batch = slice(first, first + self.batch_size)
             found = self._mean(canvas[batch], canvas[partners[batch]], size)
             for name, values in found.items():
-                seen[name].append((values.argmax(1) if name == "seg" else values).cpu().numpy())
+                seen[name][batch] = (values.argmax(1) if name == "seg" else values).cpu().numpy()
             for name, array in maps.items():
                 for number, values in enumerate(found[name].cpu().numpy(), start=first):
                     native = grid.to_native(values)
                     array[number] = native.argmax(0) if name == "seg" else native
         if self.keep_largest:
             maps["seg"] = largest_components(maps["seg"])
-        return maps, {name: np.concatenate(parts) for name, parts in seen.items()}
+        return maps, seen
 
     def _mean(self, canvas: np.ndarray, partners: np.ndarray, size: int) -> dict[str, torch.Tensor]:
         """Predict canvases (B, C, C), mean over the runs: "seg" (B, K, size, size) softmax, other maps without K."""
@@ -147,8 +148,12 @@ class Segmenter:
             frames.append(maps)
             rows = structure_quality(seen.pop("seg"), seen, self.dataset.class_names, voxel_ml)
             quality += [{"frame": number, **row} for row in rows]
-        stacked = {name: np.stack([maps.pop(name) for maps in frames]) for name in list(frames[0])}  # (T, Z, X, Y)
-        return {name: array.transpose(2, 3, 1, 0).reshape(shape) for name, array in stacked.items()}, quality
+        stacked = {}
+        for name in list(frames[0]):
+            found = [maps.pop(name) for maps in frames]
+            array = np.stack(found) if len(found) > 1 else found[0][None]  # (T, Z, X, Y), of one frame without a copy
+            stacked[name] = array.transpose(2, 3, 1, 0).reshape(shape)
+        return stacked, quality
 
     def file(self, path: Path, target: str) -> tuple[int, list[dict[str, Any]], dict[str, Any]]:
         """Segment a file, write TARGET_seg.nii.gz and, where wanted, the other maps.
