@@ -147,8 +147,12 @@ class Segmenter:
             frames.append(maps)
             rows = structure_quality(seen.pop("seg"), seen, self.dataset.class_names, voxel_ml)
             quality += [{"frame": number, **row} for row in rows]
-        stacked = {name: np.stack([maps.pop(name) for maps in frames]) for name in list(frames[0])}  # (T, Z, X, Y)
-        return {name: array.transpose(2, 3, 1, 0).reshape(shape) for name, array in stacked.items()}, quality
+        maps = {}
+        for name in list(frames[0]):
+            found = [maps_of_frame.pop(name) for maps_of_frame in frames]
+            stacked = np.stack(found) if len(found) > 1 else found[0][None]  # (T, Z, X, Y), of one frame without a copy
+            maps[name] = stacked.transpose(2, 3, 1, 0).reshape(shape)
+        return maps, quality
 
     def file(self, path: Path, target: str) -> tuple[int, list[dict[str, Any]], dict[str, Any]]:
         """Segment a file, write TARGET_seg.nii.gz and, where wanted, the other maps.
