@@ -35,8 +35,12 @@ def nifti_files(paths: Sequence[Path], *, deep: bool = False) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        found = sorted(path.rglob("*") if deep else path.iterdir()) if path.is_dir() else [path]
-        files += [p for p in found if NIFTI.search(p.name) and p.name[0] != "."] if path.is_dir() else found
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = sorted(path.rglob("*") if deep else path.iterdir())
+        hidden = {p for p in inside if any(part.startswith(".") for part in p.relative_to(path).parts)}
+        files += [p for p in inside if NIFTI.search(p.name) and p not in hidden]
     return list(dict.fromkeys(files))
 
 
@@ -136,7 +140,8 @@ def _pair(inputs: tuple[Path, ...], truths: tuple[Path, ...]) -> tuple[list[Case
         name = IMAGE.sub("", file_stem(path)) or path.parent.name
         endings = masks.pop(name, {})
         if not endings:
-            errors.append(f"{path}: no mask of that name in {', '.join(map(str, truths))}")
+            where = ", ".join(map(str, truths))
+            errors.append(f"{path}: no mask of that name in {where}: leave it out, or name the pairs in a CSV file")
             continue
         chosen, *others = (sorted(endings[ending]) for ending in sorted(endings))
         if len(chosen) > 1 and not all(re.search(r"-r\d+$", file_stem(mask)) for mask in chosen):

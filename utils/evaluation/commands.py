@@ -179,7 +179,8 @@ def evaluate_own(run: TrainedRun, dataset: DatasetInfo, source: Path, output: Pa
         prepare_dataset(source if source.is_dir() else source.parent, prepared, dataset, workers=usable_cores())
         data = PreparedData.open(prepared, dataset)
         title = f"{dataset.name}, scans of one's own: {name}"
-        evaluate_run(run, dataset, data=data, domain=str(data.index["domain"][0]), out=output, title=title, **options)
+        with memory_errors(source):
+            evaluate_run(run, dataset, data=data, domain=str(data.index["domain"][0]), out=output, title=title, **options)
 
 
 def write_comparison(methods: dict[str, Runs], dataset: DatasetInfo, folder: Path) -> None:
