@@ -179,8 +179,9 @@ def evaluate_own(run: TrainedRun, dataset: DatasetInfo, source: Path, output: Pa
         prepare_dataset(source if source.is_dir() else source.parent, prepared, dataset, workers=usable_cores())
         data = PreparedData.open(prepared, dataset)
         title = f"{dataset.name}, scans of one's own: {name}"
+        options |= {"domain": str(data.index["domain"][0]), "title": title}
         with memory_errors(source):
-            evaluate_run(run, dataset, data=data, domain=str(data.index["domain"][0]), out=output, title=title, **options)
+            evaluate_run(run, dataset, data=data, out=output, **options)
 
 
 def write_comparison(methods: dict[str, Runs], dataset: DatasetInfo, folder: Path) -> None:
