@@ -53,7 +53,8 @@ def main():
     original = Trainer.train_step
 
     def recording(self, batches):
-        seen.extend((labeled["row"].tolist(), unlabeled["row"].tolist()) for labeled, unlabeled in batches)
+        # No unlabelled images are read during the warm-up.
+        seen.extend([[] if batch is None else batch["row"].tolist() for batch in pair] for pair in batches)
         trainers[:] = [self]
         original(self, batches)
         if self.process.rank == 1 and self.step == die_at:

@@ -63,6 +63,7 @@ def test_two_processes_train_as_one(short, tmp_path, mms_config, build_tiny):
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first["weights"] == second["weights"]  # BatchNorm's statistics included
     assert first["steps"] > 2 and len(first["seen"]) == first["steps"]
+    assert [len(unlabeled) for _, unlabeled in first["seen"]][:3] == [0, 0, 32]  # a quarter of 6 steps is warm-up
     for (labeled, unlabeled), (other_labeled, other_unlabeled) in zip(first["seen"], second["seen"], strict=True):
         for half in (slice(16), slice(16, 32)):
             assert not set(unlabeled[half]) & set(other_unlabeled[half])
