@@ -279,3 +279,26 @@ def test_public_acdc_layout_gives_the_figures_of_prepare_to_the_last_digit(
         inference(*own, "--output", tmp_path / "refused")
     assert "alone_frame01.nii.gz: no mask of that name" in capsys.readouterr().out
     assert not (tmp_path / "refused").exists()
+
+
+def test_bad_labelled_scans_are_all_named_and_nothing_is_prepared(tmp_path, capsys):
+    own = tmp_path / "own"
+    write(own / "a_0000.nii.gz", scan())
+    write(own / "a.nii.gz", heart()[:30])  # another shape
+    write(own / "b_0000.nii.gz", scan())
+    write(own / "b.nii.gz", heart() + 6)  # values that the data set does not have
+    write(own / "c_0000.nii.gz", scan())
+    write(own / "c.nii.gz", heart())
+    (own / "c_0000.nii.gz").write_bytes(b"no image")
+    dataset = labeled([own], [own], [], MMS)
+    with pytest.raises(UserError, match="has the errors listed above: nothing was prepared"):
+        prepare_dataset(own, tmp_path / "out", dataset, workers=1)
+    said = capsys.readouterr().out
+    assert "a.nii.gz: shape (30, 40, 2)" in said and "differs from the image's (40, 40, 2)" in said
+    assert "b.nii.gz: labels [6, 7, 8, 9] outside 0..3" in said and "--labels" in said
+    assert "c_0000.nii.gz: not a NIfTI file" in said
+    assert not (tmp_path / "out").exists() and "Traceback" not in said
+    (tmp_path / "empty").mkdir()
+    assert "no .nii or .nii.gz scan in" in find([tmp_path / "empty"], [tmp_path / "empty"]).errors[0]
+    with pytest.raises(UserError, match="nowhere: no such file or folder"):
+        find([tmp_path / "nowhere"], [tmp_path / "empty"])
