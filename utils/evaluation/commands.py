@@ -121,6 +121,7 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             "--ensemble needs several --run, and for an evaluation --out, the folder of its results": (
                 ensemble and (len(run) < 2 or not (input or out))
             ),
+            "--label names the rows of a table over several --run": label and (len(run) < 2 or ensemble),
             f"--batch-size {batch_size}: at least 1 slice at a time": batch_size < 1,
         }
         if made := [mistake for mistake, is_made in mistakes.items() if is_made]:
