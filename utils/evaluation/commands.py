@@ -179,8 +179,7 @@ def evaluate_own(run: TrainedRun, dataset: DatasetInfo, source: Path, output: Pa
         prepared = Path(folder) / name
         prepare_dataset(source if source.is_dir() else source.parent, prepared, dataset, workers=usable_cores())
         data = PreparedData.open(prepared, dataset)
-        title = f"{dataset.name}, scans of one's own: {name}"
-        options |= {"domain": str(data.index["domain"][0]), "title": title}
+        options |= {"domain": str(data.index["domain"][0]), "title": f"{dataset.name}, scans of one's own"}
         with memory_errors(source):
             evaluate_run(run, dataset, data=data, out=output, **options)
 
