@@ -7,7 +7,7 @@ from dataclasses import replace
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, one per core; read when torch is imported
 
 import pytest
-from helpers import TinyNetwork
+from helpers import build_tiny_network
 
 import mms_dataloader
 import scgm_dataloader
@@ -90,4 +90,4 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def build_tiny():
-    return lambda num_classes, pretrained="none": TinyNetwork(num_classes)
+    return build_tiny_network

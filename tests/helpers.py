@@ -1,5 +1,6 @@
 """What several tests share: where the project lies, and a small stand-in for the network."""
 
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,19 @@ class TinyNetwork(nn.Module):
 
     def forward(self, image):
         return self.classifier(self.features(image))
+
+
+def build_tiny_network(num_classes, pretrained="none"):
+    return TinyNetwork(num_classes)
+
+
+def start_process(target, *args):
+    """Start `target` in a process of its own; never by a fork of this one, whose threads may hold locks."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["utils.engine", "utils.data.loaders", "helpers"])
+    process = context.Process(target=target, args=args)
+    process.start()
+    return process
 
 
 def seeded_weights(shapes, seed):

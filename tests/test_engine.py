@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import build_tiny_network, start_process
 from safetensors.torch import load_file
 
 import mms_dataloader
@@ -168,23 +169,25 @@ def test_the_images_that_select_the_weights_are_called_what_they_are(mms_config,
         assert f"on {expected};" in read_metadata(Path(cfg.out_root, cfg.run_name, "best.safetensors"))["selection"]
 
 
+def run_until_killed(cfg, step):
+    original = Trainer.train_step
+
+    def stepping(self, batches):
+        original(self, batches)
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Trainer.train_step = stepping
+    run(cfg, build_tiny_network)
+
+
 def test_killed_run_resumes_from_its_last_checkpoint(mms_config, build_tiny):
     """SIGKILL leaves no chance to save: whatever came after the checkpoint is done again, to the bit."""
     whole = run(replace(mms_config, run_name="whole"), build_tiny)
     cfg = replace(mms_config, run_name="killed", workers=1)
-    child = os.fork()
-    if child == 0:
-        original = Trainer.train_step
-
-        def stepping(self, batches):
-            original(self, batches)
-            if self.step == 5:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        Trainer.train_step = stepping
-        run(cfg, build_tiny)
-        os._exit(1)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    child = start_process(run_until_killed, cfg, 5)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
     assert_same(whole, run(cfg, build_tiny))
 
 

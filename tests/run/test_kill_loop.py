@@ -6,11 +6,11 @@ KILLS=50 python -m pytest -s tests/test_kill_loop.py     # more than the 5 of an
 import os
 import random
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from helpers import build_tiny_network, start_process
 from test_engine import assert_same, run
 
 import mms_dataloader
@@ -20,33 +20,25 @@ from utils.engine import fit
 from utils.run.checkpoint import load_checkpoint
 
 
-def child_process(cfg, build_tiny):
-    """Train in a child process; returns its id."""
-    child = os.fork()
-    if child == 0:
-        try:
-            fit(cfg, build_loaders(cfg, mms_dataloader.DATASET), build_tiny, Process(torch.device("cpu")))
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return child
+def train(cfg):
+    fit(cfg, build_loaders(cfg, mms_dataloader.DATASET), build_tiny_network, Process(torch.device("cpu")))
 
 
 def test_killed_over_and_over(mms_config, build_tiny):
     kills, chance = int(os.environ.get("KILLS", "5")), random.Random(0)
     cfg = replace(mms_config, max_steps=20 + 4 * kills, save_every=3, num_epoch=20, run_name="whole")
-    os.waitpid(child_process(cfg, build_tiny), 0)
+    start_process(train, cfg).join()
     whole = run(cfg, build_tiny)  # finished by now: reads it only
     cfg = replace(cfg, run_name="killed")
     folder = Path(cfg.out_root) / "killed"
     unreadable, done, steps, patience = 0, 0, [], 1.5
     while done < kills:
-        child = child_process(cfg, build_tiny)
-        time.sleep(chance.uniform(0.1, patience))
-        os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
-        if not os.WIFSIGNALED(status):  # it was done before the signal: begin the run anew, and go on killing
-            assert os.waitstatus_to_exitcode(status) == 0
+        child = start_process(train, cfg)
+        child.join(chance.uniform(0.1, patience))
+        child.kill()
+        child.join()
+        if child.exitcode != -signal.SIGKILL:  # it was done before the signal: begin the run anew, and go on killing
+            assert child.exitcode == 0
             assert_same(whole, run(cfg, build_tiny))
             cfg = replace(cfg, run_name=f"killed{done}")
             folder = Path(cfg.out_root) / cfg.run_name
@@ -57,7 +49,7 @@ def test_killed_over_and_over(mms_config, build_tiny):
             steps.append(load_checkpoint(folder)["step"])
             # An epoch's end (evaluation, pictures) takes long: a run that is stuck there is given more time.
             patience = patience + 1 if steps[-2:-1] == steps[-1:] else 1.5
-    os.waitpid(child_process(cfg, build_tiny), 0)
+    start_process(train, cfg).join()
     assert_same(whole, run(cfg, build_tiny))  # 0 differing tensors, 0 differing log lines
     assert unreadable == 0
     print(
