@@ -2,6 +2,7 @@
 
 python -m utils.benchmark                                                      # the paper's batch
 python -m utils.benchmark --image-size 128 --batch-size 4 --baseline --precision fp32 auto --steps 5
+python -m utils.benchmark --roofline                                           # computed for GPUs; none is needed
 """
 
 import json
@@ -9,16 +10,21 @@ import resource
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 import tyro
+from torch._subclasses.fake_tensor import FakeTensorMode  # there is no public name for it
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from tqdm import tqdm
 
 from config import MMS, Config
@@ -31,9 +37,15 @@ from utils.engine import training_batches
 from utils.errors import UserError, clear_errors
 from utils.evaluation.predict import predict
 from utils.evaluation.tables import Table, to_markdown
+from utils.method.objective import UnlabeledViews, training_step
 from utils.trainer import Trainer
 
 WARM_UP = 2  # calls before the timed ones
+# Published dense bf16 FLOP/s (float32 sums) and bytes/s of the makers' data sheets.
+GPUS = {"H100 SXM": (989e12, 3.35e12), "A100 80 GB": (312e12, 2.04e12), "RTX 4090": (165e12, 1.01e12)}
+CLASSES = {"native_batch_norm": "BatchNorm", "_fused_adamw_": "AdamW", "_to_copy": "casts and copies",
+           "copy_": "casts and copies", "clone": "casts and copies", "cat": "casts and copies"}  # fmt: skip
+FUSED = ("casts and copies", "elementwise and the rest")
 
 
 def benchmark(
@@ -49,6 +61,7 @@ def benchmark(
     steps: int = 10,
     training: bool = True,
     show_profile: bool = False,
+    roofline: bool = False,
     out: Path | None = None,
 ) -> None:
     """Measure the training step, the input pipeline and inference; medians of synchronised times after a warm-up.
@@ -58,7 +71,7 @@ def benchmark(
         image_size: px.
         batch_size: labelled images per batch; twice as many unlabelled ones.
         accumulate: batches per step.
-        precision: one column of the table each; "auto" is bf16 where the device computes it natively.
+        precision: one column of the table each; "auto" is bf16 where it is faster.
         baseline: a column before the others: float32 with the weights in PyTorch's own layout, not channels_last.
         compile: torch.compile the networks.
         checkpoint_activations: recompute activations in the backward pass.
@@ -66,11 +79,15 @@ def benchmark(
         steps: timed ones.
         training: measure training steps, too; without, only the input pipeline and inference.
         show_profile: print the operations that a step spends most time in.
+        roofline: print the least time of a step on GPUs, computed from its FLOP and bytes, instead of any measurement.
         out: JSON file to write.
     """
     with clear_errors(), tempfile.TemporaryDirectory() as folder:
         if steps < 1:
             raise UserError(f"--steps {steps}: at least 1 must be timed")
+        if roofline:
+            small = replace(MMS, image_size=image_size, batch_size=batch_size)
+            return print(to_markdown([least_times(count_operations(small))]))
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
         settings = {"image_size": image_size, "batch_size": batch_size, "accumulate": accumulate, "compile": compile}
@@ -203,6 +220,72 @@ def table(title: str, columns: dict[str, dict[str, float]]) -> Table:
         values = [column[metric] for column in columns.values()]
         rows.append([metric, *(f"{value:.4g}" for value in values)] + [f"{values[-1] / values[0]:.2f}"] * compared)
     return Table(title, "", header, rows)
+
+
+class OperationCounter(TorchDispatchMode):
+    """Count the FLOP and bytes of every operation, by class."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out, name = func(*args, **(kwargs or {})), func._overloadpacket.__name__
+        if func.is_view or name in ("device", "detach", "empty", "empty_like", "new_empty"):
+            return out
+        tensors = {id(x): x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)}
+        counted = flop_registry.get(func._overloadpacket)
+        flop = counted(*args, **(kwargs or {}), out_val=out) if counted else 0
+        kind = "convolutions" if counted else CLASSES.get(name.removesuffix("_backward"), FUSED[1])
+        self.found[kind].append((flop, sum(x.numel() * x.element_size() for x in tensors.values())))
+        return out
+
+
+def count_operations(cfg: Config) -> dict[str, list[tuple[float, float]]]:
+    """Return (FLOP, bytes) by class of the operations of a bf16 step with its optimisers, without the augmentation."""
+    batch, size = cfg.batch_size, cfg.image_size
+    with FakeTensorMode():
+        nets = [build_network(4).train() for _ in range(2)]
+        optimizers = [torch.optim.AdamW(net.parameters(), fused=True) for net in nets]
+        image, mask = torch.rand(batch, 1, size, size), torch.zeros(batch, size, size).long()
+        views = UnlabeledViews((image, image), (image, image), torch.zeros_like(image))
+        autocast = partial(autocast_context, torch.device("cpu"), "bf16")
+        with OperationCounter() as counter:
+            training_step(nets, image, mask, views, dice_classes=slice(None), cps_loss=cfg.cps_loss,
+                          cps_weight=cfg.cps_weight, autocast=autocast)  # fmt: skip
+            torch.nn.utils.get_total_norm([p.grad for net in nets for p in net.parameters()])
+            for optimizer in optimizers:
+                optimizer.step()
+    return counter.found
+
+
+def least_times(found: dict[str, list[tuple[float, float]]]) -> Table:
+    """Return the table of the least time of a step: per class TFLOP, GB and ms on each GPU, then the sums.
+
+    An operation takes max(FLOP / peak, bytes / bandwidth), its bytes those of its inputs and outputs. "Fused" leaves
+    out the elementwise operations, as a compiler does that computes them together with their neighbours.
+    """
+
+    def ms(kind: str, flops: float, bandwidth: float) -> float:
+        return 1e3 * sum(max(f / flops, b / bandwidth) for f, b in found[kind])
+
+    kinds = sorted(found, key=lambda kind: -sum(b for _, b in found[kind]))
+    rows = []
+    for kind in kinds:
+        flop, size = (sum(values) for values in zip(*found[kind], strict=True))
+        rows.append(
+            [kind, f"{flop / 1e12:.1f}", f"{size / 1e9:.0f}", *(f"{ms(kind, *gpu):.1f}" for gpu in GPUS.values())]
+        )
+    eager = [sum(ms(kind, *gpu) for kind in kinds) for gpu in GPUS.values()]
+    fused = [sum(ms(kind, *gpu) for kind in kinds if kind not in FUSED) for gpu in GPUS.values()]
+    bound = [
+        1e3 * sum(b / gpu[1] for values in found.values() for f, b in values if b / gpu[1] > f / gpu[0])
+        for gpu in GPUS.values()
+    ]
+    rows.append(["step, eager", "", "", *(f"{value:.0f}" for value in eager)])
+    rows.append(["of it bound by memory", "", "", *(f"{100 * b / e:.0f} %" for b, e in zip(bound, eager, strict=True))])
+    rows.append(["step, fused", "", "", *(f"{value:.0f}" for value in fused)])
+    return Table("Least ms of a step, computed", "", ["", "TFLOP", "GB", *GPUS], rows)
 
 
 if __name__ == "__main__":
