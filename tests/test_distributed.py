@@ -13,11 +13,12 @@ import torch
 
 import mms_dataloader
 from utils.data.loaders import build_loaders
-from utils.distributed import Process, choose_device, process_group
+from utils.distributed import Process, autocast_context, bf16_is_faster, choose_device, process_group
 from utils.errors import UserError
 from utils.run.checkpoint import load_checkpoint, load_networks
 from utils.trainer import Trainer
 
+PRECISIONS = ("auto", "bf16", "fp32")
 WORKER = Path(__file__).parent / "distributed_worker.py"
 
 
@@ -55,6 +56,19 @@ def test_gpus_that_are_not_there_are_named(monkeypatch):
         process_group("cuda:0"),
     ):
         pass
+
+
+@pytest.mark.parametrize(("amx", "avx512", "vendor", "faster"), [
+    (True, True, "GenuineIntel", True), (False, True, "AuthenticAMD", True),
+    (False, True, "GenuineIntel", False), (False, False, "AuthenticAMD", False),
+])  # fmt: skip
+def test_bf16_is_chosen_on_the_cpus_where_it_was_measured_to_be_faster(monkeypatch, amx, avx512, vendor, faster):
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(Path, "read_text", lambda path: f"vendor_id\t: {vendor}\n")
+    monkeypatch.setattr("utils.distributed.bf16_is_faster", bf16_is_faster.__wrapped__)  # without what it remembers
+    enabled = {precision: autocast_context(torch.device("cpu"), precision)._enabled for precision in PRECISIONS}
+    assert enabled == {"auto": faster, "bf16": True, "fp32": False}
 
 
 def test_two_processes_train_as_one(short, tmp_path, mms_config, build_tiny):

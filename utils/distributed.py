@@ -8,6 +8,8 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -69,13 +71,22 @@ def choose_device(name: str, number: int = 0) -> torch.device:
 
 
 def autocast_context(device: torch.device, precision: str) -> AbstractContextManager:
-    """Return a context of bf16 autocast, or of float32; "auto" is bf16 where the device computes it natively."""
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # by AVX-512 BF16 or AMX; PyTorch 2.10 has no public way to ask
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    enabled = precision == "bf16" or (precision == "auto" and native)
+    """Return a context of bf16 autocast, or of float32; "auto" is bf16 where it is faster."""
+    enabled = precision == "bf16" or (precision == "auto" and bf16_is_faster(device.type))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+@cache
+def bf16_is_faster(device_type: str) -> bool:
+    """Tell whether products in bf16 are faster than in float32: natively on GPUs; on CPUs by AMX, or AMD's AVX-512.
+
+    Intel's AVX-512 BF16 without AMX gains nothing over its float32 (docs/benchmark.md).
+    """
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if torch.cpu._is_amx_tile_supported():  # PyTorch 2.10 has no public way to ask
+        return True
+    return torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
 
 
 def average(tensors: Sequence[torch.Tensor]) -> None:
