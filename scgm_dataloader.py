@@ -85,7 +85,8 @@ DATASET = DatasetInfo(
     find_cases=find_cases, consensus=majority, normalize=normalize, labeled_count=labeled_count,
     write_phantom=write_scgm, more_commands={"open-data": write_open_data}, demo_phantom={"patients": 8},
     download_help=(
-        "SCGM is free for research after registration at http://niftyweb.cs.ucl.ac.uk/challenge (train, test).\n"
+        "SCGM is free for research after registration at http://niftyweb.cs.ucl.ac.uk/challenge (train, test); scans\n"
+        "like it are free for all: python scgm_dataloader.py open-data RAW\n"
         "Then prepare it once: python scgm_dataloader.py prepare RAW --out data/scgm   (RAW holds train and test)"
     ),
 )

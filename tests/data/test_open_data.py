@@ -2,6 +2,7 @@
 
 import http.server
 import io
+import shutil
 import subprocess
 import sys
 import threading
@@ -118,6 +119,14 @@ def test_the_archive_is_downloaded_and_only_its_sessions_are_written(tmp_path, s
     assert len(list((raw / "train").glob("*image.nii.gz"))) == 3
     assert [path.name for path in raw.parent.iterdir()] == ["raw"]  # neither the archive nor "outside"
     assert not list(tmp_path.rglob("outside*"))
+
+
+def test_a_zip_of_ones_own_copy(tmp_path):
+    """Without the folder that GitHub makes around the files."""
+    bids = write_bids(tmp_path / "bids", sessions=("sub-9418",))
+    shutil.make_archive(str(tmp_path / "copy"), "zip", bids)
+    write_open_data(tmp_path / "raw", source=tmp_path / "copy.zip")
+    assert len(list((tmp_path / "raw" / "train").glob("site1-sc01-*"))) == 5
 
 
 @pytest.mark.parametrize("ranges", [True, False])

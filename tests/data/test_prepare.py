@@ -611,19 +611,7 @@ def test_the_canvas_on_the_labels(scgm_raw, tmp_path, capsys):
         moved += np.abs(center[0] - middle).max() > 0.5
         masks = torch.from_numpy(data.masks[data.index["mask"][rows]][:, 6:-6, 6:-6]).long()
         probability = torch.nn.functional.one_hot(masks, 2).movedim(-1, 1).float()
-        scan = ScanPrediction(patient, "scan", rows, None, probability, None, None)
+        scan = ScanPrediction(patient, "scan", rows, None, probability, None, None, None, None)
         labels = to_native(scan, data).labels == 1
         assert 2 * (labels & truth).sum() / (labels.sum() + truth.sum()) > 0.9
     assert moved > 2
-
-
-def find_moved(raw):
-    found = SCGM.find_cases(raw)
-    return found._replace(cases=[case._replace(center=(40.0, 50.5)) for case in found.cases])
-
-
-def test_a_case_can_name_its_center(scgm_raw, scgm_root, tmp_path):
-    prepare_dataset(scgm_raw, tmp_path / "moved", replace(SCGM, find_cases=find_moved), workers=2)
-    data, plain = (PreparedData.open(root, SCGM) for root in (tmp_path / "moved", scgm_root))
-    assert not data.info["centered_on_labels"] and (data.images != plain.images).any()
-    assert (data.index["center_row"] == 40).all() and (data.index["center_column"] == 50.5).all()

@@ -18,7 +18,6 @@ class Case(NamedTuple):
     image: Path
     masks: tuple[Path, ...]  # one per rater; empty for a scan without truth
     phases: dict[str, int]  # labelled frames by name; empty for a scan without truth
-    center: tuple[float, float] | None = None  # voxel that the canvas is put on; None: the image's centre
     own: bool = False  # a scan of the user's own: 3D or 4D, of which only the labelled frames are prepared
 
 

@@ -105,7 +105,8 @@ def extract(archive: Path, folder: Path) -> Path:
             packed.extractall(folder, names)  # which leads no name out of the folder
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{archive}: no whole zip file ({error}): download it again") from error
-    return folder / names[0].split("/")[0] if names else folder  # GitHub makes a folder around the files
+    tops = {name.split("/")[0] for name in names} - {*sessions, "derivatives", "..", ""}
+    return folder / tops.pop() if tops else folder  # GitHub makes a folder around the files
 
 
 def _write_session(root: Path, session: str, prefix: str, number: int, raw: Path, seed: int) -> bool:

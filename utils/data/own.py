@@ -104,10 +104,11 @@ def _find_labeled(
     pairs, errors, warnings = _read_pairs(images[0]) if from_table else _pair(images, masks)
     cases = []
     for case in pairs:
-        case, error, note = _with_phases(case, table, dataset)
-        cases.append(case)
-        errors += [error] if error else []
-        warnings += [note] if note else []
+        try:
+            cases.append(_with_phases(case, table, dataset, warnings))
+        except UserError as error:
+            cases.append(case)  # whose files are checked all the same
+            errors.append(str(error))
     times = Counter((case.patient, phase) for case in cases for phase in case.phases)
     twice = [f"{patient} {phase}" for (patient, phase), count in times.items() if count > 1]
     errors += [f"several scans are called {name}: tell them apart in a CSV file" for name in twice]
@@ -178,40 +179,40 @@ def _read_pairs(path: Path) -> tuple[list[Case], list[str], list[str]]:
     return cases, errors, []
 
 
-def _with_phases(case: Case, table: np.ndarray | None, dataset: DatasetInfo) -> tuple[Case, str, str]:
-    """Return a pair with the names of its labelled frames, an error, and a note where they were found by volume.
+def _with_phases(case: Case, table: np.ndarray | None, dataset: DatasetInfo, warnings: list[str]) -> Case:
+    """Return a pair with the names of its labelled frames; a guess is added to `warnings`.
 
     ACDC's Info.cfg names the end-diastolic and the end-systolic frame. A 4D mask with two labelled frames shows them
     itself: the cavity of the first structure, the left ventricle, is largest at the end of diastole.
+
+    Raises:
+        UserError: no frame is labelled, or a table names one phase for several frames.
     """
     if found := ACDC.match(file_stem(case.image)):
         info = case.image.with_name("Info.cfg")
         text = info.read_text(errors="replace") if info.is_file() else ""
         names = {int(frame): phase for phase, frame in re.findall(r"^(ED|ES):\s*(\d+)", text, re.MULTILINE)}
         frame = int(found[2])
-        return case._replace(patient=_safe(found[1]), phases={names.get(frame, f"frame{frame:02d}"): 0}), "", ""
+        return case._replace(patient=_safe(found[1]), phases={names.get(frame, f"frame{frame:02d}"): 0})
     try:
         if len(read_shape(case.masks[0], (3, 4))) == 3:
-            return case._replace(phases=case.phases or {"scan": 0}), "", ""
+            return case._replace(phases=case.phases or {"scan": 0})
         mask = whole_numbers(read_volume(case.masks[0], 4))
     except UserError:
-        return case, "", ""  # the scan's own check will say why
+        return case  # the scan's own check will say why
     frames = [n for n in range(frame_count(mask)) if mask.array[..., n].any()]
     if not frames:
-        return case, f"{case.masks[0]}: no frame has a label", ""
+        raise UserError(f"{case.masks[0]}: no frame has a label")
     if case.phases:
-        return (
-            case,
-            f"{case.masks[0]}: a phase in the table is for a 3D file, this one has {frame_count(mask)} frames",
-            "",
-        )
+        raise UserError(f"{case.masks[0]}: a phase in the table is for a 3D file, this has {frame_count(mask)} frames")
     if len(frames) != 2 or dataset.clinical is None:
-        return case._replace(phases={f"frame{n:02d}": n for n in frames}), "", ""
+        return case._replace(phases={f"frame{n:02d}": n for n in frames})
     first = 1 if table is None else np.flatnonzero(table == 1)
     cavity = {n: np.isin(mask.array[..., n], first).sum() for n in frames}
-    phases = {"ED": max(frames, key=cavity.__getitem__), "ES": min(reversed(frames), key=cavity.__getitem__)}
-    note = f"{case.image}: ED and ES are the labelled frames of the larger and the smaller {dataset.class_names[1]}"
-    return case._replace(phases=phases), "", note
+    smaller, larger = sorted(frames, key=lambda n: (cavity[n], -n))
+    name = dataset.class_names[1]
+    warnings.append(f"{case.image}: ED and ES are the labelled frames of the larger and the smaller {name}")
+    return case._replace(phases={"ED": larger, "ES": smaller})
 
 
 def _label_table(labels: Sequence[str], dataset: DatasetInfo) -> np.ndarray:

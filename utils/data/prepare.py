@@ -189,7 +189,7 @@ def process_case(case: Case, dataset: DatasetInfo, target: Target | None, on_lab
         return Report(errors, warnings, [])
     warnings += [f"{case.masks[0]}: no label in {phase}" for phase in empty]
     structures = np.array([(label > 0) & (label < len(dataset.class_names)) for label in truth.values()], bool)
-    center = case.center
+    center = None  # the image's
     if on_labels and structures.any():
         center = tuple(np.argwhere(structures)[:, -2:].mean(0).tolist())
     elif on_labels:

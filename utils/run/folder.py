@@ -19,7 +19,6 @@ CHECKPOINTS = ("last.pt", "previous.pt", "best.safetensors")
 RUN_FILES = (*CHECKPOINTS, "config.json", "split.json", "log.jsonl", "steps.jsonl", "curves.png", "not_finite.txt",
              "wandb_id")  # fmt: skip
 KEPT_EPOCHS = "epochs/*.safetensors"  # the networks that --keep-epochs keeps
-TRAINING_PARTS = ("labeled", "unlabeled", "validation")  # of split.json: the training has seen these patients
 # Settings that may differ between the command that began a run and the one that resumes it.
 FREE_ON_RESUME = RUNTIME_SETTINGS | {"num_epoch", "max_steps"}
 DEFAULTS = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
@@ -101,15 +100,14 @@ def load_initial(
     Raises:
         UserError: there are none, they are of another data set or other classes, or have seen held-out patients.
     """
-    path, split = run / "best.safetensors", run / "split.json"
+    path = run / "best.safetensors"
     metadata = read_metadata(path)
     if (metadata["dataset"], metadata["class_names"]) != (dataset, list(class_names)):
         raise UserError(
             f"--init-from {run}: trained on {metadata['dataset']} with the classes {metadata['class_names']}, "
             f"expected {dataset} with {list(class_names)}"
         )
-    parts = read_json(split) if split.exists() else {}  # not beside converted weights
-    seen = {patient for part in TRAINING_PARTS for patient in parts.get(part, [])} | {*metadata.get("seen_before", [])}
+    seen = patients_seen(run, metadata)
     if known := sorted(seen & {*held_out}):
         raise UserError(
             f"--init-from {run}: its networks have learnt from {len(known)} of the patients to hold out, "
@@ -117,6 +115,14 @@ def load_initial(
         )
     load_networks(path, nets)
     return sorted(seen)
+
+
+def patients_seen(folder: Path, metadata: dict[str, Any]) -> set[str]:
+    """Return the patients that a run's networks have learnt from, those of `--init-from` among them."""
+    split = folder / "split.json"
+    parts = read_json(split) if split.exists() else {}  # not beside converted weights
+    here = {patient for part in ("labeled", "unlabeled", "validation") for patient in parts.get(part, [])}
+    return here | {*metadata.get("seen_before", [])}
 
 
 def unfinished(folder: Path) -> str:
