@@ -4,6 +4,7 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,10 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
         try:
             torch.save(state, temporary)
         except RuntimeError as error:  # PyTorch's zip writer reports a full disk this way
-            raise UserError(f"{last}: cannot be written ({error}); the earlier state is intact") from error
+            raise UserError(
+                f"{last}: cannot be written, with {shutil.disk_usage(folder).free / 1e9:.1f} GB free on its disk "
+                f"({error}); the earlier state is intact. Make room, and the same command goes on from there"
+            ) from error
         _seal(temporary)
         if last.exists():
             os.replace(last, previous)
