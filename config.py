@@ -73,7 +73,7 @@ class Config:
     save_every: int = 0  # steps between checkpoints inside an epoch; 0: at epoch ends only
     keep_epochs: int = 0  # number of last epochs whose networks stay in epochs/, beside the best (0.3 GB each)
     device: str = "auto"  # "cuda", "cpu", or "auto": a GPU where there is one
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 autocast where the device computes it natively
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 autocast where it is faster
     compile: bool = False  # torch.compile the networks: minutes at the start, then faster steps
     checkpoint_activations: bool = False  # recompute them in the backward pass: less memory, slower steps
     monitor_pseudo_labels: bool = False  # compare them with hidden source masks each epoch; training is unchanged
@@ -138,6 +138,10 @@ SCGM = Config(
     run_name="scgm_{test_domain}_{ratio}_seed{seed}",
 )
 
+# What replaces the settings of a data set under --pretrained none, unless given by flags: networks that know nothing
+# need a larger rate, and at first only teach each other noise.
+FROM_SCRATCH = {"lr": 1e-3, "cps_warmup": 15, "cps_ramp": 5}
+
 # What is wanted within minutes, on a CPU and from scratch: small images and batches, a larger rate, and pseudo labels
 # only after the networks have learnt something from the labelled images.
 DEMO = {"demo": True, "batch_size": 4, "lr": 1e-3, "pretrained": "none", "workers": 0, "wandb": False}
@@ -174,9 +178,15 @@ class CommandLine(Config):
 
 
 def from_cli(base: Config, demo: Config) -> list[Config]:
-    """Return the settings of each run: those of `base`, or with --demo of `demo`, changed by the flags."""
+    """Return the settings of each run: those of `base`, or with --demo of `demo`, changed by the flags.
+
+    Where a flag takes the pretrained weights away, FROM_SCRATCH goes before `base`.
+    """
     default = CommandLine(**vars(demo if "--demo" in sys.argv[1:] else base))
-    settings = dict(vars(tyro.cli(CommandLine, default=default)))
+    parsed = tyro.cli(CommandLine, default=default)
+    if parsed.pretrained == "none" != default.pretrained and not parsed.init_from:
+        parsed = tyro.cli(CommandLine, default=replace(default, **FROM_SCRATCH))
+    settings = dict(vars(parsed))
     seeds, cfg = settings.pop("seeds"), Config(**settings)
     if seeds and "{seed" not in cfg.run_name:
         cfg = replace(cfg, run_name=f"{cfg.run_name}_seed{{seed}}")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from config import MMS, MMS_DEMO, SCGM, from_cli
+from config import FROM_SCRATCH, MMS, MMS_DEMO, SCGM, from_cli
 from utils.errors import UserError
 
 
@@ -42,6 +42,20 @@ def test_flags_change_the_defaults_of_the_data_set(monkeypatch):
             from_cli(MMS, MMS_DEMO)
     monkeypatch.setattr("sys.argv", ["x", "--demo", "--image-size", "64"])
     assert from_cli(MMS, MMS_DEMO) == [replace(MMS_DEMO, image_size=64)]
+
+
+def test_without_pretrained_weights_the_defaults_are_others(monkeypatch):
+    for flags, changed in (
+        (["--pretrained", "none"], {"pretrained": "none", **FROM_SCRATCH}),
+        (["--pretrained", "none", "--lr", "2e-4", "--cps-warmup", "0"],
+         {"pretrained": "none", **FROM_SCRATCH, "lr": 2e-4, "cps_warmup": 0}),
+        (["--pretrained", "none", "--init-from", "runs/x"], {"pretrained": "none", "init_from": "runs/x"}),
+        (["--pretrained", "x.pth"], {"pretrained": "x.pth"}),
+    ):  # fmt: skip
+        monkeypatch.setattr("sys.argv", ["x", *flags])
+        assert from_cli(SCGM, MMS_DEMO) == [replace(SCGM, run_name="scgm_4_0.2_seed0", **changed)]
+    monkeypatch.setattr("sys.argv", ["x", "--demo", "--pretrained", "none"])  # the demo is from scratch anyway
+    assert from_cli(MMS, MMS_DEMO) == [MMS_DEMO]
 
 
 def test_every_seed_has_a_run_of_its_own(monkeypatch):
