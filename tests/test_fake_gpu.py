@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from config import MMS
 from network import build_network
-from utils.evaluation.predict import predict_scans
+from utils.evaluation.predict import Member, predict_scans
 from utils.method import augment, losses
 from utils.method.objective import UnlabeledViews, cross_pseudo_supervision, pseudo_label
 
@@ -73,13 +73,12 @@ def numpy_of_a_fake(tensor):
 @pytest.mark.parametrize("tta", [False, True])
 def test_evaluation(nets, tta, monkeypatch):
     monkeypatch.setattr(FakeTensor, "numpy", numpy_of_a_fake, raising=False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)  # asks the driver
     read = {"image": canvases(3).cpu(), "quantiles": torch.zeros(3, 256), "mask": canvases(3, torch.uint8).cpu()}
     read["row"] = torch.zeros(3).long()
     data = SimpleNamespace(index={"patient": ["A"], "phase": ["ED"]})
-    settings = {"size": SIZE, "reference": torch.zeros(256, device=CUDA), "precision": "fp32", "tta": tta}
-    (scan,) = predict_scans([net.eval() for net in nets], [read], data, device=CUDA, **settings)
-    assert [x.device for x in (scan.image, scan.probability, scan.agreement)] == [CUDA] * 3
+    member = Member([net.eval() for net in nets], torch.zeros(256, device=CUDA), replace(MMS, image_size=SIZE))
+    (scan,) = predict_scans([member], [read], data, device=CUDA, precision="fp32", tta=tta, confidence=True)
+    assert [x.device for x in (scan.image, scan.probability, scan.agreement, scan.confidence)] == [CUDA] * 4
     assert scan.probability.shape == (3, 4, SIZE, SIZE)
 
 

@@ -101,15 +101,15 @@ def test_an_ensemble_is_the_mean_of_its_runs(mms_config, mms_root, build_tiny, t
     both = ensemble(runs, evaluate=True)
     data = PreparedData.open(mms_root, MMS)
     loader = scan_loader(data, data.patients_with_masks("D")[:1])
-    settings = {"size": 32, "device": CPU, "precision": "fp32"}
-    others = [(both.others[0].nets, both.others[0].reference)]
-    found = list(predict_scans(both.nets, loader, data, reference=both.reference, others=others, **settings))
-    single = [list(predict_scans(run.nets, loader, data, reference=run.reference, **settings)) for run in runs]
+    settings = {"device": CPU, "precision": "fp32", "confidence": True}
+    found = list(predict_scans(both.members, loader, data, **settings))
+    single = [list(predict_scans(run.members, loader, data, **settings)) for run in runs]
     for scan, *parts in zip(found, *single, strict=True):
         expected = np.mean([part.probability.numpy() for part in parts], axis=0)
         assert np.allclose(scan.probability.numpy(), expected, atol=1e-6)
         assert np.abs(parts[0].probability.numpy() - parts[1].probability.numpy()).max() > 1e-3
         assert np.allclose(scan.agreement, (parts[0].agreement + parts[1].agreement) / 2)
+        assert np.allclose(scan.confidence, (parts[0].confidence + parts[1].confidence) / 2)
     summary = evaluate(both, tmp_path / "out")
     assert summary["ensemble"] == [str(folder) for folder in folders]
     assert "mean of 2 runs' networks" in (tmp_path / "out/summary.md").read_text()

@@ -25,7 +25,7 @@ from utils.data.dataset import DatasetInfo
 from utils.data.loaders import Loaders
 from utils.distributed import Process, autocast_context, average, gather, unflatten
 from utils.errors import UserError
-from utils.evaluation.predict import mean_dice, predict_scans
+from utils.evaluation.predict import Member, mean_dice, predict_scans
 from utils.evaluation.quality import Ranges, scan_quality, value_ranges
 from utils.method.augment import Augmentation, cutmix_mask
 from utils.method.losses import kl_variance
@@ -133,9 +133,10 @@ class Trainer:
         counts = {"steps": 1, "cps_steps": weight > 0, "cps_weight": weight}
         scalars |= {name: torch.full_like(scalars["loss"], count) for name, count in counts.items()}
         finite = self.bad_steps[0] == 0
-        for sums in (self.sums, self.recent):
-            for name, value in scalars.items():
-                sums[name] = sums.get(name, 0) + torch.where(finite, value, 0)
+        for name, value in scalars.items():
+            counted = torch.where(finite, value, 0)
+            for sums in (self.sums, self.recent):
+                sums[name] = sums.get(name, 0) + counted
         self.step += 1
 
     def _update(self, scalars: dict[str, torch.Tensor], statistics_before: torch.Tensor) -> None:
@@ -175,9 +176,9 @@ class Trainer:
         """Return the mean paper-protocol Dice (percent) on the labelled source images, without augmentation."""
         with self.evaluating():
             data, names = self.loaders.data, self.loaders.dataset.class_names
-            view = {"size": self.cfg.image_size, "reference": self.mean_reference}
+            members = [Member(self.nets, self.mean_reference, self.cfg)]
             where = {"device": self.device, "precision": self.cfg.precision}
-            scans = predict_scans(self.nets, self.loaders.val, data, **view, **where)
+            scans = predict_scans(members, self.loaders.val, data, **where)
             # Each process predicts its share of the scans; in one order, so that sums do not depend on who did which.
             found = [(s.patient, s.phase, s.slice_dice.tolist(), scan_quality(s, data, names)) for s in scans]
             *scores, quality = zip(*sorted(gather(found), key=itemgetter(0, 1)), strict=True)

@@ -17,7 +17,6 @@ from utils.evaluation.calibration import (
     ranked_risks,
     trust_tables,
 )
-from utils.method.augment import CANVAS_PX, FIELD_PX
 
 
 def pixels(seed, count=400, classes=4):
@@ -98,22 +97,20 @@ def test_risk_coverage_by_hand_and_between_its_limits():
 
 def test_trust_gathers_scans_slices_and_patients():
     """Two patients of a slice each: one predicted perfectly and surely, one all wrong and unsure."""
-    canvas = np.zeros((2, CANVAS_PX, CANVAS_PX), np.uint8)
-    canvas[:, 100:200, 100:200] = 1
-    margin = (CANVAS_PX - FIELD_PX) // 2
-    truth = torch.from_numpy(canvas[0, margin:-margin, margin:-margin]).long()
-    data = SimpleNamespace(masks=canvas, index={"mask": np.arange(2)})
+    truth = torch.zeros(60, 60, dtype=torch.long)
+    truth[20:40, 20:40] = 1
     trust = Trust()
-    for number, (patient, sure, dice) in enumerate((("a", 1.0, 1.0), ("b", 0.6, 0.25))):
+    for patient, sure, dice in (("a", 1.0, 1.0), ("b", 0.6, 0.25)):
         label = truth if patient == "a" else 1 - truth
         probability = torch.where(torch.nn.functional.one_hot(label, 2).bool(), sure, 1 - sure).movedim(-1, 0)[None]
         agreement = torch.where(label > 0, sure, 0.0)[None]
-        scan = {"patient": patient, "phase": "ED", "rows": np.array([number]), "image": truth[None]}
+        scan = {"patient": patient, "phase": "ED", "truth": truth[None], "confidence": 1 - agreement}
         maps = {"probability": probability, "agreement": agreement, "slice_dice": np.array([dice])}
-        trust.add(SimpleNamespace(**scan, **maps), data)
+        trust.add(SimpleNamespace(**scan, **maps))
     summary = trust.summary()
     for kind in ("slices", "patients"):  # kept first is the right one: risks 0, then (0 + 75) / 2
         areas = {name: pytest.approx(37.5 / 2) for name in ("agreement", "softmax maximum", "best possible")}
+        areas["exp(−V)"] = pytest.approx((75 + 37.5) / 2)  # surest where all is wrong: 75, then (75 + 0) / 2
         assert summary["risk"][kind] == {"number": 2, "random": pytest.approx(37.5), **areas}
     assert summary["calibration"]["field of view"]["ece"] == pytest.approx(30, abs=1e-4)  # 0 and 60 points
     titles = [table.title for table in trust_tables(summary)]

@@ -81,6 +81,7 @@ def arguments(tmp_path):
             "risk": {
                 "slices": {
                     "number": 9,
+                    "exp(−V)": 22.0,
                     "agreement": 20.0,
                     "softmax maximum": 21.0,
                     "random": 25.0,
@@ -153,7 +154,7 @@ def test_values_are_there(report):
         assert text in page.text
     volumetric, in_plane, calibration, risk, _ = page.tables
     assert calibration[1:] == [["field of view", "1.50", "0.0200"], ["foreground", "–", "–"]]
-    assert risk[1] == ["slices", "9", "20.00", "21.00", "25.00", "10.00"]
+    assert risk[1] == ["slices", "9", "22.00", "20.00", "21.00", "25.00", "10.00"]
     assert volumetric[1] == ["LV", "87.12 [85.00, 90.00]", "9.50", "1.25", "1", "2", "4"]
     assert in_plane[1] == ["LV", "8.50", "1.12 [1.00, 1.50]", "3", "40"]
 

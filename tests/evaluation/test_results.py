@@ -24,7 +24,7 @@ from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluation.commands import write_comparison
 from utils.evaluation.domains import by_method
-from utils.evaluation.predict import mean_dice, predict_scans, to_native, volumetric_rows
+from utils.evaluation.predict import Member, mean_dice, predict_scans, to_native, volumetric_rows
 from utils.evaluation.results import evaluate_run
 from utils.evaluation.runs import load_run, open_data, runs_table
 from utils.evaluation.selection import selection_cost
@@ -85,7 +85,8 @@ def test_perfect_prediction_scores_perfectly(mms_config, mms_root):
     loader = scan_loader(data, loaders.split.held_out)
     masks = [data.masks[index["mask"][loader.dataset.rows[batch]]][:, 6:-6, 6:-6] for batch in loader.sampler]
     oracle = Oracle(masks)
-    scans = list(predict_scans([oracle, oracle], loader, data, size=288, reference=None, device=CPU, precision="fp32"))
+    members = [Member([oracle, oracle], None, replace(mms_config, image_size=288))]
+    scans = list(predict_scans(members, loader, data, device=CPU, precision="fp32"))
     assert len(scans) == 8
     dice = mean_dice(triples(scans))
     assert set(dice) == set(loaders.split.held_out) and min(dice.values()) > 99.999
@@ -102,9 +103,9 @@ def test_patients_average_over_all_their_slices(mms_config, build_tiny):
     """Against the protocol in plain NumPy, at an image size that must be brought to the grid first."""
     loaders = build_loaders(mms_config, MMS)
     nets = [build_tiny(4).eval() for _ in range(2)]
-    settings = {"size": 32, "reference": None, "device": CPU, "precision": "fp32"}
     loader = scan_loader(loaders.data, loaders.split.held_out)
-    scans = list(predict_scans(nets, loader, loaders.data, **settings))
+    members = [Member(nets, None, mms_config)]
+    scans = list(predict_scans(members, loader, loaders.data, device=CPU, precision="fp32"))
     expected = {}
     for scan in scans:
         grid = nn.functional.interpolate(scan.probability, size=288, mode="bilinear").numpy() > 0.5

@@ -6,13 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.data.prepared import PreparedData
 from utils.evaluation.predict import ScanPrediction, mean_dice
 from utils.evaluation.tables import Cell, Table
-from utils.method.augment import canvas_to_view
 
 BINS = 15
-SCORES = ("agreement", "softmax maximum")
+SCORES = ("exp(−V)", "agreement", "softmax maximum")
 
 
 def ranked_risk(score: np.ndarray, risk: np.ndarray) -> np.ndarray:
@@ -75,16 +73,14 @@ class Trust:
         self.reliability = {"field of view": Reliability(), "foreground": Reliability()}
         self.slices: dict[str, list[tuple[str, str, list[float]]]] = {name: [] for name in ("risk", *SCORES)}
 
-    def add(self, scan: ScanPrediction, data: PreparedData) -> None:
-        """Add a scan, on the network's grid."""
-        masks = torch.from_numpy(data.masks[data.index["mask"][scan.rows]])[:, None]
-        truth = canvas_to_view(masks, scan.image.shape[-1])[:, 0].long()
-        probability = scan.probability.float().cpu()
+    def add(self, scan: ScanPrediction) -> None:
+        """Add a scan that was predicted with its confidence, on the network's grid."""
+        truth, probability = scan.truth.long().cpu(), scan.probability.float().cpu()
         maximum, label = probability.max(1)
         pixels = {"field of view": torch.ones_like(truth, dtype=torch.bool), "foreground": (label > 0) | (truth > 0)}
         for name, chosen in pixels.items():
             self.reliability[name].add(probability.movedim(1, -1)[chosen], truth[chosen])
-        maps = dict(zip(SCORES, (scan.agreement.float().cpu(), maximum), strict=True))
+        maps = dict(zip(SCORES, (scan.confidence.float().cpu(), scan.agreement.float().cpu(), maximum), strict=True))
         # Of the structures that were found; of the whole slice where there is none.
         found = [area if area.any() else torch.ones_like(area) for area in label > 0]
         self.slices["risk"].append((scan.patient, scan.phase, (1 - scan.slice_dice).tolist()))

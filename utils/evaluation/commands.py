@@ -99,7 +99,7 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             keep_largest: keep only the largest connected component of every structure, in the scan's own grid.
             batch_size: slices of new scans that are predicted at a time, at least 1; fewer take less memory.
             device: where to compute: "cpu", "cuda", "cuda:NUMBER", or "auto" for a GPU where there is one.
-            precision: "fp32" for float32, "bf16" for bf16 autocast, or "auto" for bf16 where the device has it.
+            precision: "fp32" for float32, "bf16" for bf16 autocast, or "auto" for bf16 where it is faster.
         """
         if list_runs:
             return print(to_markdown([runs_table(list_runs, dataset)]))

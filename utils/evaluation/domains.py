@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from utils.data.dataset import DatasetInfo
 from utils.evaluation.metrics import METRICS, MISSED_SLICES
-from utils.evaluation.runs import VARYING, on_other_data
+from utils.evaluation.runs import VARYING, is_other
 from utils.evaluation.tables import Cell, Table
 from utils.method.augment import FIELD_PX
 
@@ -64,7 +64,7 @@ def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list
     """
     summaries = [summary for runs in methods.values() for found in runs.values() for summary in found]
     ratio, kind = summaries[0]["ratio"], dataset.domain_kind
-    other = any(map(on_other_data, summaries))
+    other = any(is_other(summary["trained_by"], summary) for summary in summaries)
     of_data = f" of other data than the training's, {summaries[0]['data']}," if other else ""
     published = published_rows(dataset.key)
     nearest = min(published, key=lambda share: abs(share - ratio), default=None)

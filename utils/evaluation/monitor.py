@@ -19,7 +19,7 @@ from utils.evaluation.metrics import paper_dice
 from utils.evaluation.predict import prepare_view
 from utils.evaluation.statistics_plots import plot_scores
 from utils.evaluation.tables import Cell, Table
-from utils.method.augment import canvas_to_view, fourier_view, random_partner
+from utils.method.augment import canvas_to_view, random_partner, repeatable_fourier_view
 from utils.method.losses import kl_variance
 from utils.run.logger import read_log
 
@@ -69,7 +69,8 @@ def monitor_pseudo_labels(
 
     Returns:
         "dice" (percent, paper protocol) by domain, "error" (percent of pixels), "thresholds", and by score "auroc",
-        "auroc_foreground", and at the thresholds the shares "kept" and "kept_error" (percent) of the pixels.
+        "auroc_foreground", "right_wrong" (mean score of the right and of the wrong pixels of the foreground), and at
+        the thresholds the shares "kept" and "kept_error" (percent) of the pixels.
     """
     rows = hidden_rows(data, split)
     batch = SliceDataset(data, rows, with_mask=True)[list(range(len(rows)))]
@@ -77,8 +78,7 @@ def monitor_pseudo_labels(
     views = [prepare_view(image, quantiles, size=cfg.image_size, reference=reference)]
     if cfg.fourier_aug:
         other = canvas_to_view(image[random_partner(len(rows), torch.Generator().manual_seed(0))], cfg.image_size)
-        ratio = cfg.fourier_alpha if cfg.fourier_mode == "AM" else cfg.fourier_ratio
-        views.append(fourier_view(views[0], other, mode=cfg.fourier_mode, window=cfg.fourier_window, ratio=ratio))
+        views.append(repeatable_fourier_view(views[0], other, cfg))
     with autocast():
         logits = [[torch.cat([net(part).float() for part in view.split(cfg.batch_size)]) for view in views]
                   for net in nets]  # fmt: skip
@@ -100,13 +100,14 @@ def monitor_pseudo_labels(
         if area.any()
     }
     _draw(path, ranked, list(scores), title)
-    figures = {}
+    figures, parts = {}, (foreground & right, foreground & ~right)
     for score, of in scores.items():
         kept = [right[of >= threshold] for threshold in THRESHOLDS]
         everywhere, inside = (auroc(ranked[name][score]) if name in ranked else None for name in areas)
         figures[score] = {
             "auroc": everywhere,
             "auroc_foreground": inside,
+            "right_wrong": [float(of[part].mean()) if part.any() else None for part in parts],
             "kept": [100 * part.size / right.size for part in kept],
             "kept_error": [100 * float(1 - part.mean()) if part.size else None for part in kept],
         }
@@ -147,11 +148,12 @@ def monitor_tables(summary: Mapping[str, Any]) -> list[Table]:
         f"{of['epoch']}. Dice by domain: {dice}; {of['error']:.2f} % of the pixels are wrong. AUROC: the probability "
         "that a right pixel scores higher than a wrong one; foreground: structures in pseudo label or truth."
     )
-    header = ["score", "AUROC", "AUROC, foreground"]
+    header = ["score", "AUROC", "AUROC, foreground", "mean of right, wrong foreground"]
     header += [f"kept at ≥ {threshold:g}: pixels, wrong (%)" for threshold in of["thresholds"]]
     rows = []
     for name, figures in of["scores"].items():
         kept = zip(figures["kept"], figures["kept_error"], strict=True)
         ranks = ["–" if figures[key] is None else f"{figures[key]:.3f}" for key in ("auroc", "auroc_foreground")]
-        rows.append([name, *ranks, *(f"{share:.1f}, {Cell(wrong)}" for share, wrong in kept)])
+        means = ", ".join("–" if mean is None else f"{mean:.3f}" for mean in figures["right_wrong"])
+        rows.append([name, *ranks, means, *(f"{share:.1f}, {Cell(wrong)}" for share, wrong in kept)])
     return [Table("Pseudo labels", note, header, rows)]

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from utils.data.dataset import DatasetInfo
 from utils.data.prepared import PreparedData
@@ -13,7 +12,7 @@ from utils.data.volume import edge_letters, radiological, read_volume
 from utils.evaluation.predict import ScanPrediction
 from utils.evaluation.statistics_plots import plot_scores
 from utils.files import OutputFolder
-from utils.method.augment import FIELD_PX, canvas_to_view
+from utils.method.augment import FIELD_PX
 from utils.plots import plot_bland_altman, plot_case, plot_dice_per_case
 
 
@@ -44,11 +43,13 @@ def draw_pictures(
     if clinical:
         path = picture("Clinical quantities: prediction against truth (Bland-Altman)", "bland_altman.png")
         plot_bland_altman(path, clinical, summary["clinical"], title=title)
-    for rank, patient in chosen.items():
+    for patient in dict.fromkeys(chosen.values()):
+        rank = " and ".join(rank for rank, of in chosen.items() if of == patient)
         dice = f"paper Dice of the patient {summary['paper_dice'][patient]:.1f} %"
         for scan in (scan for scan in scans if scan.patient == patient):
             name = f"{patient} {scan.phase}"
-            path = picture(f"{rank} patient by the paper's Dice: {name}", f"overlays/{rank}_{patient}_{scan.phase}.png")
+            file = f"overlays/{rank.replace(' ', '_')}_{patient}_{scan.phase}.png"
+            path = picture(f"{rank} patient by the paper's Dice: {name}", file)
             _draw_case(path, scan, data, dataset, f"{rank} patient: {name}; {dice}\n{title}")
     path = picture("Risk when slices or patients are kept by a score (risk-coverage curves)", "risk_coverage.png")
     labels = ("coverage, highest scores first (%)", "100 − Dice of the kept (%)")
@@ -57,11 +58,10 @@ def draw_pictures(
 
 
 def _draw_case(path: Path, scan: ScanPrediction, data: PreparedData, dataset: DatasetInfo, title: str) -> None:
-    masks = torch.from_numpy(data.masks[data.index["mask"][scan.rows]])[:, None]
     depth, size = len(scan.rows), scan.image.shape[-1]
     maps = {
         "image": scan.image,
-        "truth": canvas_to_view(masks, size)[:, 0],
+        "truth": scan.truth,
         "prediction": scan.probability.argmax(1),
         "agreement": scan.agreement.float(),
     }

@@ -10,11 +10,21 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
+from config import Config
 from utils.data.prepared import PreparedData
 from utils.data.volume import PlaneMap, Volume, read_volume
 from utils.distributed import autocast_context
 from utils.evaluation.metrics import largest_components, paper_dice, plane_metrics, structure_metrics
-from utils.method.augment import FIELD_PX, canvas_to_view, match_histogram
+from utils.method.augment import FIELD_PX, canvas_to_view, match_histogram, repeatable_fourier_view
+from utils.method.losses import kl_variance
+
+
+class Member(NamedTuple):
+    """What a run predicts with."""
+
+    nets: Sequence[nn.Module]  # both networks, in eval mode
+    reference: torch.Tensor | None  # (256,) mean quantile curve that histograms are matched to
+    config: Config
 
 
 class ScanPrediction(NamedTuple):
@@ -26,6 +36,8 @@ class ScanPrediction(NamedTuple):
     image: torch.Tensor  # (S, size, size) input
     probability: torch.Tensor  # (S, K, size, size) mean softmax of the networks
     agreement: torch.Tensor  # (S, size, size) exp(-KL) between the networks, in [0, 1]
+    confidence: torch.Tensor | None  # (S, size, size) exp(-V), in [0, 1], where wanted
+    truth: torch.Tensor  # (S, size, size) labels
     slice_dice: np.ndarray  # (S,) paper protocol, on the FIELD_PX
 
 
@@ -65,25 +77,64 @@ def predict(
     return (first + second) / 2, torch.exp(-divergence.clamp_min(0))
 
 
+def confidence_map(member: Member, view: torch.Tensor, partner: torch.Tensor, *, precision: str) -> torch.Tensor:
+    """Return exp(-V), (B, H, W), V the KL variance between the predictions of a view and of its Fourier view.
+
+    Args:
+        view, partner: (B, 1, H, W), the second giving the Fourier view its amplitude.
+    """
+    fourier = repeatable_fourier_view(view, partner, member.config)
+    predictions = (predict(member.nets, image, precision=precision)[0] for image in (view, fourier))
+    return torch.exp(-kl_variance(*(probability.clamp_min(1e-12).log() for probability in predictions)))
+
+
+def predict_mean(
+    members: Sequence[Member], canvas: torch.Tensor, quantiles: torch.Tensor, *, size: int, precision: str, tta: bool,
+    partners: torch.Tensor | None = None,
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:  # fmt: skip
+    """Predict canvases by the mean of several runs.
+
+    Args:
+        canvas: (B, 1, C, C), with `quantiles` (B, 256).
+        partners: other canvases, whose amplitude makes the Fourier views of "confidence"; None: without it.
+
+    Returns:
+        Every member's view, and by name the means over the members of "probability" and "agreement", as `predict` gives
+        them, and of "confidence", as `confidence_map`.
+    """
+    views = [prepare_view(canvas, quantiles, size=size, reference=member.reference) for member in members]
+    pairs = list(zip(members, views, strict=True))
+    found = zip(*(predict(member.nets, view, precision=precision, tta=tta) for member, view in pairs), strict=True)
+    maps = dict(zip(("probability", "agreement"), found, strict=True))
+    if partners is not None:
+        other = canvas_to_view(partners, size)
+        maps["confidence"] = [confidence_map(member, view, other, precision=precision) for member, view in pairs]
+    return views, {name: sum(of) / len(members) for name, of in maps.items()}
+
+
 def predict_scans(
-    nets: Sequence[nn.Module], loader: DataLoader, data: PreparedData, *,
-    size: int, reference: torch.Tensor | None, device: torch.device, precision: str, tta: bool = False,
-    others: Sequence[tuple[Sequence[nn.Module], torch.Tensor | None]] = (),
+    members: Sequence[Member], loader: DataLoader, data: PreparedData, *, device: torch.device, precision: str,
+    tta: bool = False, confidence: bool = False,
 ) -> Iterator[ScanPrediction]:  # fmt: skip
-    """Predict every scan of a loader that yields one scan per batch; `others`: (nets, reference) to average with."""
+    """Predict every scan of a loader that yields one scan per batch, by the mean of several runs.
+
+    With `confidence`, which takes two more passes, a slice's partner is the one half the scan away.
+    """
+    size = members[0].config.image_size
     for batch in loader:
         canvas, quantiles, mask = (batch[name].to(device) for name in ("image", "quantiles", "mask"))
-        views, predictions = [], []
-        for networks, its_reference in ((nets, reference), *others):
-            views.append(prepare_view(canvas, quantiles, size=size, reference=its_reference))
-            predictions.append(predict(networks, views[-1], precision=precision, tta=tta))
-        probability, agreement = (sum(found) / len(views) for found in zip(*predictions, strict=True))
+        partners = canvas.roll(len(canvas) // 2, 0) if confidence else None
+        how = {"size": size, "precision": precision, "tta": tta, "partners": partners}
+        views, maps = predict_mean(members, canvas, quantiles, **how)
+        probability = maps["probability"]
         # Images of every size are scored on the same grid.
         on_grid = F.interpolate(probability, size=FIELD_PX, mode="bilinear") if size != FIELD_PX else probability
         dice = paper_dice(on_grid, canvas_to_view(mask, FIELD_PX)[:, 0])
+        truth = canvas_to_view(mask, size)[:, 0]
         rows = batch["row"].numpy()
         patient, phase = data.index["patient"][rows[0]], data.index["phase"][rows[0]]
-        yield ScanPrediction(str(patient), str(phase), rows, views[0][:, 0], probability, agreement, dice.cpu().numpy())
+        seen = views[0][:, 0], probability, maps["agreement"], maps.get("confidence"), truth
+        yield ScanPrediction(str(patient), str(phase), rows, *seen, dice.cpu().numpy())
 
 
 def mean_dice(scans: Iterable[tuple[str, str, Sequence[float]]]) -> dict[str, float]:

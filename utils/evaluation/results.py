@@ -19,10 +19,10 @@ from utils.evaluation.calibration import Trust
 from utils.evaluation.metrics import METRICS
 from utils.evaluation.monitor import last_figures
 from utils.evaluation.pictures import draw_pictures
-from utils.evaluation.predict import mean_dice, to_native, volumetric_rows
+from utils.evaluation.predict import mean_dice, predict_scans, to_native, volumetric_rows
 from utils.evaluation.quality import flag_quality, scan_quality
 from utils.evaluation.report import summary_text, write_report
-from utils.evaluation.runs import TrainedRun, method_name, patients_to_evaluate, predict_run
+from utils.evaluation.runs import TrainedRun, method_name, patients_to_evaluate
 from utils.evaluation.statistics import agreement_limits, mean_std_interval
 from utils.evaluation.tools import write_label_names
 from utils.files import OutputFolder, write_json
@@ -59,14 +59,16 @@ def evaluate_run(
     cases: list[dict[str, Any]] = []
     quality: list[dict[str, Any]] = []
     outside, trust, loader = np.zeros(2, int), Trust(), scan_loader(data, patients)
-    scans = predict_run(run, loader, data, **how)
+    ranges = run.metadata.get("quality")  # not beside weights of an earlier version, or converted ones
+    scans = predict_scans(run.members, loader, data, device=run.device, **how, confidence=True)
     for scan in tqdm(scans, total=len(loader), unit="scan", desc=f"evaluate {domain}"):
         native = to_native(scan, data, keep_largest=keep_largest)
         slice_dice.append((scan.patient, scan.phase, scan.slice_dice.tolist()))
         cases += volumetric_rows(scan, native, dataset.class_names)
-        quality += [{"patient": scan.patient, **row} for row in scan_quality(scan, data, dataset.class_names)]
+        if ranges:
+            quality += [{"patient": scan.patient, **row} for row in scan_quality(scan, data, dataset.class_names)]
         outside += native.outside
-        trust.add(scan, data)
+        trust.add(scan)
         if save_predictions:
             path = outputs.claim(f"predictions/{scan.patient}_{scan.phase}.nii.gz")
             write_volume(path, native.labels, native.grid)
@@ -101,7 +103,7 @@ def evaluate_run(
     summary |= trust.summary() | last_figures(run.folder)
     if clinical:
         summary["clinical"] = {name: agreement_limits(*of) | {"unit": units[name]} for name, of in clinical.items()}
-    if ranges := run.metadata.get("quality"):  # not beside weights of an earlier version, or converted ones
+    if ranges:
         summary["quality"] = flag_quality(quality, paper_dice, ranges)
     if len(groups := _groups(cases, data, structures)) > 1:
         summary["groups"] = groups
@@ -114,7 +116,8 @@ def evaluate_run(
         writer.writerows(cases)
     ranked = sorted(paper_dice, key=paper_dice.__getitem__)
     chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
-    scans = list(predict_run(run, scan_loader(data, sorted({*chosen.values()})), data, **how))
+    loader = scan_loader(data, sorted({*chosen.values()}))
+    scans = list(predict_scans(run.members, loader, data, device=run.device, **how))
     found = {"chosen": chosen, "scans": scans, "clinical": clinical, "curves": trust.curves()}
     heading = f"{title}: run {summary['run']}, data {data.name}"
     pictures = draw_pictures(outputs, summary, cases, data, dataset, **found, title=heading)

@@ -1,23 +1,22 @@
 """Trained runs: loading one for inference, what is known of it, and the list of all in a folder."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from config import RUNTIME_SETTINGS, Config
 from utils.data.dataset import DatasetInfo
 from utils.data.prepared import NO_DOMAIN, PreparedData
 from utils.errors import UserError, first_line
-from utils.evaluation.predict import ScanPrediction, predict_scans
+from utils.evaluation.predict import Member
 from utils.evaluation.tables import Cell, Table
 from utils.files import read_json
 from utils.run.checkpoint import load_checkpoint, load_networks, read_metadata
-from utils.run.folder import DEFAULTS, TRAINING_PARTS, unfinished
+from utils.run.folder import DEFAULTS, patients_seen, unfinished
 from utils.run.logger import read_log
 
 VARYING = {"seed", "test_domain"}  # settings in which the runs of a table differ by design
@@ -35,6 +34,11 @@ class TrainedRun(NamedTuple):
     reference: torch.Tensor | None  # (256,) quantile curve that histograms are matched to
     device: torch.device
     others: tuple["TrainedRun", ...] = ()  # runs whose predictions are averaged with this one's
+
+    @property
+    def members(self) -> list[Member]:
+        """What this run and the others predict with."""
+        return [Member(run.nets, run.reference, run.config) for run in (self, *self.others)]
 
 
 def load_run(
@@ -159,15 +163,15 @@ def open_data(run: TrainedRun, data_root: Path | None, dataset: DatasetInfo) -> 
         )
     data = PreparedData.open(data_root or run.config.data_root, dataset)
     held_out = "all domains" if domain == NO_DOMAIN else f"{dataset.domain_kind} {domain}"
-    if run.metadata["content_hash"] in (None, data.info["content_hash"]):
+    if not is_other(run.metadata, data.info):
         return data, domain, f"{dataset.name}, held-out {held_out}"
     name = data.root.resolve().name
     return data, f"{domain}@{name}", f"{dataset.name}, {held_out} of data other than the training's: {name}"
 
 
-def on_other_data(summary: dict[str, Any]) -> bool:
-    """Return True if an evaluation was made on other data than those of the training."""
-    return summary["trained_by"]["content_hash"] not in (None, summary["content_hash"])
+def is_other(training: dict[str, Any], data: dict[str, Any]) -> bool:
+    """Return True if data are not those of a training, by their content hashes; weights from elsewhere know none."""
+    return training["content_hash"] not in (None, data["content_hash"])
 
 
 def patients_to_evaluate(run: TrainedRun, data: PreparedData, domain: str, dataset: DatasetInfo) -> list[str]:
@@ -182,24 +186,12 @@ def patients_to_evaluate(run: TrainedRun, data: PreparedData, domain: str, datas
             f"{data.root} has no {dataset.domain_kind} {domain} with masks to evaluate on: check --data-root"
         )
     for member in (run, *run.others):
-        split = member.folder / "split.json"
-        parts = read_json(split) if split.exists() else {}  # not beside converted weights
-        trained = {patient for part in TRAINING_PARTS for patient in parts.get(part, [])}
-        if seen := sorted({*patients} & (trained | {*member.metadata.get("seen_before", [])})):
+        if seen := sorted({*patients} & patients_seen(member.folder, member.metadata)):
             raise UserError(
                 f"{member.folder} was trained with {len(seen)} of the patients of {data.root} to evaluate on: "
                 f"{', '.join(seen[:5])}. Evaluate on others, or rename these if they only share their names"
             )
     return patients
-
-
-def predict_run(
-    run: TrainedRun, loader: DataLoader, data: PreparedData, *, precision: str, tta: bool
-) -> Iterator[ScanPrediction]:
-    """Predict every scan of a loader by a run, or by the mean of several."""
-    others = [(member.nets, member.reference) for member in run.others]
-    options = {"size": run.config.image_size, "reference": run.reference, "device": run.device}
-    return predict_scans(run.nets, loader, data, **options, precision=precision, tta=tta, others=others)
 
 
 def method_name(metadata: dict[str, Any]) -> str:
@@ -234,7 +226,7 @@ def runs_table(root: Path, dataset: DatasetInfo) -> Table:
         raise UserError(
             f"{root}: no run of {dataset.name} there; train one first: python {dataset.key}_train.py --help"
         )
-    header = ["run", "held out", "labelled", "method", "seed", "best at step", "source Dice (%)"]
+    header = ["run", "held out", "labelled", "method", "seed", "best at step", "Dice on labelled source (%)"]
     note = f"Best checkpoint: {'; '.join(rules) or 'unknown'}."
     return Table(f"Runs in {root}", note, [*header, f"{dataset.domain_kind} Dice (%)"], rows)
 
@@ -243,7 +235,7 @@ def _run_row(folder: Path, metadata: dict[str, Any]) -> list[Any]:
     config = metadata["config"]
     source = max((line["val_dice"] for line in read_log(folder / "log.jsonl")), default=None)
     evaluated, held_out = folder / "results" / config["test_domain"] / "summary.json", Cell(None)
-    if evaluated.exists() and not on_other_data(summary := read_json(evaluated)):  # of an earlier version they may be
-        held_out = Cell(summary["paper_protocol"]["mean"], summary["paper_protocol"]["std"])
+    if evaluated.exists() and not is_other((found := read_json(evaluated))["trained_by"], found):  # earlier versions
+        held_out = Cell(found["paper_protocol"]["mean"], found["paper_protocol"]["std"])
     row = [config["test_domain"], f"{100 * config['ratio']:g} %", method_name(metadata), config["seed"]]
     return [*row, f"{metadata['step']}{unfinished(folder)}", Cell(source), held_out]

@@ -21,13 +21,12 @@ from utils.data.volume import PlaneMap, Volume, frame_count, frame_slices, impla
 from utils.errors import UserError
 from utils.evaluation.locate import locate
 from utils.evaluation.metrics import largest_components
-from utils.evaluation.predict import predict, prepare_view
+from utils.evaluation.predict import predict_mean
 from utils.evaluation.quality import MEASURES, outside_ranges, structure_quality
 from utils.evaluation.runs import TrainedRun
 from utils.evaluation.tools import write_label_names
 from utils.files import OutputFolder, atomic_write
-from utils.method.augment import CANVAS_PX, FIELD_PX, fourier_view
-from utils.method.losses import kl_variance
+from utils.method.augment import CANVAS_PX, FIELD_PX
 
 NOTE = "SemiDG-Seg: for research use, not for clinical decisions"
 MAPS = ("seg", "confidence", "agreement")  # as files are called; with --confidence all of them are written
@@ -74,7 +73,7 @@ class Segmenter:
         seen = {name: np.empty((len(slices), size, size), kinds[name]) for name in {*wanted, "seg", "agreement"}}
         for first in range(0, len(slices), self.batch_size):
             batch = slice(first, first + self.batch_size)
-            found = self._mean(canvas[batch], canvas[partners[batch]], size)
+            found = self._mean(canvas[batch], size, canvas[partners[batch]])
             for name, values in found.items():
                 seen[name][batch] = (values.argmax(1) if name == "seg" else values).cpu().numpy()
             for name, array in maps.items():
@@ -85,30 +84,15 @@ class Segmenter:
             maps["seg"] = largest_components(maps["seg"])
         return maps, seen
 
-    def _mean(self, canvas: np.ndarray, partners: np.ndarray, size: int) -> dict[str, torch.Tensor]:
-        """Predict canvases (B, C, C), mean over the runs: "seg" (B, K, size, size) softmax, other maps without K."""
-        runs = (self.run, *self.run.others)
+    def _mean(self, canvas: np.ndarray, size: int, partners: np.ndarray | None = None) -> dict[str, torch.Tensor]:
+        """Predict canvases (B, C, C): "seg" (B, K, size, size) softmax, other maps without K; see `predict_mean`."""
         curves = torch.from_numpy(quantile_curves(canvas)).to(self.run.device)
-        images, other = (torch.from_numpy(part)[:, None].to(self.run.device) for part in (canvas, partners))
-        found: dict[str, torch.Tensor] = {}
-        for run in runs:
-            view = prepare_view(images, curves, size=size, reference=run.reference)
-            probability, agreement = predict(run.nets, view, precision=self.precision, tta=self.tta)
-            maps = {"seg": probability, "agreement": agreement}
-            if self.confidence:
-                partner = prepare_view(other, curves, size=size, reference=None)
-                maps["confidence"] = self._confidence(run, view, partner)
-            found = {name: found.get(name, 0) + values / len(runs) for name, values in maps.items()}
-        return found
-
-    def _confidence(self, run: TrainedRun, view: torch.Tensor, partner: torch.Tensor) -> torch.Tensor:
-        """Return exp(-V), V the KL variance between the prediction of a view and that of its Fourier view."""
-        config = run.config
-        # Training with AM draws the share up to fourier_alpha; here it is the largest, so that maps are repeatable.
-        ratio = config.fourier_alpha if config.fourier_mode == "AM" else config.fourier_ratio
-        fourier = fourier_view(view, partner, mode=config.fourier_mode, window=config.fourier_window, ratio=ratio)
-        predictions = (predict(run.nets, image, precision=self.precision)[0] for image in (view, fourier))
-        return torch.exp(-kl_variance(*(probability.clamp_min(1e-12).log() for probability in predictions)))
+        parts = (canvas, partners) if self.confidence and partners is not None else (canvas,)
+        images = [torch.from_numpy(part)[:, None].to(self.run.device) for part in parts]
+        others = images[1] if len(images) > 1 else None
+        options = {"size": size, "precision": self.precision, "tta": self.tta, "partners": others}
+        _, maps = predict_mean(self.run.members, images[0], curves, **options)
+        return {"seg": maps.pop("probability"), **maps}
 
     def _found(self, volume: Volume, plane: PlaneMap) -> tuple[float, float] | None:
         """Find the organ's centre in the first frame, as `locate` does, and print it; as costly as the prediction."""
@@ -125,8 +109,8 @@ class Segmenter:
     def _foreground(self, canvas: np.ndarray, size: int) -> np.ndarray:
         """Return the probability of any structure: canvases (N, C, C) -> (N, size, size)."""
         batches = np.array_split(canvas, range(self.batch_size, len(canvas), self.batch_size))
-        plain = replace(self, tta=False, confidence=False)
-        return np.concatenate([1 - plain._mean(batch, batch, size)["seg"][:, 0].cpu().numpy() for batch in batches])
+        plain = replace(self, tta=False)
+        return np.concatenate([1 - plain._mean(batch, size)["seg"][:, 0].cpu().numpy() for batch in batches])
 
     def volume(self, volume: Volume) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:
         """Segment all frames of a 3D or 4D volume, slices on the third axis.

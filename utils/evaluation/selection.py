@@ -9,8 +9,8 @@ from torch import nn
 from utils.data.dataset import DatasetInfo
 from utils.data.loaders import scan_loader
 from utils.errors import UserError
-from utils.evaluation.predict import mean_dice
-from utils.evaluation.runs import load_run, open_data, patients_to_evaluate, predict_run
+from utils.evaluation.predict import mean_dice, predict_scans
+from utils.evaluation.runs import load_run, open_data, patients_to_evaluate
 from utils.evaluation.statistics import mean_std_interval
 from utils.evaluation.tables import Cell, Table
 from utils.run.folder import KEPT_EPOCHS, unfinished
@@ -33,7 +33,8 @@ def selection_cost(
         run = load_run(folder, name, dataset, build_network, device)
         data, *_ = open_data(run, data_root, dataset)
         patients = patients_to_evaluate(run, data, run.config.test_domain, dataset)
-        scans = predict_run(run, scan_loader(data, patients), data, precision=precision, tta=tta)
+        loader, how = scan_loader(data, patients), {"precision": precision, "tta": tta}
+        scans = predict_scans(run.members, loader, data, device=run.device, **how)
         dice = mean_std_interval([*mean_dice((s.patient, s.phase, s.slice_dice.tolist()) for s in scans).values()])
         rows.append([name, run.metadata["step"], Cell(dice["mean"], dice["std"])])
     name, step, highest = max(rows[2:], key=lambda row: row[2].mean)

@@ -217,6 +217,12 @@ def random_partner(count: int, generator: torch.Generator) -> torch.Tensor:
 # --- what training does with them ----------------------------------------------------------------------------------
 
 
+def repeatable_fourier_view(image: torch.Tensor, partner: torch.Tensor, cfg: Config) -> torch.Tensor:
+    """Return the Fourier view (B, 1, H, W) by a run's settings; where training draws the share (AM), the largest."""
+    ratio = cfg.fourier_alpha if cfg.fourier_mode == "AM" else cfg.fourier_ratio
+    return fourier_view(image, partner, mode=cfg.fourier_mode, window=cfg.fourier_window, ratio=ratio)
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """The views that training takes of prepared canvases, as the settings say."""
