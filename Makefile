@@ -1,7 +1,11 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: setup demo test
+FROM =
+CORD = --data-root data/cord --test-domain 1 --ratio 1 --use-extra-unlabeled --image-size 112 --batch-size 4 \
+  --pretrained none --workers 0 --no-wandb --num-epoch 100 --lr 1e-3
+
+.PHONY: setup demo demo-real test
 
 setup: .venv/ready
 
@@ -13,6 +17,18 @@ setup: .venv/ready
 demo: setup
 	$(BIN)/python mms_train.py --demo
 	$(BIN)/python inference_mms.py --run runs/mms_demo
+
+# Real scans of the spinal cord; FROM=FOLDER_OR_ZIP takes a copy of the open data instead of downloading them.
+data/cord_raw: | setup
+	$(BIN)/python scgm_dataloader.py open-data $@ $(addprefix --from ,$(FROM))
+
+data/cord: | data/cord_raw
+	$(BIN)/python scgm_dataloader.py prepare data/cord_raw --out $@
+
+demo-real: data/cord
+	$(BIN)/python scgm_train.py $(CORD) --run-name cord_supervised --cps-weight 0 --max-steps 350
+	$(BIN)/python scgm_train.py $(CORD) --run-name cord --init-from runs/cord_supervised --cps-warmup 0 --max-steps 50
+	$(BIN)/python inference_scgm.py --run runs/cord_supervised runs/cord
 
 test: setup
 	$(BIN)/ruff check .
