@@ -119,6 +119,9 @@ def test_rows_are_told_apart_by_what_differs(name_rows):
     assert name_rows({}, {"cps_weight": 1.0}) == ["full, cps_weight 3", "full, cps_weight 1"]
     expected = ["full, num_epoch 50", "plain CPS + Fourier, num_epoch 8"]
     assert name_rows({}, {"cps_loss": "plain", "num_epoch": 8}) == expected
+    begun = name_rows({"init_from": "a"}, {"init_from": "b", "seed": 1}, {"seed": 2})
+    assert begun == ["full, begun with another run"] * 2 + ["full, begun anew"]
+    assert name_rows({"init_from": "a"}, {"init_from": "b", "seed": 1}) == ["full"] * 2
     assert name_rows({}, {"cps_weight": 1.0}, {"seed": 1}, labels=["a", "b", "a"]) == ["a", "b", "a"]
     assert name_rows({}, {"hash": "2" * 9}, one_data=True) == ["full, data 11111111", "full, data 22222222"]
 

@@ -19,7 +19,7 @@ from utils.run.checkpoint import load_checkpoint, load_networks, read_metadata
 from utils.run.folder import DEFAULTS, patients_seen, unfinished
 from utils.run.logger import read_log
 
-VARYING = {"seed", "test_domain"}  # settings in which the runs of a table differ by design
+VARYING = {"seed", "test_domain", "init_from"}  # settings in which the runs of a table differ by design
 METHOD_SETTINGS = {"cps_weight", "cps_loss", "fourier_aug", "fourier_mode", "cutmix"}  # those that name the method
 
 
@@ -108,6 +108,8 @@ def name_rows(
     """
     found = [_read_run(folder, checkpoint, dataset)[1] for folder in folders]
     settings = [DEFAULTS | m["config"] | {"data": (m["content_hash"] or "unknown")[:8]} for m in found]
+    for of_run in settings:  # which run it began with differs by seed and domain, but not whether it began so
+        of_run["begun"] = "with another run" if of_run["init_from"] else "anew"
     names = list(labels) or _names_by_settings(list(map(method_name, found)), settings)
     if len(names) != len(folders):
         raise UserError(f"--label gives {len(labels)} names for {len(folders)} runs: give one per --run, in that order")
