@@ -28,7 +28,7 @@ data/cord: | data/cord_raw
 demo-real: data/cord
 	$(BIN)/python scgm_train.py $(CORD) --run-name cord_supervised --cps-weight 0 --max-steps 350
 	$(BIN)/python scgm_train.py $(CORD) --run-name cord --init-from runs/cord_supervised --cps-warmup 0 --max-steps 50
-	$(BIN)/python inference_scgm.py --run runs/cord_supervised runs/cord
+	$(BIN)/python inference_scgm.py --run runs/cord_supervised runs/cord --label supervised full
 
 test: setup
 	$(BIN)/ruff check .
