@@ -10,7 +10,7 @@ from helpers import ROOT
 
 pytestmark = pytest.mark.slow
 SMALL = ["--image-size", "32", "--batch-size", "2", "--pretrained", "none", "--no-wandb", "--workers", "1",
-         "--cps-warmup", "0", "--device", "cpu", "--run-name", "smoke"]  # fmt: skip
+         "--cps-warmup", "0", "--cps-ramp", "0", "--device", "cpu", "--run-name", "smoke"]  # fmt: skip
 
 
 def script(folder, *command, code=0):

@@ -86,8 +86,8 @@ def benchmark(
         if steps < 1:
             raise UserError(f"--steps {steps}: at least 1 must be timed")
         if roofline:
-            small = replace(MMS, image_size=image_size, batch_size=batch_size)
-            return print(to_markdown([least_times(count_operations(small))]))
+            cfg = replace(MMS, image_size=image_size, batch_size=batch_size)
+            return print(to_markdown([least_times(count_operations(cfg))]))
         if out:
             out.parent.mkdir(parents=True, exist_ok=True)
         settings = {"image_size": image_size, "batch_size": batch_size, "accumulate": accumulate, "compile": compile}

@@ -64,10 +64,8 @@ def fit(cfg: Config, loaders: Loaders, build_network: BuildNetwork, process: Pro
                 images = cfg.batch_size * cfg.accumulate * process.world_size
                 print(f"{folder}: steps of {images} labelled and {images * (1 + cfg.cutmix)} unlabelled images")
                 if cfg.pretrained == "none" and not cfg.init_from:
-                    print(
-                        f"{folder}: without pretrained weights, so at --lr {cfg.lr:g}, the pseudo supervision after "
-                        f"--cps-warmup {cfg.cps_warmup:g} and at full weight --cps-ramp {cfg.cps_ramp:g} epochs later"
-                    )
+                    begins = f", --cps-warmup {cfg.cps_warmup:g} and --cps-ramp {cfg.cps_ramp:g} epochs"
+                    print(f"{folder}: without pretrained weights: --lr {cfg.lr:g}{begins if cfg.cps_weight else ''}")
         if trainer.best >= 0 and not is_intact(folder / "best.safetensors"):
             trainer.best = -1.0
             if logger:
