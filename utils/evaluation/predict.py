@@ -77,15 +77,17 @@ def predict(
     return (first + second) / 2, torch.exp(-divergence.clamp_min(0))
 
 
-def confidence_map(member: Member, view: torch.Tensor, partner: torch.Tensor, *, precision: str) -> torch.Tensor:
+def confidence_map(
+    member: Member, view: torch.Tensor, plain: torch.Tensor, partner: torch.Tensor, *, precision: str
+) -> torch.Tensor:
     """Return exp(-V), (B, H, W), V the KL variance between the predictions of a view and of its Fourier view.
 
     Args:
         view, partner: (B, 1, H, W), the second giving the Fourier view its amplitude.
+        plain: (B, K, H, W) softmax of the view.
     """
-    fourier = repeatable_fourier_view(view, partner, member.config)
-    predictions = (predict(member.nets, image, precision=precision)[0] for image in (view, fourier))
-    return torch.exp(-kl_variance(*(probability.clamp_min(1e-12).log() for probability in predictions)))
+    fourier, _ = predict(member.nets, repeatable_fourier_view(view, partner, member.config), precision=precision)
+    return torch.exp(-kl_variance(*(probability.clamp_min(1e-12).log() for probability in (plain, fourier))))
 
 
 def predict_mean(
@@ -103,12 +105,15 @@ def predict_mean(
         them, and of "confidence", as `confidence_map`.
     """
     views = [prepare_view(canvas, quantiles, size=size, reference=member.reference) for member in members]
-    pairs = list(zip(members, views, strict=True))
-    found = zip(*(predict(member.nets, view, precision=precision, tta=tta) for member, view in pairs), strict=True)
-    maps = dict(zip(("probability", "agreement"), found, strict=True))
-    if partners is not None:
-        other = canvas_to_view(partners, size)
-        maps["confidence"] = [confidence_map(member, view, other, precision=precision) for member, view in pairs]
+    maps = defaultdict(list)
+    for member, view in zip(members, views, strict=True):
+        probability, agreement = predict(member.nets, view, precision=precision, tta=tta)
+        maps["probability"].append(probability)
+        maps["agreement"].append(agreement)
+        if partners is not None:
+            plain = predict(member.nets, view, precision=precision)[0] if tta else probability
+            other = canvas_to_view(partners, size)
+            maps["confidence"].append(confidence_map(member, view, plain, other, precision=precision))
     return views, {name: sum(of) / len(members) for name, of in maps.items()}
 
 
@@ -118,7 +123,7 @@ def predict_scans(
 ) -> Iterator[ScanPrediction]:  # fmt: skip
     """Predict every scan of a loader that yields one scan per batch, by the mean of several runs.
 
-    With `confidence`, which takes two more passes, a slice's partner is the one half the scan away.
+    With `confidence`, which takes one more pass (with `tta` two), a slice's partner is the one half the scan away.
     """
     size = members[0].config.image_size
     for batch in loader:

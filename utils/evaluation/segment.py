@@ -73,7 +73,7 @@ class Segmenter:
         seen = {name: np.empty((len(slices), size, size), kinds[name]) for name in {*wanted, "seg", "agreement"}}
         for first in range(0, len(slices), self.batch_size):
             batch = slice(first, first + self.batch_size)
-            found = self._mean(canvas[batch], size, canvas[partners[batch]])
+            found = self._mean(canvas[batch], size, canvas[partners[batch]] if self.confidence else None)
             for name, values in found.items():
                 seen[name][batch] = (values.argmax(1) if name == "seg" else values).cpu().numpy()
             for name, array in maps.items():
@@ -87,11 +87,11 @@ class Segmenter:
     def _mean(self, canvas: np.ndarray, size: int, partners: np.ndarray | None = None) -> dict[str, torch.Tensor]:
         """Predict canvases (B, C, C): "seg" (B, K, size, size) softmax, other maps without K; see `predict_mean`."""
         curves = torch.from_numpy(quantile_curves(canvas)).to(self.run.device)
-        parts = (canvas, partners) if self.confidence and partners is not None else (canvas,)
-        images = [torch.from_numpy(part)[:, None].to(self.run.device) for part in parts]
-        others = images[1] if len(images) > 1 else None
+        images, others = (
+            None if part is None else torch.from_numpy(part)[:, None].to(self.run.device) for part in (canvas, partners)
+        )
         options = {"size": size, "precision": self.precision, "tta": self.tta, "partners": others}
-        _, maps = predict_mean(self.run.members, images[0], curves, **options)
+        _, maps = predict_mean(self.run.members, images, curves, **options)
         return {"seg": maps.pop("probability"), **maps}
 
     def _found(self, volume: Volume, plane: PlaneMap) -> tuple[float, float] | None:
