@@ -1,5 +1,6 @@
 """The dilated ResNet-50 backbone, made of timm's blocks, and its pretrained weights."""
 
+import itertools
 from pathlib import Path
 
 import timm
@@ -15,17 +16,29 @@ TIMM_NAME = "resnet50s.gluon_in1k"  # ResNet-50 with the deep stem 64, 64, 128
 class AtrousConv2d(nn.Conv2d):
     """A 3x3 convolution with dilation = padding = `rate`, without bias, that keeps the map's size.
 
-    On a map no wider than the rate, the eight outer taps read nothing but padding: there it is a 1x1 convolution with
-    the centre tap, and is computed as one (the rate of 18 at 288 px, every rate above 2 at 64 px).
+    With a large rate the outer taps read mostly padding. There each tap is a matrix product on the part of the map that
+    it reads: less work, and without the copies of all weights that the backward pass of a dilated convolution makes on
+    CPUs (docs/benchmark.md). On GPUs, where this is not measured, only where the outer taps read nothing but padding.
     """
+
+    cpu_reach = 2  # maps up to so many times the rate are computed tap by tap on CPUs
 
     def __init__(self, in_channels: int, out_channels: int, rate: int):
         super().__init__(in_channels, out_channels, 3, padding=rate, dilation=rate, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if max(x.shape[-2:]) <= self.dilation[0]:
-            return F.conv2d(x, F.pad(self.weight, (-1, -1, -1, -1)))  # its gradient costs less than a slice's
-        return super().forward(x)
+        (height, width), rate = x.shape[-2:], self.dilation[0]
+        if max(height, width) > rate * (self.cpu_reach if x.device.type == "cpu" else 1):
+            return super().forward(x)
+        image = x.movedim(1, -1)  # (B, H, W, C)
+        total = x.new_zeros(1, dtype=torch.float32)  # in bf16 each of nine sums would be rounded
+        moves = itertools.product((-rate, 0, rate), repeat=2)
+        for (row, column), weight in zip(moves, self.weight.permute(2, 3, 0, 1).flatten(0, 1), strict=True):
+            if abs(row) < height and abs(column) < width:
+                read = F.pad(image, (0, 0, min(0, -column), min(0, column), min(0, -row), min(0, row)))
+                part = F.linear(read.flatten(0, 2), weight).view(*read.shape[:-1], -1)
+                total = total + F.pad(part, (0, 0, max(0, -column), max(0, column), max(0, -row), max(0, row)))
+        return total.to(x.dtype).movedim(-1, 1)
 
 
 class ResNet(nn.Module):

@@ -92,18 +92,30 @@ def test_initialisation():
     assert [m.p for m in network.modules() if isinstance(m, torch.nn.Dropout2d)] == [0.1]
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (6, 6), (4, 7), (7, 4), (13, 11), (1, 1)])
-def test_atrous_convolution_equals_the_full_one(shape):
+@pytest.mark.parametrize("rate", [1, 2, 6])
+@pytest.mark.parametrize("shape", [(3, 5), (6, 6), (4, 7), (7, 4), (13, 11), (1, 1), (25, 8)])
+def test_atrous_convolution_equals_the_full_one(shape, rate):
     torch.manual_seed(0)
-    conv = AtrousConv2d(3, 4, 6)
-    x = torch.randn(2, 3, *shape, requires_grad=True)
+    conv = AtrousConv2d(3, 4, rate).double().to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, *shape, dtype=torch.double).to(memory_format=torch.channels_last).requires_grad_()
     y = conv(x)
-    expected = F.conv2d(x, conv.weight, padding=6, dilation=6)
+    expected = F.conv2d(x, conv.weight, padding=rate, dilation=rate)
     torch.testing.assert_close(y, expected)
     direction = torch.randn_like(y)
     gradients = torch.autograd.grad(y, (x, conv.weight), direction)
     for gradient, full in zip(gradients, torch.autograd.grad(expected, (x, conv.weight), direction), strict=True):
         torch.testing.assert_close(gradient, full)
+    assert all(part.is_contiguous(memory_format=torch.channels_last) for part in (y, gradients[0]))  # as all others
+
+
+def test_atrous_convolution_sums_in_float32():
+    torch.manual_seed(0)
+    conv, x = AtrousConv2d(512, 64, 2), torch.randn(8, 512, 4, 4)
+    exact = F.conv2d(x.bfloat16().double(), conv.weight.bfloat16().double(), padding=2, dilation=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert (y - exact).std() < 0.0027 * exact.std()  # 0.0017 with the products rounded once, 0.0032 summed in bf16
 
 
 def test_pretrained_rgb_file_is_loaded_with_its_stem_summed(tmp_path, pretrained_state):
