@@ -35,10 +35,15 @@ class AtrousConv2d(nn.Conv2d):
         moves = itertools.product((-rate, 0, rate), repeat=2)
         for (row, column), weight in zip(moves, self.weight.permute(2, 3, 0, 1).flatten(0, 1), strict=True):
             if abs(row) < height and abs(column) < width:
-                read = F.pad(image, (0, 0, min(0, -column), min(0, column), min(0, -row), min(0, row)))
+                sides = (0, 0, -column, column, -row, row)
+                read = _pad(image, [min(0, side) for side in sides])
                 part = F.linear(read.flatten(0, 2), weight).view(*read.shape[:-1], -1)
-                total = total + F.pad(part, (0, 0, max(0, -column), max(0, column), max(0, -row), max(0, row)))
+                total = total + _pad(part, [max(0, side) for side in sides])
         return total.to(x.dtype).movedim(-1, 1)
+
+
+def _pad(image: torch.Tensor, sides: list[int]) -> torch.Tensor:
+    return F.pad(image, sides) if any(sides) else image  # F.pad would copy it
 
 
 class ResNet(nn.Module):
