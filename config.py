@@ -13,11 +13,19 @@ import tyro
 
 from utils.errors import UserError
 
+FIELD_PX = 288  # the field of view: the paper's image size
+CANVAS_PX = 300  # the prepared images: a margin of 6 px around the field of view, for random shifts
+
 # Settings that neither the method nor its result depends on.
 RUNTIME_SETTINGS = frozenset({
     "data_root", "out_root", "run_name", "restart", "save_every", "device", "workers", "wandb", "compile",
     "checkpoint_activations", "keep_epochs", "monitor_pseudo_labels",
 })  # fmt: skip
+
+
+def pixel_mm(spacing: float, size: int) -> float:
+    """Return the mm per px of the field of view at `size` px, where the canvas has `spacing` mm per px."""
+    return spacing * FIELD_PX / size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +41,7 @@ class Config:
     ratio: float  # share of the patients that is labelled; 1: all of them, the fully supervised upper bound
     val_patients: int = 0  # labelled patients per source domain that only select the checkpoint, instead of training
     use_extra_unlabeled: bool = False  # train on the scans that come without masks, too
-    image_size: int = 288  # px; smaller images show the same field of view more coarsely
+    image_size: int = FIELD_PX  # px; smaller images show the same field of view more coarsely
 
     # --- augmentation ---
     rotation: int = 90  # degrees: angles are U{0..rotation}
@@ -84,12 +92,12 @@ class Config:
         """Raise UserError, naming the flag, for settings that cannot work."""
         rules = {
             "--ratio must be in (0, 1]": 0 < self.ratio <= 1,
-            "--image-size must be 32 to 288": 32 <= self.image_size <= 288,
+            f"--image-size must be 32 to {FIELD_PX}": 32 <= self.image_size <= FIELD_PX,
             "--batch-size must be at least 2: image pooling has a BatchNorm": self.batch_size >= 2,
             "--max-shift must be 0 to 6 px": 0 <= self.max_shift <= 6,
             "--rotation must be 0 to 360": 0 <= self.rotation <= 360,
             "--fourier-window must be at least 0, and its square of 2 floor(288 L) + 1 px within the --image-size": (
-                self.fourier_window >= 0 and 2 * int(288 * self.fourier_window) + 1 <= self.image_size
+                self.fourier_window >= 0 and 2 * int(FIELD_PX * self.fourier_window) + 1 <= self.image_size
             ),
             "--fourier-ratio must be in [0, 1]": 0 <= self.fourier_ratio <= 1,
             "--fourier-alpha must be in [0, 1]": 0 <= self.fourier_alpha <= 1,

@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,6 @@ from config import MMS
 from utils.data.commands import run_data_command
 from utils.data.dataset import Case, DatasetInfo, RawDataset, missing_or_outside, nifti_path
 from utils.data.phantom import write_mms
-from utils.evaluation.metrics import cardiac_metrics
 
 PARTS = ("Training/Labeled", "Training/Unlabeled", "Validation", "Testing")
 COLUMNS = ("External code", "Vendor", "Centre", "ED", "ES")
@@ -182,6 +182,25 @@ def exchanged_ventricles(labels: np.ndarray) -> str:
 def labeled_count(patients: int, ratio: float) -> int:
     """Return how many patients of a group are labelled: ceil(N * ratio + 1) (protocol of DGNet, Liu et al. 2021)."""
     return math.ceil(round(patients * ratio + 1, 6))  # rounded, or 0.07 * 100 would count as more than 7
+
+
+def cardiac_metrics(volumes: Mapping[tuple[str, str], float]) -> dict[str, tuple[float, str]]:
+    """Return the clinical quantities of a heart.
+
+    Args:
+        volumes: ml by (phase "ED" or "ES", structure "LV", "MYO" or "RV").
+
+    Returns:
+        (value, unit) by name: end-diastolic and end-systolic volumes, ejection fractions (NaN for an empty
+        ventricle), and the myocardial mass at ED, by a density of 1.05 g/ml.
+    """
+    quantities = {}
+    for ventricle in ("LV", "RV"):
+        diastolic, systolic = volumes["ED", ventricle], volumes["ES", ventricle]
+        quantities[f"{ventricle} EDV"] = (diastolic, "ml")
+        quantities[f"{ventricle} ESV"] = (systolic, "ml")
+        quantities[f"{ventricle} EF"] = (100 * (1 - systolic / diastolic) if diastolic else float("nan"), "%")
+    return quantities | {"MYO mass": (1.05 * volumes["ED", "MYO"], "g")}
 
 
 # fmt: off

@@ -11,7 +11,7 @@ from network import build_network
 from scgm_dataloader import DATASET
 from utils.data.commands import make_demo_data
 from utils.data.loaders import build_loaders
-from utils.distributed import main_first, process_group
+from utils.device import main_first, process_group
 from utils.engine import fit
 from utils.errors import clear_errors
 

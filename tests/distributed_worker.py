@@ -17,7 +17,7 @@ from helpers import TinyNetwork
 import mms_dataloader
 from config import MMS_DEMO
 from utils.data.loaders import build_loaders
-from utils.distributed import average, process_group
+from utils.device import average, process_group
 from utils.engine import fit
 from utils.errors import clear_errors
 from utils.method.losses import cross_pseudo_loss, kl_variance

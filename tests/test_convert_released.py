@@ -27,7 +27,7 @@ from config import MMS
 from network import build_network
 from utils import convert_released as converter
 from utils.data.loaders import build_loaders
-from utils.distributed import Process
+from utils.device import Process
 from utils.errors import UserError
 from utils.evaluation.commands import load_run
 from utils.run.checkpoint import read_metadata

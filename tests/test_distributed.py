@@ -13,7 +13,7 @@ import torch
 
 import mms_dataloader
 from utils.data.loaders import build_loaders
-from utils.distributed import Process, autocast_context, bf16_is_faster, choose_device, process_group
+from utils.device import Process, autocast_context, bf16_is_faster, choose_device, process_group
 from utils.errors import UserError
 from utils.run.checkpoint import load_checkpoint, load_networks
 from utils.trainer import Trainer
@@ -66,7 +66,7 @@ def test_bf16_is_chosen_on_the_cpus_where_it_was_measured_to_be_faster(monkeypat
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(Path, "read_text", lambda path: f"vendor_id\t: {vendor}\n")
-    monkeypatch.setattr("utils.distributed.bf16_is_faster", bf16_is_faster.__wrapped__)  # without what it remembers
+    monkeypatch.setattr("utils.device.bf16_is_faster", bf16_is_faster.__wrapped__)  # without what it remembers
     enabled = {precision: autocast_context(torch.device("cpu"), precision)._enabled for precision in PRECISIONS}
     assert enabled == {"auto": faster, "bf16": True, "fp32": False}
 

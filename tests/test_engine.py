@@ -19,12 +19,11 @@ import scgm_dataloader
 import utils.run.folder as folder_module
 from utils import engine
 from utils.data.loaders import SliceDataset, build_loaders
-from utils.distributed import Process
-from utils.engine import MAX_BAD_STEPS, fit
+from utils.device import Process
+from utils.engine import EXIT_INTERRUPTED, MAX_BAD_STEPS, Interrupt, fit
 from utils.errors import UserError
 from utils.evaluation.runs import method_name
 from utils.run.checkpoint import load_checkpoint, read_metadata
-from utils.run.interrupt import EXIT_INTERRUPTED, Interrupt
 from utils.trainer import Trainer, batch_norms, derive_seed
 
 CPU = torch.device("cpu")

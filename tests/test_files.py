@@ -13,7 +13,7 @@ import config
 import mms_dataloader
 from utils.data import commands
 from utils.data.loaders import build_loaders
-from utils.distributed import Process
+from utils.device import Process
 from utils.engine import fit
 from utils.errors import UserError, clear_errors
 from utils.evaluation.commands import load_run, open_data

@@ -11,7 +11,7 @@ from test_engine import first_batches
 import mms_dataloader
 from network import build_network
 from utils.data.loaders import build_loaders
-from utils.distributed import Process
+from utils.device import Process
 from utils.engine import fit
 from utils.errors import clear_errors
 from utils.trainer import Trainer

@@ -7,8 +7,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-SCRIPTS = {"mms_train", "scgm_train", "inference_mms", "inference_scgm", "utils.convert_released", "utils.benchmark",
-           "utils.run.slim"}  # fmt: skip
+SCRIPTS = {"mms_train", "scgm_train", "inference_mms", "inference_scgm", "utils.convert_released", "utils.benchmark"}
 DATALOADERS = {"mms_dataloader", "scgm_dataloader"}
 LEAVES = {"utils.errors"}  # these may be imported from everywhere
 # What each part of the project may import, beside itself and the leaves.
@@ -18,17 +17,17 @@ BELOW = {
     "utils.errors": set(),
     "utils.files": set(),
     "utils.plots": set(),
-    "utils.distributed": set(),
+    "utils.device": set(),
     "utils.method": {"config"},
     "utils.data": {"utils.method.augment", "utils.files", "utils.plots", "config"},
     "utils.run": {"utils.files", "config"},
-    "utils.evaluation": {"utils.data", "utils.method", "utils.run", "utils.files", "utils.plots", "utils.distributed",
+    "utils.evaluation": {"utils.data", "utils.method", "utils.run", "utils.files", "utils.plots", "utils.device",
                          "config"},
     "utils.trainer": {"utils.evaluation.predict", "utils.evaluation.quality", "utils.method",
-                      "utils.run", "utils.data", "utils.distributed", "utils.plots", "config"},
+                      "utils.run", "utils.data", "utils.device", "utils.plots", "config"},
     "utils.engine": {"utils.trainer", "utils.evaluation.monitor", "utils.run", "utils.files", "utils.data.loaders",
-                      "utils.distributed", "utils.plots", "config"},
-    **{name: {"utils.data", "utils.evaluation.metrics", "config"} for name in DATALOADERS},
+                      "utils.device", "utils.plots", "config"},
+    **{name: {"utils.data", "config"} for name in DATALOADERS},
 }  # fmt: skip
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

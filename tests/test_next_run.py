@@ -12,7 +12,7 @@ import mms_dataloader
 import scgm_dataloader
 from utils.data.loaders import build_loaders, scan_loader
 from utils.data.prepared import PreparedData, split_patients
-from utils.distributed import Process
+from utils.device import Process
 from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluation.predict import predict_scans

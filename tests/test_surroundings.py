@@ -12,7 +12,7 @@ from helpers import ROOT
 
 import mms_dataloader
 from utils.data.loaders import build_loaders
-from utils.distributed import Process
+from utils.device import Process
 from utils.engine import fit
 
 

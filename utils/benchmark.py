@@ -34,7 +34,7 @@ from network import build_network
 from network.resnet import AtrousConv2d
 from utils.data.loaders import build_loaders
 from utils.data.prepare import prepare_dataset
-from utils.distributed import Process, autocast_context, choose_device
+from utils.device import Process, autocast_context, choose_device
 from utils.engine import training_batches
 from utils.errors import UserError, clear_errors
 from utils.evaluation.predict import predict

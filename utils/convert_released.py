@@ -27,8 +27,7 @@ from network import build_network
 from utils.data.loaders import build_loaders
 from utils.errors import UserError, clear_errors
 from utils.files import OutputFolder, folder_lock, require_space, write_json
-from utils.run.checkpoint import save_networks
-from utils.trainer import run_metadata
+from utils.run.checkpoint import run_metadata, save_networks
 
 DATASETS = {"mms": (MMS, mms_dataloader.DATASET), "scgm": (SCGM, scgm_dataloader.DATASET)}
 SELECTION = "the method's released weights, converted: neither trained nor selected here"

@@ -1,6 +1,8 @@
 """The training loop, which never loses a run."""
 
 import math
+import os
+import signal
 import sys
 import time
 from collections import deque
@@ -14,17 +16,17 @@ from tqdm import tqdm
 
 from config import Config
 from utils.data.loaders import Loaders
-from utils.distributed import Process, any_process, gather, main_first
+from utils.device import Process, any_process, gather, main_first
 from utils.errors import UserError
 from utils.evaluation.monitor import hidden_rows, monitor_pseudo_labels
 from utils.files import OutputFolder
 from utils.plots import plot_curves
 from utils.run.checkpoint import is_intact, load_checkpoint, save_checkpoint, save_networks
 from utils.run.folder import begin_run, open_run
-from utils.run.interrupt import EXIT_INTERRUPTED, Interrupt
 from utils.run.logger import Logger
 from utils.trainer import Batch, BuildNetwork, Trainer
 
+EXIT_INTERRUPTED = 75  # after a signal: the state is saved, and the same command goes on from there
 MAX_BAD_STEPS = 10  # non-finite steps in a row before training gives up
 SYNC_EVERY = 10  # steps between looks at the device's counters, for the progress bar and the curves
 
@@ -180,3 +182,30 @@ def stop_if_diverged(trainer: Trainer, recent: Sequence[list[int]], path: Path) 
         f"from before. Try a smaller --lr or --precision fp32. {path} names the {len(names)} images of these steps: "
         + ", ".join(names[:5] + ["..."] * (len(names) > 5))
     )
+
+
+class Interrupt:
+    """Note SIGTERM, SIGUSR1, SIGHUP and Ctrl-C while active; a second signal ends the process at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.received = ""
+
+    def __enter__(self) -> "Interrupt":
+        self.process = os.getpid()
+        # nohup has SIGHUP ignored, which stays so.
+        wanted = [n for n in self.SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._note) for number in wanted}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if os.getpid() != self.process:  # a process forked with this handler: the parent ends it
+            return
+        if self.received:
+            os._exit(EXIT_INTERRUPTED)
+        self.received = signal.Signals(number).name

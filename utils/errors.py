@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -58,3 +59,30 @@ def clear_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def memory_errors(name: Path, remedy: str = "") -> Iterator[None]:
+    """Turn a full memory, of the machine or its GPU, into a UserError that names a file or folder."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not full and "can't allocate memory" not in str(error):  # PyTorch has no class of its own for that
+            raise
+        raise UserError(f"{name}: out of memory: try --device cpu, --precision bf16{remedy}") from error
+
+
+@contextlib.contextmanager
+def naming(
+    path: Path | str, problem: str, *, errors: type[Exception] | tuple = Exception, remedy: str = ""
+) -> Iterator[None]:
+    """Turn what a library raises inside the block into a UserError "PATH PROBLEM (what the library says)REMEDY"."""
+    try:
+        yield
+    except UserError:
+        raise
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): ask its owner for the right to read it") from error
+    except errors as error:
+        raise UserError(f"{path} {problem} ({first_line(error)}){remedy}") from error

@@ -4,14 +4,16 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError, first_line
 
+NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 LOCK = "lock"  # file in a folder that a process works in
 RECORD = ".semidg-files"  # in such a folder: the files that this program made there, a relative path a line
 
@@ -128,3 +130,27 @@ class OutputFolder:
         self.made = set(self.claimed)
         if self.folder.is_dir():
             self.record.write_text("".join(f"{name}\n" for name in sorted(self.made)))
+
+
+def nifti_files(paths: Sequence[Path], *, deep: bool = False) -> list[Path]:
+    """Return the NIfTI files among `paths` and in the folders there, with `deep` also in their subfolders.
+
+    Raises:
+        UserError: a path does not exist.
+    """
+    files = []
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = sorted(path.rglob("*") if deep else path.iterdir())
+        hidden = {p for p in inside if any(part.startswith(".") for part in p.relative_to(path).parts)}
+        files += [p for p in inside if NIFTI.search(p.name) and p not in hidden]
+    return list(dict.fromkeys(files))
+
+
+def file_stem(path: Path) -> str:
+    """Return a file's name without .nii or .nii.gz."""
+    return NIFTI.sub("", path.name)

@@ -13,6 +13,7 @@ import numpy as np
 # Pictures are files here. A notebook's backend, which its scripts inherit, would fail to load outside of it.
 os.environ["MPLBACKEND"] = "agg"
 
+import nibabel as nib
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -312,3 +313,28 @@ def save(figure, path, title) -> None:
     figure.suptitle(title, fontsize=10)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, bbox_inches="tight", pad_inches=0.05)
+
+
+def radiological(array: np.ndarray, like) -> np.ndarray:
+    """Turn slices as a radiologist looks at them, if the scan says how its axes lie.
+
+    (..., X, Y) in the voxel grid of `like` -> (..., X', Y'): X' from the patient's right to left (or front to back),
+    Y' from front to back (or head to feet).
+    """
+    if not (like.header["sform_code"] or like.header["qform_code"]):
+        return array
+    axes = list(zip(nib.aff2axcodes(like.affine)[:2], (-2, -1), strict=True))
+    axes.sort(key=lambda axis: "LRAPSI".index(axis[0]) // 2)
+    array = np.flip(array, [axis for code, axis in axes if code in "RAS"])
+    return array if axes[0][1] == -2 else array.swapaxes(-2, -1)
+
+
+def edge_letters(like) -> str:
+    """Return what the left, right, upper and lower edge of a `radiological` slice face, such as "RLAP".
+
+    Oblique planes get the closest directions. Empty if the scan does not say how its axes lie.
+    """
+    if not (like.header["sform_code"] or like.header["qform_code"]):
+        return ""
+    codes = nib.aff2axcodes(like.affine)[:2]
+    return "".join(pair for pair in ("RL", "AP", "SI") if set(pair) & set(codes))

@@ -21,9 +21,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from config import Config
-from utils.data.dataset import DatasetInfo
 from utils.data.loaders import Loaders
-from utils.distributed import Process, autocast_context, average, gather, unflatten
+from utils.device import Process, autocast_context, average, gather, unflatten
 from utils.errors import UserError
 from utils.evaluation.predict import Member, mean_dice, predict_scans
 from utils.evaluation.quality import Ranges, scan_quality, value_ranges
@@ -31,7 +30,7 @@ from utils.method.augment import Augmentation, cutmix_mask
 from utils.method.losses import kl_variance
 from utils.method.objective import UnlabeledViews, pseudo_label, training_step
 from utils.plots import plot_training_samples
-from utils.run.checkpoint import provenance
+from utils.run.checkpoint import run_metadata
 from utils.run.folder import load_initial
 
 SELECTION = "highest ensemble Dice (paper protocol) on {images}; the target domain is never looked at"
@@ -253,41 +252,6 @@ class Trainer:
         facts["cps_weight"] = self.cps_weight(self.step - 1)  # of the last step: 0 before the pseudo supervision began
         parts = self.loaders.dataset, asdict(self.cfg), self.mean_reference, self.loaders.data.info
         return run_metadata(*parts, **facts) | {"seen_before": self.seen_before, "quality": self.quality}
-
-
-def run_metadata(
-    dataset: DatasetInfo,
-    config: dict[str, Any],
-    reference: torch.Tensor | None,
-    data_info: dict[str, Any],
-    *,
-    selection: str,
-    step: int | str,
-    cps_weight: float,
-) -> dict[str, Any]:
-    """Return what is saved beside the weights of a run.
-
-    Args:
-        config: the run's settings.
-        reference: (256,) quantile curve that histograms are matched to, or None.
-        data_info: of the prepared data, or {} where they are unknown.
-        selection: rule by which the weights were chosen.
-        step: number of steps behind the weights.
-        cps_weight: beta of the last step.
-    """
-    return {
-        "dataset": dataset.key,
-        "class_names": list(dataset.class_names),
-        "spacing_mm": dataset.spacing,
-        "reference": None if reference is None else reference.tolist(),
-        "config": config,
-        "selection": selection,
-        "step": step,
-        "cps_weight": cps_weight,
-        "content_hash": data_info.get("content_hash"),
-        "phantom": data_info.get("phantom", False),
-        **provenance(),
-    }
 
 
 def checkpointed(net: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -25,9 +25,9 @@ import config
 import mms_dataloader
 import scgm_dataloader
 from utils.data.loaders import build_loaders
-from utils.data.prepare import check_dataset, prepare_dataset, quantile_curves
-from utils.data.prepared import PreparedData, split_patients
-from utils.distributed import Process
+from utils.data.prepare import check_dataset, prepare_dataset
+from utils.data.prepared import PreparedData, quantile_curves, split_patients
+from utils.device import Process
 from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluation.predict import ScanPrediction, to_native

@@ -10,8 +10,9 @@ import pytest
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from utils.data.volume import PlaneMap, Volume, edge_letters, radiological, read_shape, read_volume, write_volume
+from utils.data.volume import PlaneMap, Volume, read_shape, read_volume, write_volume
 from utils.errors import UserError
+from utils.plots import edge_letters, radiological
 
 DATA = np.random.default_rng(0).integers(-500, 500, (7, 6, 5)).astype(np.int16)
 OBLIQUE = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.3, -0.2, 0.4) @ np.diag([1.25, 1.5, 8.0]), [-90, 40, 12])

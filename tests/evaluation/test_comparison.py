@@ -15,8 +15,7 @@ from utils.evaluation.commands import COMPARISON_FILES, write_comparison
 from utils.evaluation.comparison import compare_methods
 from utils.evaluation.domains import by_method
 from utils.evaluation.statistics import holm
-from utils.run.checkpoint import save_networks
-from utils.trainer import run_metadata
+from utils.run.checkpoint import run_metadata, save_networks
 
 MMS = DATASETS["mms"]
 

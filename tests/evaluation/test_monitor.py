@@ -15,7 +15,7 @@ import mms_dataloader
 from config import MMS_DEMO
 from utils.data.loaders import SliceDataset, build_loaders
 from utils.data.prepared import PreparedData, Split
-from utils.distributed import Process, autocast_context
+from utils.device import Process, autocast_context
 from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluation import monitor

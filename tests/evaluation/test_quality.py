@@ -15,10 +15,10 @@ from test_segment import Brightness, phantom, segmenter, write
 
 import mms_dataloader
 import scgm_dataloader
+from mms_dataloader import cardiac_metrics
 from utils.data.loaders import build_loaders
-from utils.distributed import Process
+from utils.device import Process
 from utils.engine import fit
-from utils.evaluation.metrics import cardiac_metrics
 from utils.evaluation.quality import flag_quality, outside_ranges, structure_quality, value_ranges
 from utils.evaluation.results import evaluate_run
 from utils.evaluation.runs import load_run, open_data

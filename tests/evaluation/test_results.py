@@ -19,7 +19,7 @@ from torch import nn
 import mms_dataloader
 from utils.data.loaders import build_loaders, scan_loader
 from utils.data.prepared import PreparedData
-from utils.distributed import Process
+from utils.device import Process
 from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluation.commands import write_comparison

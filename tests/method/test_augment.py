@@ -11,7 +11,7 @@ from skimage.exposure import match_histograms
 from torchvision.transforms.functional import gaussian_blur as torchvision_blur
 
 from config import MMS
-from utils.data.prepare import quantile_curves
+from utils.data.prepared import quantile_curves
 from utils.method.augment import (
     CANVAS_PX,
     FIELD_PX,

@@ -8,7 +8,7 @@ import torch
 from helpers import FIXTURES, seeded_weights
 
 from network import build_network
-from utils.distributed import autocast_context
+from utils.device import autocast_context
 from utils.method.objective import UnlabeledViews, training_step
 
 CPU = torch.device("cpu")

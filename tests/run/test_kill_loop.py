@@ -15,7 +15,7 @@ from test_engine import assert_same, run
 
 import mms_dataloader
 from utils.data.loaders import build_loaders
-from utils.distributed import Process
+from utils.device import Process
 from utils.engine import fit
 from utils.run.checkpoint import load_checkpoint
 

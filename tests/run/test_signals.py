@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+from utils.engine import EXIT_INTERRUPTED
 from utils.run.checkpoint import load_checkpoint
-from utils.run.interrupt import EXIT_INTERRUPTED
 
 TRAINING = """
 import json, sys, torch
@@ -22,7 +22,7 @@ import mms_dataloader
 from config import Config
 from helpers import TinyNetwork
 from utils.data.loaders import build_loaders
-from utils.distributed import Process
+from utils.device import Process
 from utils.engine import fit
 from utils.errors import clear_errors
 

@@ -12,9 +12,9 @@ from tyro.conf import Positional
 from config import Config
 from utils.data.dataset import DatasetInfo
 from utils.data.loaders import usable_cores
-from utils.data.own import with_unlabeled
 from utils.data.prepare import check_dataset, prepare_dataset
 from utils.data.preview import draw_preview
+from utils.data.user_scans import with_unlabeled
 from utils.errors import UserError, clear_errors
 from utils.files import OutputFolder
 

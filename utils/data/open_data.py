@@ -14,8 +14,7 @@ import tyro
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from utils.data.phantom import save
-from utils.data.volume import Volume, mask_in_grid, read_volume, whole_numbers
+from utils.data.volume import Volume, mask_in_grid, read_volume, save_scan, whole_numbers
 from utils.errors import UserError
 
 URL = "https://github.com/sct-pipeline/gm-challenge-data/archive/refs/heads/master.zip"
@@ -134,9 +133,9 @@ def _write_session(root: Path, session: str, prefix: str, number: int, raw: Path
         place, affine = _window(volume, middle, rng)
         part = "train" if labeled and run == 0 else "test"
         name = f"{prefix}{number + 10 * run:02d}"
-        save(raw / part / f"{name}-image.nii.gz", volume.array[place], affine)
+        save_scan(raw / part / f"{name}-image.nii.gz", volume.array[place], affine)
         for rater in range(1, 5) if part == "train" else ():
-            save(raw / part / f"{name}-mask-r{rater}.nii.gz", label[place], affine)
+            save_scan(raw / part / f"{name}-mask-r{rater}.nii.gz", label[place], affine)
     return True
 
 

@@ -21,6 +21,7 @@ from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 from tyro.conf import Positional
 
+from utils.data.volume import save_scan
 from utils.errors import UserError
 
 PHANTOM_NOTE = "PHANTOM.txt"  # marks a raw folder as synthetic, so that no table takes it for the real data
@@ -135,15 +136,6 @@ def acquire(image: np.ndarray, scanner: Scanner, field, rng: np.random.Generator
     return (scanner.gain * image**scanner.gamma).astype(np.int16)
 
 
-def save(path: Path, array: np.ndarray, affine: np.ndarray, frame_s: float = 1.0) -> None:
-    """Write a 3D or 4D NIfTI whose zooms, qform and sform agree; `frame_s` is the time between frames."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = nib.Nifti1Image(array, affine)
-    image.header.set_xyzt_units("mm", "sec")
-    image.header["pixdim"][4] = frame_s
-    image.set_qform(affine, code=1)
-    image.set_sform(affine, code=1)
-    nib.save(image, path)
 
 
 def chest(x, y, depth, spacing, tissue, field, rng) -> np.ndarray:
@@ -265,8 +257,8 @@ def write_mms(out: Positional[Path], *, patients: int = 4, frames: int = 6, seed
         drawn = np.isin(np.arange(frames), (ed, es)) & labeled  # raters drew in two frames only
         part = ("Training/Labeled", "Validation", "Testing")[index % 3] if labeled else "Training/Unlabeled"
         folder = Path(out) / "OpenDataset" / part / code
-        save(folder / f"{code}_sa.nii.gz", acquire(image, scanner, field, rng), affine, 0.9 / frames)
-        save(folder / f"{code}_sa_gt.nii.gz", labels * drawn.astype(np.uint8), affine, 0.9 / frames)
+        save_scan(folder / f"{code}_sa.nii.gz", acquire(image, scanner, field, rng), affine, 0.9 / frames)
+        save_scan(folder / f"{code}_sa_gt.nii.gz", labels * drawn.astype(np.uint8), affine, 0.9 / frames)
         name, centres = MAKERS[vendor]
         age, height, weight = rng.integers((20, 155, 50), (80, 195, 100))
         disease, sex = rng.choice(["NOR", "HCM", "DCM"]), rng.choice(["F", "M"])
@@ -332,7 +324,7 @@ def write_scgm(out: Positional[Path], *, patients: int = 4, seed: int = 0) -> No
         paint(image[inside], spacing, grey, tissue["grey"])
         labeled = number <= patients
         folder, stem = Path(out) / ("train" if labeled else "test"), f"site{site}-sc{number:02d}"
-        save(folder / f"{stem}-image.nii.gz", acquire(image[..., None], scanner, field, rng)[..., 0], affine)
+        save_scan(folder / f"{stem}-image.nii.gz", acquire(image[..., None], scanner, field, rng)[..., 0], affine)
         levels = [f"{k},{2 + int(k * scanner.thickness // 15)}\n" for k in range(image.shape[2])]
         (folder / f"{stem}-levels.txt").write_text("".join(levels))  # slice, vertebra
         for rater in range(1, 5) if labeled else ():  # each follows the boundary a little differently
@@ -340,4 +332,4 @@ def write_scgm(out: Positional[Path], *, patients: int = 4, seed: int = 0) -> No
             grey, whole = cord(*seen, size * rng.uniform(0.98, 1.02))
             mask = np.zeros(x.shape, np.uint8)
             mask[inside] = np.select([(grey > 0) & (whole > 0), whole > 0], [1, 2])
-            save(folder / f"{stem}-mask-r{rater}.nii.gz", mask, affine)
+            save_scan(folder / f"{stem}-mask-r{rater}.nii.gz", mask, affine)

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
+from config import CANVAS_PX, FIELD_PX
 from utils.data.dataset import Case, DatasetInfo
 from utils.data.phantom import PHANTOM_NOTE
-from utils.data.prepared import FORMAT_VERSION, INDEX_COLUMNS, description_digest
+from utils.data.prepared import FORMAT_VERSION, INDEX_COLUMNS, QUANTILES, description_digest, quantile_curves
 from utils.data.volume import (
     PlaneMap,
     Volume,
@@ -36,9 +37,7 @@ from utils.data.volume import (
 )
 from utils.errors import UserError
 from utils.files import LOCK, folder_lock, write_json
-from utils.method.augment import CANVAS_PX, FIELD_PX
 
-QUANTILES = 256  # points of a slice's quantile curve
 HASHED_COLUMNS = list(INDEX_COLUMNS)[:11]  # those of format 3, so that a run still knows its data, prepared anew
 
 
@@ -243,19 +242,6 @@ def _convert(
     known = [{name: line[name] for name in HASHED_COLUMNS} for line in index]
     digest.update(repr(known).encode() + image.affine.tobytes())
     return index, digest.digest()
-
-
-def quantile_curves(canvas: np.ndarray) -> np.ndarray:
-    """Return each image's quantiles over the field of view: (N, C, C) float16 >= 0 -> (N, QUANTILES) float32."""
-    margin = (CANVAS_PX - FIELD_PX) // 2
-    bits = canvas[:, margin:-margin, margin:-margin].reshape(len(canvas), -1).view(np.int16)
-    # Non-negative float16 have the order of their bits, and 16-bit integers a radix sort: 8 times as fast.
-    field = np.sort(bits, axis=1, kind="stable").view(np.float16)
-    position = np.linspace(0, field.shape[1] - 1, QUANTILES)
-    low = position.astype(int)
-    high = np.minimum(low + 1, field.shape[1] - 1)
-    lower, upper = field[:, low].astype(np.float32), field[:, high].astype(np.float32)
-    return np.ascontiguousarray(lower + (upper - lower) * (position - low).astype(np.float32))
 
 
 def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: Reports, on_labels: bool) -> None:

@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from config import Config
+from config import CANVAS_PX, FIELD_PX, Config
 from utils.data.dataset import DatasetInfo
 from utils.errors import UserError
 
 FORMAT_VERSION = 4
+QUANTILES = 256  # points of a slice's quantile curve
 INDEX_COLUMNS = {  # of index.csv: one row per slice, in the order of images.npy
     "patient": str,
     "domain": str,
@@ -159,3 +160,16 @@ def split_patients(data: PreparedData, dataset: DatasetInfo, cfg: Config) -> Spl
     source = {p for p, (domain, _) in patients.items() if domain != test_domain}
     unlabeled = source if cfg.use_extra_unlabeled else source & (has_mask | own)
     return Split(labeled, sorted(unlabeled - {*validation}), validation or labeled, held_out)
+
+
+def quantile_curves(canvas: np.ndarray) -> np.ndarray:
+    """Return each image's quantiles over the field of view: (N, C, C) float16 >= 0 -> (N, QUANTILES) float32."""
+    margin = (CANVAS_PX - FIELD_PX) // 2
+    bits = canvas[:, margin:-margin, margin:-margin].reshape(len(canvas), -1).view(np.int16)
+    # Non-negative float16 have the order of their bits, and 16-bit integers a radix sort: 8 times as fast.
+    field = np.sort(bits, axis=1, kind="stable").view(np.float16)
+    position = np.linspace(0, field.shape[1] - 1, QUANTILES)
+    low = position.astype(int)
+    high = np.minimum(low + 1, field.shape[1] - 1)
+    lower, upper = field[:, low].astype(np.float32), field[:, high].astype(np.float32)
+    return np.ascontiguousarray(lower + (upper - lower) * (position - low).astype(np.float32))

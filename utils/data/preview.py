@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import Config
+from config import FIELD_PX, Config
 from utils.data.dataset import DatasetInfo
 from utils.data.loaders import SliceDataset
 from utils.data.prepared import PreparedData
-from utils.data.volume import edge_letters, radiological, read_volume
+from utils.data.volume import read_volume
 from utils.errors import UserError
-from utils.method.augment import FIELD_PX, Augmentation, canvas_to_view, cutmix_mask
-from utils.plots import plot_preview
+from utils.method.augment import Augmentation, canvas_to_view, cutmix_mask
+from utils.plots import edge_letters, plot_preview, radiological
 
 
 def draw_preview(root: Path, out: Path, dataset: DatasetInfo, cfg: Config, *, count: int) -> None:

@@ -255,31 +255,6 @@ def write_volume(path: Path, array: np.ndarray, like: Volume, description: str =
         nib.save(image, temporary)
 
 
-def radiological(array: np.ndarray, like: Volume) -> np.ndarray:
-    """Turn slices as a radiologist looks at them, if the scan says how its axes lie.
-
-    (..., X, Y) in the voxel grid of `like` -> (..., X', Y'): X' from the patient's right to left (or front to back),
-    Y' from front to back (or head to feet).
-    """
-    if not (like.header["sform_code"] or like.header["qform_code"]):
-        return array
-    axes = list(zip(nib.aff2axcodes(like.affine)[:2], (-2, -1), strict=True))
-    axes.sort(key=lambda axis: "LRAPSI".index(axis[0]) // 2)
-    array = np.flip(array, [axis for code, axis in axes if code in "RAS"])
-    return array if axes[0][1] == -2 else array.swapaxes(-2, -1)
-
-
-def edge_letters(like: Volume) -> str:
-    """Return what the left, right, upper and lower edge of a `radiological` slice face, such as "RLAP".
-
-    Oblique planes get the closest directions. Empty if the scan does not say how its axes lie.
-    """
-    if not (like.header["sform_code"] or like.header["qform_code"]):
-        return ""
-    codes = nib.aff2axcodes(like.affine)[:2]
-    return "".join(pair for pair in ("RL", "AP", "SI") if set(pair) & set(codes))
-
-
 @dataclass(frozen=True)
 class PlaneMap:
     """Resampling between the slices of a scan and a square canvas on the same centre.
@@ -334,3 +309,14 @@ def _sample(array: np.ndarray, position: np.ndarray, axis: int) -> np.ndarray:
     sampled += upper
     sampled *= inside
     return sampled
+
+
+def save_scan(path: Path, array: np.ndarray, affine: np.ndarray, frame_s: float = 1.0) -> None:
+    """Write a 3D or 4D NIfTI whose zooms, qform and sform agree; `frame_s` is the time between frames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(array, affine)
+    image.header.set_xyzt_units("mm", "sec")
+    image.header["pixdim"][4] = frame_s
+    image.set_qform(affine, code=1)
+    image.set_sform(affine, code=1)
+    nib.save(image, path)

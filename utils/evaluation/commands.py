@@ -12,17 +12,17 @@ from torch import nn
 
 from utils.data.dataset import DatasetInfo
 from utils.data.loaders import usable_cores
-from utils.data.own import labeled
 from utils.data.prepare import prepare_dataset
 from utils.data.prepared import PreparedData
-from utils.distributed import choose_device
-from utils.errors import UserError, clear_errors
+from utils.data.user_scans import labeled
+from utils.device import choose_device
+from utils.errors import UserError, clear_errors, memory_errors
 from utils.evaluation.comparison import compare_methods
 from utils.evaluation.domains import Runs, by_method, leave_one_domain_out
 from utils.evaluation.results import evaluate_run
 from utils.evaluation.runs import TrainedRun, load_run, name_rows, open_data, runs_table
 from utils.evaluation.runs import ensemble as mean_of
-from utils.evaluation.segment import Segmenter, memory_errors, segment_files
+from utils.evaluation.segment import Segmenter, segment_files
 from utils.evaluation.selection import selection_cost
 from utils.evaluation.statistics_plots import plot_differences
 from utils.evaluation.tables import to_csv, to_latex, to_markdown
@@ -170,7 +170,7 @@ def evaluate_own(run: TrainedRun, dataset: DatasetInfo, source: Path, output: Pa
     """Evaluate a run on the user's labelled scans, which are prepared for it as those of a data set are.
 
     Args:
-        dataset: that of `utils.data.own.labeled`.
+        dataset: that of `utils.data.user_scans.labeled`.
         source: its first file or folder, whose name the results bear.
         options: of `evaluate_run`.
     """

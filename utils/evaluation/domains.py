@@ -7,11 +7,11 @@ from pathlib import Path
 from statistics import fmean, pstdev, stdev
 from typing import Any, NamedTuple
 
+from config import FIELD_PX
 from utils.data.dataset import DatasetInfo
 from utils.evaluation.metrics import METRICS, MISSED_SLICES
 from utils.evaluation.runs import VARYING, is_other
 from utils.evaluation.tables import Cell, Table
-from utils.method.augment import FIELD_PX
 
 MISSED = {"missed": "scans", "missed_slices": "slices"}  # counts in a summary, and there what they are shares of
 SELECTION_NOTE = (

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 from scipy import ndimage
 
+from config import FIELD_PX
 from utils.data.volume import PlaneMap
-from utils.method.augment import FIELD_PX
 
 
 def locate(

@@ -1,7 +1,7 @@
 """Metrics of a scan: the paper's Dice on the network's grid, overlap and distances in the scan's own grid."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -100,22 +100,3 @@ def largest_components(labels: np.ndarray) -> np.ndarray:
             components = measure.label(labels[box] == value)
             kept[box][components == np.bincount(components.ravel())[1:].argmax() + 1] = value
     return kept
-
-
-def cardiac_metrics(volumes: Mapping[tuple[str, str], float]) -> dict[str, tuple[float, str]]:
-    """Return the clinical quantities of a heart.
-
-    Args:
-        volumes: ml by (phase "ED" or "ES", structure "LV", "MYO" or "RV").
-
-    Returns:
-        (value, unit) by name: end-diastolic and end-systolic volumes, ejection fractions (NaN for an empty
-        ventricle), and the myocardial mass at ED, by a density of 1.05 g/ml.
-    """
-    quantities = {}
-    for ventricle in ("LV", "RV"):
-        diastolic, systolic = volumes["ED", ventricle], volumes["ES", ventricle]
-        quantities[f"{ventricle} EDV"] = (diastolic, "ml")
-        quantities[f"{ventricle} ESV"] = (systolic, "ml")
-        quantities[f"{ventricle} EF"] = (100 * (1 - systolic / diastolic) if diastolic else float("nan"), "%")
-    return quantities | {"MYO mass": (1.05 * volumes["ED", "MYO"], "g")}

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from config import pixel_mm
 from utils.data.dataset import DatasetInfo
 from utils.data.prepared import PreparedData
-from utils.data.volume import edge_letters, radiological, read_volume
+from utils.data.volume import read_volume
 from utils.evaluation.predict import ScanPrediction
 from utils.evaluation.statistics_plots import plot_scores
 from utils.files import OutputFolder
-from utils.method.augment import FIELD_PX
-from utils.plots import plot_bland_altman, plot_case, plot_dice_per_case
+from utils.plots import edge_letters, plot_bland_altman, plot_case, plot_dice_per_case, radiological
 
 
 def draw_pictures(
@@ -71,7 +71,7 @@ def _draw_case(path: Path, scan: ScanPrediction, data: PreparedData, dataset: Da
         **{name: radiological(array.cpu().numpy(), like) for name, array in maps.items()},
         slices=np.unique(np.linspace(0, depth - 1, min(depth, 6)).round().astype(int)).tolist(),
         letters=edge_letters(like),
-        spacing=dataset.spacing * FIELD_PX / size,
+        spacing=pixel_mm(dataset.spacing, size),
         class_names=dataset.class_names[1:],
         title=title,
     )

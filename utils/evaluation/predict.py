@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from config import Config
+from config import FIELD_PX, Config, pixel_mm
 from utils.data.prepared import PreparedData
 from utils.data.volume import PlaneMap, Volume, read_volume
-from utils.distributed import autocast_context
+from utils.device import autocast_context
 from utils.evaluation.metrics import largest_components, paper_dice, plane_metrics, structure_metrics
-from utils.method.augment import FIELD_PX, canvas_to_view, match_histogram, repeatable_fourier_view
+from utils.method.augment import canvas_to_view, match_histogram, repeatable_fourier_view
 from utils.method.losses import kl_variance
 
 
@@ -168,7 +168,7 @@ def to_native(scan: ScanPrediction, data: PreparedData, *, keep_largest: bool = 
     classes, size = scan.probability.shape[1:3]
     truth = read_volume(data.truth_path(scan.patient, scan.phase), 3)
     center = tuple(float(data.index[f"center_{axis}"][scan.rows[0]]) for axis in ("row", "column"))
-    plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, data.info["spacing_mm"] * FIELD_PX / size, center)
+    plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, pixel_mm(data.info["spacing_mm"], size), center)
     labels = np.empty(truth.array.shape, np.uint8)
     for z, probability in enumerate(scan.probability.float().cpu().numpy()):  # all slices at once would take gigabytes
         labels[..., z] = plane.to_native(probability).argmax(0)  # outside the field of view: background

@@ -7,9 +7,9 @@ import numpy as np
 from scipy import ndimage
 from scipy.stats import spearmanr
 
+from config import pixel_mm
 from utils.data.prepared import PreparedData
 from utils.evaluation.predict import ScanPrediction
-from utils.method.augment import FIELD_PX
 
 MEASURES = ("volume_ml", "agreement", "confidence", "components", "gaps")
 BAD_DICE = 70  # percent of a patient by the paper's protocol, below which a case counts as bad
@@ -45,8 +45,9 @@ def structure_quality(
 def scan_quality(scan: ScanPrediction, data: PreparedData, class_names: Sequence[str]) -> list[dict[str, Any]]:
     """Return `structure_quality` of a scan of prepared data."""
     labels, agreement = scan.probability.argmax(1).cpu().numpy(), scan.agreement.float().cpu().numpy()
-    pixel_mm = data.info["spacing_mm"] * FIELD_PX / scan.image.shape[-1]
-    voxel_ml = pixel_mm**2 * data.index["slice_mm"][scan.rows[0]] / 1000
+    voxel_ml = (
+        pixel_mm(data.info["spacing_mm"], scan.image.shape[-1]) ** 2 * data.index["slice_mm"][scan.rows[0]] / 1000
+    )
     return structure_quality(labels, {"agreement": agreement}, class_names, voxel_ml)
 
 

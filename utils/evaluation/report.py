@@ -9,12 +9,12 @@ from typing import Any
 
 import jinja2
 
+from config import FIELD_PX
 from utils.evaluation.calibration import trust_tables
 from utils.evaluation.metrics import IN_PLANE, MISSED_SLICES, VOLUMETRIC
 from utils.evaluation.monitor import monitor_tables
 from utils.evaluation.quality import BAD_DICE
 from utils.evaluation.tables import Cell, Table, interval, to_markdown
-from utils.method.augment import FIELD_PX
 
 PHANTOM_WARNING = "Phantom data: these numbers say nothing about real scans."
 PAPER_NOTE = (

@@ -3,8 +3,7 @@
 import csv
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -14,19 +13,19 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from config import CANVAS_PX, pixel_mm
 from utils.data.dataset import DatasetInfo
-from utils.data.own import file_stem, is_map, nifti_files
-from utils.data.prepare import quantile_curves
+from utils.data.prepared import quantile_curves
+from utils.data.user_scans import is_map
 from utils.data.volume import PlaneMap, Volume, frame_count, frame_slices, implausible, read_volume, write_volume
-from utils.errors import UserError
+from utils.errors import UserError, memory_errors
 from utils.evaluation.locate import locate
 from utils.evaluation.metrics import largest_components
 from utils.evaluation.predict import predict_mean
 from utils.evaluation.quality import MEASURES, outside_ranges, structure_quality
 from utils.evaluation.runs import TrainedRun
 from utils.evaluation.tools import write_label_names
-from utils.files import OutputFolder, atomic_write
-from utils.method.augment import CANVAS_PX, FIELD_PX
+from utils.files import OutputFolder, atomic_write, file_stem, nifti_files
 
 NOTE = "SemiDG-Seg: for research use, not for clinical decisions"
 MAPS = ("seg", "confidence", "agreement")  # as files are called; with --confidence all of them are written
@@ -61,7 +60,7 @@ class Segmenter:
             as the networks see them: (Z, size, size).
         """
         size = self.run.config.image_size
-        grid = replace(plane, size=size, spacing=self.dataset.spacing * FIELD_PX / size)
+        grid = replace(plane, size=size, spacing=pixel_mm(self.dataset.spacing, size))
         # Slice by slice, here and below: a whole scan at its own resolution, with all classes, would take gigabytes.
         normalized = (self.dataset.normalize(image[None].astype(np.float32)) for image in slices)
         canvas = np.concatenate([plane.to_canvas(image).astype(np.float16) for image in normalized])
@@ -125,8 +124,11 @@ class Segmenter:
             raise UserError(f"--center {center} lies outside the image of {plane.shape} voxels")
         if self.confidence and shape[2] < 2:
             raise UserError("--confidence compares with another slice, and there is only one: leave it out")
-        pixel_mm = self.dataset.spacing * FIELD_PX / self.run.config.image_size
-        frames, quality, voxel_ml = [], [], pixel_mm**2 * volume.zooms[2] / 1000
+        frames, quality, voxel_ml = (
+            [],
+            [],
+            pixel_mm(self.dataset.spacing, self.run.config.image_size) ** 2 * volume.zooms[2] / 1000,
+        )
         for number in range(frame_count(volume)):
             maps, seen = self.frame(frame_slices(volume, number), plane)
             frames.append(maps)
@@ -185,18 +187,6 @@ class Segmenter:
         frames = {"ED": int(ml[names[0]].argmax()), "ES": int(ml[names[0]].argmin())}
         found = self.dataset.clinical({(p, name): float(ml[name][t]) for p, t in frames.items() for name in names})
         return frames | {f"{name} ({unit})": value for name, (value, unit) in found.items()}
-
-
-@contextmanager
-def memory_errors(name: Path, remedy: str = "") -> Iterator[None]:
-    """Turn a full memory, of the machine or its GPU, into a UserError that names a file or folder."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not full and "can't allocate memory" not in str(error):  # PyTorch has no class of its own for that
-            raise
-        raise UserError(f"{name}: out of memory: try --device cpu, --precision bf16{remedy}") from error
 
 
 def segment_files(

@@ -10,11 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from config import Config
-
-FIELD_PX = 288  # the field of view: the paper's image size
-CANVAS_PX = 300  # the prepared images: a margin of 6 px around the field of view, for random shifts
-
+from config import CANVAS_PX, FIELD_PX, Config
 
 # --- Fourier views (Yao et al. 2022, Fourier-based augmentation) ---------------------------------------------------
 

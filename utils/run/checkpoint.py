@@ -181,3 +181,39 @@ def provenance() -> dict[str, Any]:
         commit = None
     packages = ("torch", "torchvision", "timm", "monai", "numpy", "nibabel", "scikit-image")
     return {"git_commit": commit, "versions": {name: version(name) for name in packages}}
+
+
+def run_metadata(
+    dataset: Any,
+    config: dict[str, Any],
+    reference: torch.Tensor | None,
+    data_info: dict[str, Any],
+    *,
+    selection: str,
+    step: int | str,
+    cps_weight: float,
+) -> dict[str, Any]:
+    """Return what is saved beside the weights of a run.
+
+    Args:
+        dataset: its DatasetInfo.
+        config: the run's settings.
+        reference: (256,) quantile curve that histograms are matched to, or None.
+        data_info: of the prepared data, or {} where they are unknown.
+        selection: rule by which the weights were chosen.
+        step: number of steps behind the weights.
+        cps_weight: beta of the last step.
+    """
+    return {
+        "dataset": dataset.key,
+        "class_names": list(dataset.class_names),
+        "spacing_mm": dataset.spacing,
+        "reference": None if reference is None else reference.tolist(),
+        "config": config,
+        "selection": selection,
+        "step": step,
+        "cps_weight": cps_weight,
+        "content_hash": data_info.get("content_hash"),
+        "phantom": data_info.get("phantom", False),
+        **provenance(),
+    }

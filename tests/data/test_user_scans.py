@@ -14,13 +14,12 @@ from helpers import TinyNetwork
 import mms_dataloader
 import scgm_dataloader
 from config import MMS as MMS_CONFIG
-from utils.data.own import labeled, with_unlabeled
 from utils.data.prepare import prepare_dataset, process_case
 from utils.data.prepared import PreparedData, split_patients
+from utils.data.user_scans import labeled, with_unlabeled
 from utils.errors import UserError
 from utils.evaluation.commands import run_inference
-from utils.run.checkpoint import save_networks
-from utils.trainer import run_metadata
+from utils.run.checkpoint import run_metadata, save_networks
 
 MMS, SCGM = mms_dataloader.DATASET, scgm_dataloader.DATASET
 

@@ -13,8 +13,8 @@ import numpy as np
 from utils.data.dataset import Case, DatasetInfo, RawDataset
 from utils.data.volume import frame_count, read_shape, read_volume, whole_numbers
 from utils.errors import UserError
+from utils.files import file_stem, nifti_files
 
-NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 # Endings of what lies beside scans and is none: ours, and those of public data sets and tools. Where several maps
 # belong to an image, the ending that stands first here is its mask.
 ENDINGS = ("gmseg", "dseg", "gt", "labels", "label", "seg", "mask", "manual", "confidence", "agreement")
@@ -23,30 +23,6 @@ IMAGE = re.compile(r"(?:^|[-_])(image|img|0000)$", re.IGNORECASE)  # 0000: the f
 ACDC = re.compile(r"(.+)_frame(\d+)$")
 UNNAMED = 255  # in a table of labels: a value that --labels does not name
 TABLE_COLUMNS = ("image", "truth", "patient", "phase", "group")
-
-
-def nifti_files(paths: Sequence[Path], *, deep: bool = False) -> list[Path]:
-    """Return the NIfTI files among `paths` and in the folders there, with `deep` also in their subfolders.
-
-    Raises:
-        UserError: a path does not exist.
-    """
-    files = []
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder")
-        if not path.is_dir():
-            files.append(path)
-            continue
-        inside = sorted(path.rglob("*") if deep else path.iterdir())
-        hidden = {p for p in inside if any(part.startswith(".") for part in p.relative_to(path).parts)}
-        files += [p for p in inside if NIFTI.search(p.name) and p not in hidden]
-    return list(dict.fromkeys(files))
-
-
-def file_stem(path: Path) -> str:
-    """Return a file's name without .nii or .nii.gz."""
-    return NIFTI.sub("", path.name)
 
 
 def is_map(path: Path) -> bool:
