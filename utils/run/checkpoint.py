@@ -6,8 +6,6 @@ import mmap
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from utils.errors import UserError, first_line
+from utils.errors import UserError, naming
 from utils.files import atomic_write
 
 DIGEST_SIZE = 32  # bytes of a SHA-256
+NOT_OURS = "is damaged or not of this project"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -72,14 +71,11 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         if not path.exists():
             continue
         try:
-            _check_seal(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except PermissionError as error:
-            raise UserError(
-                f"{path} cannot be read ({error.strerror}): ask its owner for the right to read it"
-            ) from error
-        except Exception as error:  # damaged files raise a dozen kinds
-            problems.append(f"{path} is damaged or no checkpoint ({first_line(error)})")
+            with naming(path, "is damaged or no checkpoint"):  # damaged files raise a dozen kinds
+                _check_seal(path)
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        except UserError as error:
+            problems.append(str(error))
             continue
         for problem in problems:
             print(f"warning: {problem}; resuming from {path}")
@@ -112,7 +108,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             f"{path}: no such file; the run has not ended its first epoch (train on; --checkpoint last), or --run "
             "names no run's folder"
         )
-    with _naming(path):
+    with naming(path, NOT_OURS):
         return json.loads(_sealed_metadata(path)["semidg"])
 
 
@@ -128,13 +124,13 @@ def is_intact(path: Path) -> bool:
 def load_networks(path: Path, nets: list[nn.Module]) -> None:
     """Load the weights that `save_networks` wrote; raise UserError when the file is damaged or holds other networks."""
     tensors = _load_tensors(path)
-    with _naming(path):
+    with naming(path, NOT_OURS):
         for i, net in enumerate(nets):
             net.load_state_dict({key[2:]: value for key, value in tensors.items() if key.startswith(f"{i}.")})
 
 
 def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    with _naming(path):
+    with naming(path, NOT_OURS):
         expected, tensors = _sealed_metadata(path)["tensors_sha256"], load_file(path)
         if expected != _digest(tensors):
             raise ValueError("its checksum is wrong")
@@ -143,23 +139,10 @@ def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _sealed_metadata(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as file:
-        found = file.metadata()
-    if "tensors_sha256" not in found:
-        raise ValueError("written by an earlier version: evaluate it with the code that wrote it, or train anew")
-    if hashlib.sha256((found["semidg"] + found["tensors_sha256"]).encode()).hexdigest() != found["sha256"]:
+        metadata = file.metadata()
+    if hashlib.sha256((metadata["semidg"] + metadata["tensors_sha256"]).encode()).hexdigest() != metadata["sha256"]:
         raise ValueError("its checksum is wrong")
-    return found
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn what a file of weights raises into a UserError that names it."""
-    try:
-        yield
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): ask its owner for the right to read it") from error
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or not of this project ({first_line(error)})") from error
+    return metadata
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:

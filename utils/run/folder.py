@@ -13,52 +13,48 @@ from config import RUNTIME_SETTINGS, Config
 from utils.errors import UserError
 from utils.files import RECORD, OutputFolder, folder_lock, read_json, require_space, write_json
 from utils.run.checkpoint import load_networks, read_metadata
-from utils.run.logger import read_log
+from utils.run.logger import KEPT_EPOCH, read_log
 
 CHECKPOINTS = ("last.pt", "previous.pt", "best.safetensors")
 RUN_FILES = (*CHECKPOINTS, "config.json", "split.json", "log.jsonl", "steps.jsonl", "curves.png", "not_finite.txt",
              "wandb_id")  # fmt: skip
-KEPT_EPOCHS = "epochs/*.safetensors"  # the networks that --keep-epochs keeps
 # Settings that may differ between the command that began a run and the one that resumes it.
 FREE_ON_RESUME = RUNTIME_SETTINGS | {"num_epoch", "max_steps"}
 DEFAULTS = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
 
 
 @contextmanager
-def open_run(folder: Path, cfg: Config, world_size: int) -> Iterator[None]:
+def hold_run(folder: Path, cfg: Config, world_size: int) -> Iterator[None]:
     """Hold the folder of a run while it is resumed or begun by `cfg`.
 
     Raises:
-        UserError: another process holds it, it cannot be written, it holds files of another program or of an earlier
-            version of this one, or a run with other settings (unless `cfg.restart`).
+        UserError: another process holds it, it cannot be written, it holds files of another program, or a run with
+            other settings (unless `cfg.restart`).
     """
     with folder_lock(folder):
-        if not (folder / RECORD).exists() and (folder / "last.pt").exists():
-            raise UserError(
-                f"{folder} holds a run of an earlier version of this project, or files of another program: finish it "
-                "with the code that began it, or choose another --run-name"
-            )
         OutputFolder(folder).require_free(*RUN_FILES)
         if not cfg.restart and any((folder / name).exists() for name in CHECKPOINTS):
-            require_same_settings(folder, settings_of(cfg, world_size))
+            _require_same_settings(folder, _settings(cfg, world_size))
         yield
 
 
-def settings_of(cfg: Config, world_size: int) -> dict[str, Any]:
+def _settings(cfg: Config, world_size: int) -> dict[str, Any]:
     """Return what config.json says of a run: its settings and its number of processes."""
     return json.loads(json.dumps(asdict(cfg))) | {"processes": world_size}
 
 
-def require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raise UserError, naming what differs, where `folder` holds a run with other settings."""
+def _require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
     try:
-        began = DEFAULTS | read_json(folder / "config.json")  # a setting that is new in the code had its default
+        begun = DEFAULTS | read_json(folder / "config.json")  # a setting that is new in the code had its default
     except UserError as error:
         raise UserError(f"{error}: restore it, or begin anew with --restart") from error
-    keys = sorted({*began, *settings} - FREE_ON_RESUME)
-    differing = [key for key in keys if began.get(key) != settings.get(key)]
-    if differing:
-        lines = [f"  {key}: {began.get(key)!r} there, {settings.get(key)!r} now\n" for key in differing]
+    keys = sorted({*begun, *settings} - FREE_ON_RESUME)
+    lines = [
+        f"  {key}: {begun.get(key)!r} there, {settings.get(key)!r} now\n"
+        for key in keys
+        if begun.get(key) != settings.get(key)
+    ]
+    if lines:
         raise UserError(
             f"{folder} holds a run with other settings:\n{''.join(lines)}"
             "Choose another --run-name, or begin anew with --restart"
@@ -78,7 +74,7 @@ def begin_run(
         UserError: the disk has no room for the checkpoints.
     """
     # Weights and two moments, as last, as previous and as the file being written; the best weights and kept epochs.
-    kept = len(list(folder.glob(KEPT_EPOCHS)))
+    kept = len(list(folder.glob(KEPT_EPOCH.replace("{:03d}", "*"))))
     epochs = max(min(cfg.keep_epochs, cfg.num_epoch) + 1 - kept, 1) if cfg.keep_epochs else 0
     require_space(folder, (10 + epochs) * weight_bytes)
     if cfg.restart:
@@ -87,7 +83,7 @@ def begin_run(
     outputs = OutputFolder(folder)
     for name in RUN_FILES:
         outputs.claim(name)
-    write_json(folder / "config.json", settings_of(cfg, world_size))
+    write_json(folder / "config.json", _settings(cfg, world_size))
     write_json(folder / "split.json", split)
     return outputs
 
