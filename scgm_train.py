@@ -14,8 +14,8 @@ def main() -> None:
     with clear_errors():
         runs = from_cli(SCGM, SCGM_DEMO)
         # Imported here, so that --help and a mistyped flag do not wait for PyTorch.
-        from scgm_dataloader import DATASET
         from network import build_network
+        from scgm_dataloader import DATASET
         from utils.data.commands import make_demo_data
         from utils.data.loaders import build_loaders
         from utils.device import main_first, process_group

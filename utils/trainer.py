@@ -275,9 +275,9 @@ class Trainer:
     def metadata(self) -> dict[str, Any]:
         """Return what inference needs beside the weights."""
         facts = {"selection": SELECTION.format(images=self.validated), "step": self.step}
-        facts["cps_weight"] = self.cps_weight(self.step - 1)  # of the last step: 0 before the pseudo supervision began
+        facts |= {"cps_weight": self.cps_weight(self.step - 1), "seen_before": self.seen_before}
         parts = self.loaders.dataset, asdict(self.cfg), self.mean_reference, self.loaders.data.info
-        return run_metadata(*parts, **facts) | {"seen_before": self.seen_before}
+        return run_metadata(*parts, **facts)
 
 
 def checkpointed(net: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
