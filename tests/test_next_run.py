@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from utils.evaluation.results import evaluate_run
 
 import mms_dataloader
 import scgm_dataloader
@@ -16,7 +17,6 @@ from utils.device import Process
 from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluation.predict import predict_scans
-from utils.evaluation.results import evaluate_run
 from utils.evaluation.runs import ensemble, load_run, open_data
 from utils.run import slim
 from utils.run.checkpoint import load_checkpoint, read_metadata

@@ -18,7 +18,8 @@ from config import Config
 from utils.data.loaders import Loaders
 from utils.device import Process, any_process, gather, main_first
 from utils.errors import UserError
-from utils.evaluation.monitor import hidden_rows, monitor_pseudo_labels
+from utils.evaluation.confidence import hidden_rows, monitor_pseudo_labels
+from utils.evaluation.predict import Predictor
 from utils.files import OutputFolder
 from utils.plots import plot_curves
 from utils.run.checkpoint import is_intact, load_checkpoint, save_checkpoint, save_networks
@@ -153,12 +154,9 @@ def end_epoch(trainer: Trainer, seconds: float, logger: Logger | None, outputs: 
     pictures = {"samples": outputs.claim(f"samples/epoch_{epoch:03d}.png")}
     trainer.draw_samples(pictures["samples"], loader.dataset[last], title)
     if trainer.cfg.monitor_pseudo_labels:
-        pictures["pseudo_labels"] = outputs.claim(f"samples/pseudo_labels_epoch_{epoch:03d}.png")
+        predictor = Predictor(trainer.nets, trainer.mean_reference, trainer.cfg, trainer.autocast)
         with trainer.evaluating():
-            line["pseudo_labels"] = monitor_pseudo_labels(
-                pictures["pseudo_labels"], trainer.nets, trainer.loaders.data, trainer.loaders.split, trainer.cfg,
-                reference=trainer.mean_reference, device=trainer.device, autocast=trainer.autocast, title=title,
-            )  # fmt: skip
+            line["pseudo_labels"] = monitor_pseudo_labels(predictor, trainer.loaders.data, trainer.loaders.split)
     logger.log(line, pictures)
     selected = max(logger.lines, key=lambda line: line["val_dice"])["step"]
     curves = {"points": logger.points, "epochs": logger.lines, "selected_step": selected}

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from itertools import chain
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,7 @@ from config import Config
 from utils.data.loaders import Loaders
 from utils.device import Process, autocast_context, average, gather, unflatten
 from utils.errors import UserError
-from utils.evaluation.predict import Member, mean_dice, predict_scans
-from utils.evaluation.quality import Ranges, scan_quality, value_ranges
+from utils.evaluation.predict import Predictor, mean_dice, predict_scans
 from utils.method.augment import Augmentation, cutmix_mask
 from utils.method.losses import kl_variance
 from utils.method.objective import UnlabeledViews, pseudo_label, training_step
@@ -57,7 +54,6 @@ class Trainer:
             if process.world_size > 1 and self.device.type == "cuda":  # SyncBatchNorm refuses CPUs
                 net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
             self.nets.append(net.to(self.device, memory_format=torch.channels_last).train())
-        self.quality: Ranges = {}  # of the measures on the labelled source scans, at the last validation
         self.seen_before: list[str] = []  # patients whose images the networks had learnt from when the run began
         if cfg.init_from and not state:
             names, held_out = loaders.dataset.class_names, loaders.split.held_out
@@ -173,16 +169,11 @@ class Trainer:
 
     def validate(self) -> float:
         """Return the mean paper-protocol Dice (percent) on the labelled source images, without augmentation."""
+        predictor = Predictor(self.nets, self.mean_reference, self.cfg, self.autocast)
         with self.evaluating():
-            data, names = self.loaders.data, self.loaders.dataset.class_names
-            members = [Member(self.nets, self.mean_reference, self.cfg)]
-            where = {"device": self.device, "precision": self.cfg.precision}
-            scans = predict_scans(members, self.loaders.val, data, **where)
+            scans = predict_scans(predictor, self.loaders.val, self.loaders.data)
             # Each process predicts its share of the scans; in one order, so that sums do not depend on who did which.
-            found = [(s.patient, s.phase, s.slice_dice.tolist(), scan_quality(s, data, names)) for s in scans]
-            *scores, quality = zip(*sorted(gather(found), key=itemgetter(0, 1)), strict=True)
-            dice = mean_dice(zip(*scores, strict=True))
-        self.quality = value_ranges(chain(*quality))
+            dice = mean_dice(sorted(gather([(s.patient, s.phase, s.slice_dice.tolist()) for s in scans])))
         return float(np.mean(list(dice.values())))
 
     @torch.no_grad()
@@ -232,7 +223,6 @@ class Trainer:
             )
         self.step, self.best = state["step"], state["best"]
         self.seen_before = state["metadata"].get("seen_before", [])
-        self.quality = state["metadata"].get("quality", {})
         self.sums, self.recent = (
             {name: value.to(self.device) for name, value in state.get(key, {}).items()} for key in ("sums", "recent")
         )
@@ -251,7 +241,7 @@ class Trainer:
         facts = {"selection": SELECTION.format(images=self.validated), "step": self.step}
         facts["cps_weight"] = self.cps_weight(self.step - 1)  # of the last step: 0 before the pseudo supervision began
         parts = self.loaders.dataset, asdict(self.cfg), self.mean_reference, self.loaders.data.info
-        return run_metadata(*parts, **facts) | {"seen_before": self.seen_before, "quality": self.quality}
+        return run_metadata(*parts, **facts) | {"seen_before": self.seen_before}
 
 
 def checkpointed(net: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -15,6 +15,9 @@ import pytest
 import torch
 from helpers import ROOT
 from torch import nn
+from utils.evaluation.domains import by_method
+from utils.evaluation.results import evaluate_run
+from utils.evaluation.selection import selection_cost
 
 import mms_dataloader
 from utils.data.loaders import build_loaders, scan_loader
@@ -23,11 +26,8 @@ from utils.device import Process
 from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluation.commands import write_comparison
-from utils.evaluation.domains import by_method
 from utils.evaluation.predict import Member, mean_dice, predict_scans, to_native, volumetric_rows
-from utils.evaluation.results import evaluate_run
 from utils.evaluation.runs import load_run, open_data, runs_table
-from utils.evaluation.selection import selection_cost
 from utils.evaluation.tables import to_markdown
 from utils.run.checkpoint import load_networks, read_metadata, save_networks
 from utils.run.logger import read_log
