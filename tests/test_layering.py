@@ -25,8 +25,8 @@ BELOW = {
                          "config"},
     "utils.trainer": {"utils.evaluation.predict", "utils.method",
                       "utils.run", "utils.data", "utils.device", "utils.plots", "config"},
-    "utils.engine": {"utils.trainer", "utils.evaluation.confidence", "utils.evaluation.predict", "utils.run", "utils.files", "utils.data.loaders",
-                      "utils.device", "utils.plots", "config"},
+    "utils.engine": {"utils.trainer", "utils.evaluation.confidence", "utils.evaluation.predict", "utils.run",
+                     "utils.files", "utils.data.loaders", "utils.device", "utils.plots", "config"},
     **{name: {"utils.data", "config"} for name in DATALOADERS},
 }  # fmt: skip
 MODULES = {
