@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 from helpers import ROOT
+from utils.distributed import Process
 
 from utils import benchmark
-from utils.distributed import Process
 
 pytestmark = pytest.mark.slow
 

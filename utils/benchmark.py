@@ -100,7 +100,9 @@ def measure(column: str, cfg: Config, process: Process, steps: int, *, training:
     views = median(lambda: [trainer.unlabeled_views(pair[1]) for pair in next(read)], device, steps, "input pipeline")
     image = trainer.unlabeled_views(batches[0][1]).plain[0]
     with trainer.evaluating() as predictor:
-        inference = median(lambda: predictor.predict(image), device, steps, "inference")
+        inference = median(
+            lambda: predict(predictor.nets, image, autocast=predictor.autocast), device, steps, "inference"
+        )
     return figures | {
         "input pipeline, unlabelled images/s": cfg.accumulate * len(batches[0][1]["image"]) / views,
         "inference of both networks, slices/s": len(image) / inference,

@@ -12,6 +12,8 @@ import torch
 from matplotlib.colors import to_rgb
 from scipy import ndimage, stats
 from test_segment import Brightness, phantom, segmenter, write
+from utils.evaluation.results import evaluate_run
+from utils.evaluation.tools import write_label_names
 
 import mms_dataloader
 import scgm_dataloader
@@ -20,10 +22,8 @@ from utils.data.loaders import build_loaders
 from utils.device import Process
 from utils.engine import fit
 from utils.evaluation.quality import flag_quality, outside_ranges, structure_quality, value_ranges
-from utils.evaluation.results import evaluate_run
 from utils.evaluation.runs import load_run, open_data
 from utils.evaluation.segment import segment_files
-from utils.evaluation.tools import write_label_names
 from utils.files import OutputFolder
 from utils.plots import STRUCTURE_COLOURS
 from utils.run.checkpoint import read_metadata

@@ -21,11 +21,10 @@ from utils.data.volume import PlaneMap, Volume, frame_count, frame_slices, impla
 from utils.errors import UserError, memory_errors
 from utils.evaluation.locate import locate
 from utils.evaluation.metrics import largest_components
-from utils.evaluation.predict import predict_mean
 from utils.evaluation.quality import MEASURES, outside_ranges, structure_quality
 from utils.evaluation.runs import TrainedRun
-from utils.evaluation.tools import write_label_names
 from utils.files import OutputFolder, atomic_write, file_stem, nifti_files
+from utils.plots import write_label_names
 
 NOTE = "SemiDG-Seg: for research use, not for clinical decisions"
 MAPS = ("seg", "confidence", "agreement")  # as files are called; with --confidence all of them are written
@@ -38,7 +37,6 @@ class Segmenter:
 
     run: TrainedRun
     dataset: DatasetInfo
-    precision: str
     batch_size: int  # slices at a time
     tta: bool
     keep_largest: bool
@@ -85,12 +83,14 @@ class Segmenter:
 
     def _mean(self, canvas: np.ndarray, size: int, partners: np.ndarray | None = None) -> dict[str, torch.Tensor]:
         """Predict canvases (B, C, C): "seg" (B, K, size, size) softmax, other maps without K; see `predict_mean`."""
-        curves = torch.from_numpy(quantile_curves(canvas)).to(self.run.device)
+        predictor = self.run.predictor
+        predictor = predictor._replace(config=replace(predictor.config, image_size=size), tta=self.tta)
+        curves = torch.from_numpy(quantile_curves(canvas)).to(predictor.device)
         images, others = (
-            None if part is None else torch.from_numpy(part)[:, None].to(self.run.device) for part in (canvas, partners)
+            None if part is None else torch.from_numpy(part)[:, None].to(predictor.device)
+            for part in (canvas, partners)
         )
-        options = {"size": size, "precision": self.precision, "tta": self.tta, "partners": others}
-        _, maps = predict_mean(self.run.members, images, curves, **options)
+        _, maps = predictor.maps(images, curves, others)
         return {"seg": maps.pop("probability"), **maps}
 
     def _found(self, volume: Volume, plane: PlaneMap) -> tuple[float, float] | None:
@@ -190,8 +190,9 @@ class Segmenter:
 
 
 def segment_files(
-    segmenter: Segmenter, inputs: Sequence[Path], output: Path, *, overwrite: bool = False, volumes: bool = False
-) -> None:
+    run: TrainedRun, dataset: DatasetInfo, inputs: Sequence[Path], output: Path, *, overwrite: bool = False,
+    volumes: bool = False, **options: Any,
+) -> None:  # fmt: skip
     """Segment files, and all NIfTI files of folders, into OUTPUT/STEM_seg.nii.gz.
 
     With confidence also STEM_confidence.nii.gz (exp(-V), V the KL variance between plain and Fourier view) and
@@ -203,6 +204,7 @@ def segment_files(
         UserError: no input, two inputs of one name, a label map that is there already (unless `overwrite`), or, after
             all the others, the files that failed.
     """
+    segmenter = Segmenter(run=run, dataset=dataset, tta=run.predictor.tta, **options)
     stems = _output_stems(inputs, output)
     names = MAPS if segmenter.confidence else MAPS[:1]
     there = [path for stem in stems.values() for name in names if (path := output / f"{stem}_{name}.nii.gz").exists()]

@@ -13,11 +13,12 @@ from config import RUNTIME_SETTINGS, Config
 from utils.errors import UserError
 from utils.files import RECORD, OutputFolder, folder_lock, read_json, require_space, write_json
 from utils.run.checkpoint import load_networks, read_metadata
-from utils.run.logger import KEPT_EPOCH, read_log
+from utils.run.logger import read_log
 
 CHECKPOINTS = ("last.pt", "previous.pt", "best.safetensors")
 RUN_FILES = (*CHECKPOINTS, "config.json", "split.json", "log.jsonl", "steps.jsonl", "curves.png", "not_finite.txt",
              "wandb_id")  # fmt: skip
+KEPT_EPOCHS = "epochs/*.safetensors"  # the networks that --keep-epochs keeps
 # Settings that may differ between the command that began a run and the one that resumes it.
 FREE_ON_RESUME = RUNTIME_SETTINGS | {"num_epoch", "max_steps"}
 DEFAULTS = {field.name: field.default for field in fields(Config) if field.default is not MISSING}
@@ -74,7 +75,7 @@ def begin_run(
         UserError: the disk has no room for the checkpoints.
     """
     # Weights and two moments, as last, as previous and as the file being written; the best weights and kept epochs.
-    kept = len(list(folder.glob(KEPT_EPOCH.replace("{:03d}", "*"))))
+    kept = len(list(folder.glob(KEPT_EPOCHS)))
     epochs = max(min(cfg.keep_epochs, cfg.num_epoch) + 1 - kept, 1) if cfg.keep_epochs else 0
     require_space(folder, (10 + epochs) * weight_bytes)
     if cfg.restart:

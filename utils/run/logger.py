@@ -18,7 +18,6 @@ from utils.files import OutputFolder, atomic_write
 from utils.run.checkpoint import save_checkpoint, save_networks
 
 WANDB_PATIENCE = 60  # seconds that a run waits for wandb, whose service may be stopped or dead
-KEPT_EPOCH = "epochs/epoch_{:03d}.safetensors"  # the networks that --keep-epochs keeps
 
 
 class NullLogger:
@@ -77,8 +76,9 @@ class Logger:
     def keep_epoch(self, epoch: int, count: int, nets: list[nn.Module], metadata: dict[str, Any]) -> None:
         """Keep the networks of the last `count` epochs, this one among them."""
         if count:
-            save_networks(self.outputs.claim(KEPT_EPOCH.format(epoch)), nets, metadata)
-            for old in {KEPT_EPOCH.format(number) for number in range(epoch - count + 1)} & self.outputs.made:
+            name = "epochs/epoch_{:03d}.safetensors"
+            save_networks(self.outputs.claim(name.format(epoch)), nets, metadata)
+            for old in {name.format(number) for number in range(epoch - count + 1)} & self.outputs.made:
                 (self.folder / old).unlink(missing_ok=True)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
