@@ -13,11 +13,14 @@ from typing import BinaryIO, NamedTuple
 import nibabel as nib
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, naming
 from utils.files import atomic_write
 
+PROGRAM = "SemiDG-Seg"  # begins the description of every map that is written with one
 LARGEST = 1e30  # absolute value of a voxel: differences and products of such stay within float32
 MAX_DEFLATE_RATIO = 1032  # zlib's densest possible compression: more data than this a file cannot hold
+HEADER_BYTES = 540  # of the longer kind, NIfTI-2
+UNREADABLE = (OSError, EOFError, zlib.error)
 
 
 class Volume(NamedTuple):
@@ -44,37 +47,30 @@ def read_volume(path: Path, ndim: int | Sequence[int] = (3, 4)) -> Volume:
     """Read a .nii or .nii.gz file whole, checksum included, and validate it.
 
     nibabel accepts many damaged files in silence, so header, length and values are checked here. Trailing axes of
-    length 1 that `ndim` does not ask for are dropped. Bytes after the end of the gzip stream are ignored, with a note.
+    length 1 are dropped as far as `ndim` allows. Bytes after the end of the gzip stream are ignored, with a note.
 
     Raises:
         UserError: names the file and what is wrong with it: truncated or corrupt gzip, short data, impossible
             dimensions, voxel size or affine, NaN or infinite voxels, another number of dimensions than `ndim`.
     """
-    allowed, note = [ndim] if isinstance(ndim, int) else list(ndim), ""
-    try:
-        with _open(path) as file:
-            head = file.read(540)
-            header, shape, size = _parse_header(path, head, allowed)
-            content = io.BytesIO(head)
-            length = content.seek(0, io.SEEK_END)
-            while length < size and (piece := file.read(min(size - length, 1 << 24))):
-                length += content.write(piece)  # piece by piece: a damaged header may claim any size
-            try:
-                while file.read(1 << 20):  # what follows is not data, but the gzip checksum comes after it
-                    pass
-            except gzip.BadGzipFile as error:
-                if not str(error).startswith("Not a gzipped file"):  # the checksum is wrong
-                    raise
-                note = "the bytes after the end of its gzip stream are ignored"
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read whole ({error}); copy or download it again") from error
-    if length < size:
-        raise UserError(f"{path}: {length} bytes, but its header promises {size}; copy or download it again")
-    try:
-        array = header.data_from_fileobj(content).reshape(shape)
+    note, again = "", "; copy or download it again"
+    with naming(path, "cannot be read whole", errors=UNREADABLE, remedy=again), _open(path) as file:
+        content = bytearray(file.read(HEADER_BYTES))
+        header, shape, size = _parse_header(path, content, ndim)
+        while len(content) < size and (piece := file.read(min(size - len(content), 1 << 24))):
+            content += piece  # piece by piece: a damaged header may claim any size
+        try:
+            while file.read(1 << 20):  # what follows is not data, but the gzip checksum comes after it
+                pass
+        except gzip.BadGzipFile as error:
+            if not str(error).startswith("Not a gzipped file"):  # the checksum is wrong
+                raise
+            note = "the bytes after the end of its gzip stream are ignored"
+    if len(content) < size:
+        raise UserError(f"{path}: {len(content)} bytes, but its header promises {size}{again}")
+    with naming(path, "is not a valid NIfTI file"):  # nibabel raises a dozen kinds for what a header can hold
+        array = header.data_from_fileobj(io.BytesIO(content)).reshape(shape)
         affine = header.get_best_affine()
-    except Exception as error:  # nibabel raises a dozen kinds for what a header can hold
-        raise UserError(f"{path}: not a valid NIfTI file ({error})") from error
     if array.dtype.kind not in "biuf":
         raise UserError(f"{path}: voxels are of type {array.dtype}, expected one number per voxel")
     del content  # its memory, before more is needed
@@ -87,62 +83,55 @@ def read_volume(path: Path, ndim: int | Sequence[int] = (3, 4)) -> Volume:
     return Volume(array, header, affine, tuple(float(z) for z in header.get_zooms()[:3]), note)
 
 
+def read_header(path: Path, ndim: int | Sequence[int] = (3, 4)) -> tuple[nib.Nifti1Header, tuple[int, ...]]:
+    """Return the header and the shape that it gives, without the voxels; raises UserError as `read_volume` does."""
+    with naming(path, "cannot be read", errors=UNREADABLE, remedy="; copy or download it again"), _open(path) as file:
+        return _parse_header(path, file.read(HEADER_BYTES), ndim)[:2]
+
+
 def _open(path: Path) -> BinaryIO:
-    return gzip.open(path) if _is_packed(path) else open(path, "rb")
-
-
-def _is_packed(path: Path) -> bool:
-    """Return True if the file begins as gzip does, whatever its name."""
     with open(path, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
+        packed = file.read(2) == b"\x1f\x8b"  # the content says so, whatever the name
+    return gzip.open(path) if packed else open(path, "rb")
 
 
-def read_shape(path: Path, ndim: int | Sequence[int]) -> tuple[int, ...]:
-    """Return the shape that the header gives, without reading the voxels; raises UserError as `read_volume` does."""
-    try:
-        with _open(path) as file:
-            return _parse_header(path, file.read(540), [ndim] if isinstance(ndim, int) else list(ndim))[1]
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); copy or download it again") from error
-
-
-def _parse_header(path: Path, head: bytes, allowed: list[int]) -> tuple[nib.Nifti1Header, tuple[int, ...], int]:
+def _parse_header(path: Path, head: bytes, ndim: int | Sequence[int]) -> tuple[nib.Nifti1Header, tuple[int, ...], int]:
     """Parse and check the header; return it with the shape, and the length in bytes, of the file it describes."""
     sizes = {int.from_bytes(head[:4], order) for order in ("little", "big")}
-    found = next((c for c in (nib.Nifti1Header, nib.Nifti2Header) if c.sizeof_hdr in sizes), None)
-    if found is None or len(head) < found.sizeof_hdr:
+    kind = next((kind for kind in (nib.Nifti1Header, nib.Nifti2Header) if kind.sizeof_hdr in sizes), None)
+    if kind is None or len(head) < kind.sizeof_hdr:
         raise UserError(f"{path}: not a NIfTI file (expected .nii or .nii.gz)")
-    try:
-        header = found(head[: found.sizeof_hdr], check=False)
+    with naming(path, "is not a valid NIfTI file"):
+        header = kind(bytes(head[: kind.sizeof_hdr]), check=False)
         itemsize = header.get_data_dtype().itemsize
-    except Exception as error:
-        raise UserError(f"{path}: not a valid NIfTI header ({error})") from error
     squared = sum(float(header[f"quatern_{axis}"]) ** 2 for axis in "bcd")
     if 1 < squared < 1 + 1.1e-5:  # by rounding; nibabel refuses such quaternions
         for axis in "bcd":
             header[f"quatern_{axis}"] = header[f"quatern_{axis}"] / np.sqrt(squared)
-    dim, pixdim = header["dim"], header["pixdim"]
+    dim, voxel_mm = header["dim"].tolist(), header["pixdim"][1:4]
     if not header["magic"].item().startswith(b"n+"):
         raise UserError(f"{path}: not a single-file NIfTI (magic {header['magic'].item()!r})")
-    if not 1 <= dim[0] <= 7 or (dim[1 : dim[0] + 1] < 1).any():
-        raise UserError(f"{path}: impossible dimensions {dim.tolist()} in the header")
-    shape = dim[1 : dim[0] + 1].tolist()
-    while len(shape) > min(allowed) and len(shape) not in allowed and shape[-1] == 1:
+    shape = dim[1 : dim[0] + 1]
+    if not 1 <= dim[0] <= 7 or min(shape) < 1:
+        raise UserError(f"{path}: impossible dimensions {dim} in the header")
+    allowed = [ndim] if isinstance(ndim, int) else list(ndim)
+    while len(shape) > min(allowed) and shape[-1] == 1:
         shape.pop()
     if len(shape) not in allowed:
-        names = " or ".join(f"{n}D" for n in allowed)
-        raise UserError(f"{path}: {len(shape)}D image of shape {shape}, expected {names}")
-    if not np.isfinite(pixdim[1:4]).all() or (pixdim[1:4] <= 0).any():
-        raise UserError(f"{path}: voxel size {pixdim[1:4].tolist()} mm in the header; must be positive")
+        expected = " or ".join(f"{n}D" for n in allowed)
+        raise UserError(f"{path}: {len(shape)}D image of shape {shape}, expected {expected}")
+    if not (np.isfinite(voxel_mm) & (voxel_mm > 0)).all():
+        raise UserError(f"{path}: voxel size {voxel_mm.tolist()} mm in the header; must be positive")
     if (unit := int(header["xyzt_units"]) & 7) in (1, 3):
         name = "metres" if unit == 1 else "micrometres"
         raise UserError(f"{path}: the header gives lengths in {name}; rewrite it in mm")
-    offset = float(header["vox_offset"])
-    voxels = math.prod(shape)
-    limit = path.stat().st_size * (MAX_DEFLATE_RATIO if _is_packed(path) else 1) + 1024
-    if not (found.sizeof_hdr <= offset <= limit) or voxels * itemsize > limit:
-        raise UserError(f"{path}: the header claims {voxels * itemsize:.3g} bytes of data, more than the file can hold")
-    return header, tuple(shape), int(offset) + voxels * itemsize
+    offset, data_bytes = float(header["vox_offset"]), math.prod(shape) * itemsize
+    limit = path.stat().st_size * MAX_DEFLATE_RATIO + 1024
+    if not offset >= kind.sizeof_hdr:  # NaN is not
+        raise UserError(f"{path}: the header says that its data begin at byte {offset:g}, within the header")
+    if offset > limit or data_bytes > limit:
+        raise UserError(f"{path}: the header claims {data_bytes:.3g} bytes of data, more than the file can hold")
+    return header, tuple(shape), int(offset) + data_bytes
 
 
 def frame_count(volume: Volume) -> int:

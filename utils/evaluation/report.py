@@ -72,7 +72,6 @@ def summary_text(title: str, summary: Mapping[str, Any]) -> str:
 def _setting(summary: Mapping[str, Any]) -> str:
     """Return in a sentence what was evaluated."""
     options = {"tta": "test-time augmentation, ", "keep_largest": "largest components only, "}
-    options["centered_on_labels"] = "canvas centred on the labels, "
     options["ensemble"] = f"mean of {len(summary.get('ensemble', []))} runs' networks, "
     return (
         f"Run {summary['run']}, data {summary['data']}. "

@@ -99,7 +99,7 @@ def evaluate_run(
         "evaluated_by": provenance(),
     }
     summary |= how | {key: settings[key] for key in ("ratio", "seed", "image_size")}
-    summary |= {key: data.info[key] for key in ("phantom", "centered_on_labels", "content_hash")}
+    summary |= {key: data.info[key] for key in ("phantom", "content_hash")}
     summary |= trust.summary() | last_figures(run.folder)
     if clinical:
         summary["clinical"] = {name: agreement_limits(*of) | {"unit": units[name]} for name, of in clinical.items()}
