@@ -11,6 +11,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,24 +92,16 @@ def _case(folder: Path, base: Path, row: TableRow) -> tuple[Case | None, list[st
 
 def _read_table(paths: list[Path], raw: Path) -> tuple[dict[str, TableRow], list[str], list[str]]:
     """Read the info table by its header; return its rows by patient code, errors and warnings."""
-    usable: dict[Path, list[dict[str, str]]] = {}
-    others = []
+    tables: dict[Path, list[dict[str, str]]] = {}
     for path in paths:
-        try:
+        with suppress(UserError):  # one that cannot be read is none
             columns, rows = read_table(path)
-        except UserError as error:
-            others.append(str(error))
-            continue
-        lacking = [name for name in COLUMNS if name.casefold() not in map(str.casefold, columns)]
-        if lacking:
-            others.append(f"{path} (lacks {', '.join(lacking)})")
-        else:
-            usable[path] = rows
-    if len(usable) != 1:
-        names = ", ".join([*map(str, usable), *others]) or "none"
-        columns = ", ".join(COLUMNS)
+            if {*map(str.casefold, COLUMNS)} <= {*map(str.casefold, columns)}:
+                tables[path] = rows
+    if len(tables) != 1:
+        names, columns = (", ".join(map(str, names)) or "none" for names in (tables or paths, COLUMNS))
         return {}, [f"{raw}: expected one info table (CSV or XLSX with {columns}) here or in OpenDataset: {names}"], []
-    ((path, rows),) = usable.items()
+    ((path, rows),) = tables.items()
     table: dict[str, TableRow] = {}
     warnings = []
     for row in rows:
@@ -174,7 +167,7 @@ def cardiac_metrics(volumes: Mapping[tuple[str, str], float]) -> dict[str, tuple
 DATASET = DatasetInfo(
     name="M&Ms", key="mms", domain_kind="vendor", domains=VENDORS,
     class_names=("background", "LV", "MYO", "RV"),
-    ndim=4, num_raw_labels=4, spacing=1.1,
+    num_raw_labels=4, spacing=1.1,
     find_cases=find_cases, normalize=normalize, labeled_count=labeled_count, clinical=cardiac_metrics,
     label_warning=exchanged_ventricles,
     write_phantom=write_mms, demo_phantom={"patients": 6, "frames": 4},

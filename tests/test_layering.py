@@ -27,7 +27,7 @@ BELOW = {
                       "utils.run", "utils.data", "utils.device", "utils.plots", "config"},
     "utils.engine": {"utils.trainer", "utils.evaluation.monitor", "utils.run", "utils.files", "utils.data.loaders",
                       "utils.device", "utils.plots", "config"},
-    **{name: {"utils.data", "config"} for name in DATALOADERS},
+    **{name: {"utils.data", "utils.files", "config"} for name in DATALOADERS},
 }  # fmt: skip
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

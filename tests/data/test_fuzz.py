@@ -75,7 +75,7 @@ def test_damaged_nifti(place, changes, packed, later, cut):
     if isinstance(volume, Volume):
         assert np.isfinite(volume.array.astype(np.float64)).all() and min(volume.zooms) > 0
         assert volume.array.ndim in (3, 4) and 0 not in volume.array.shape
-    clear(read_header, path, 4)
+    clear(read_header, path)
 
 
 @fuzz

@@ -53,7 +53,7 @@ class Case(NamedTuple):
     image: Path
     masks: tuple[Path, ...]  # one per rater; empty for a scan without truth
     phases: dict[str, int]  # labelled frames by name; empty for a scan without truth
-    own: bool = False  # a scan of the user's own: 3D or 4D, of which only the labelled frames are prepared
+    own: bool = False  # a scan of the user's own, of which only the labelled frames are prepared if it has any
 
 
 class RawDataset(NamedTuple):
@@ -88,7 +88,6 @@ class DatasetInfo:
     domain_kind: str  # name of a domain: "vendor", "site"
     domains: tuple[str, ...]
     class_names: tuple[str, ...]  # by label value; the first is the background
-    ndim: int  # of a raw image: 3, or 4 with frames
     num_raw_labels: int  # of a raw mask: 0 .. num_raw_labels - 1; those beyond class_names count as background
     spacing: float  # mm per px of the canvas
     find_cases: Callable[[Path], RawDataset]

@@ -102,7 +102,9 @@ def _convert_scans(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path |
         raise UserError(f"--workers {workers}: at least 1 process must do the work")
     if not raw.is_dir():
         raise UserError(f"{raw}: no such folder\n{dataset.download_help}")
-    for field in fields(dataset):  # asked here: a pool may wait for ever for what it cannot send
+    for field in sorted(
+        fields(dataset), key=lambda field: field.name == "find_cases"
+    ):  # asked here: a pool may wait for ever for what it cannot send
         remedy = ": define it as a function of a module"
         with naming(f"DatasetInfo.{field.name}", "cannot be sent to the worker processes", remedy=remedy):
             pickle.dumps(getattr(dataset, field.name))
@@ -121,10 +123,6 @@ def _convert_scans(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path |
             raise
 
 
-def _dimensions(case: Case, dataset: DatasetInfo) -> int | tuple[int, int]:
-    return (3, 4) if case.own else dataset.ndim
-
-
 def _frames(case: Case, count: int) -> Sequence[int]:
     """Return the frames to convert: all, or of a labelled scan of the user's own those with a mask."""
     return sorted(case.phases.values()) if case.own and case.phases else range(count)
@@ -136,7 +134,7 @@ def _allocate(cases: list[Case], dataset: DatasetInfo, out: Path) -> list[Target
     for case in cases:
         targets.append((out, slices, masks))
         try:
-            _, shape = read_header(case.image, _dimensions(case, dataset))
+            _, shape = read_header(case.image)
         except UserError:
             return None  # the scan's own check will say why
         slices += shape[2] * len(_frames(case, math.prod(shape[3:])))
@@ -161,7 +159,7 @@ def convert_scan(case: Case, dataset: DatasetInfo, target: Target | None) -> Sca
     volumes: list[Volume] = []
     for path in (case.image, *case.masks):
         try:
-            volumes.append(read_volume(path, _dimensions(case, dataset)))
+            volumes.append(read_volume(path))
         except UserError as error:
             errors.append(str(error))
     if errors:
@@ -172,7 +170,7 @@ def convert_scan(case: Case, dataset: DatasetInfo, target: Target | None) -> Sca
     for number, path in enumerate(case.masks):
         try:
             masks[number] = mask_in_grid(_labels(masks[number], dataset), image)
-            warnings += [f"{path}: {masks[number].note}"] if masks[number].note else []
+            warnings += [f"{path}: {masks[number].warning}"] if masks[number].warning else []
         except UserError as error:
             errors.append(f"{path}: {error}")
     for phase, frame in case.phases.items():
