@@ -6,25 +6,24 @@ python mms_dataloader.py prepare RAW --out data/mms            # check, then con
 python mms_dataloader.py preview --data data/mms --out preview.png
 """
 
-import codecs
-import csv
-import io
 import math
 import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import openpyxl
 from scipy.ndimage import binary_fill_holes
 
 from config import MMS
 from utils.data.commands import run_data_command
 from utils.data.dataset import Case, DatasetInfo, RawDataset, missing_or_outside, nifti_path
 from utils.data.phantom import write_mms
+from utils.errors import UserError
+from utils.files import read_table
 
 PARTS = ("Training/Labeled", "Training/Unlabeled", "Validation", "Testing")
 COLUMNS = ("External code", "Vendor", "Centre", "ED", "ES")
@@ -93,22 +92,16 @@ def _case(folder: Path, base: Path, row: TableRow) -> tuple[Case | None, list[st
 
 def _read_table(paths: list[Path], raw: Path) -> tuple[dict[str, TableRow], list[str], list[str]]:
     """Read the info table by its header; return its rows by patient code, errors and warnings."""
-    found, others = {}, []
+    tables: dict[Path, list[dict[str, str]]] = {}
     for path in paths:
-        rows = _table_rows(path)
-        lacking = [name for name in COLUMNS if not rows or name.casefold() not in rows[0]]
-        if lacking:
-            others.append(f"{path} (cannot be read or lacks {', '.join(lacking)})")
-        else:
-            found[path] = rows
-    if len(found) != 1:
-        names = ", ".join([*map(str, found), *others]) or "none"
-        error = (
-            f"{raw}: expected one info table (CSV or XLSX with the columns {', '.join(COLUMNS)}) beside or inside "
-            f"OpenDataset, found {names}"
-        )
-        return {}, [error], []
-    ((path, rows),) = found.items()
+        with suppress(UserError):  # one that cannot be read is none
+            columns, rows = read_table(path)
+            if {*map(str.casefold, COLUMNS)} <= {*map(str.casefold, columns)}:
+                tables[path] = rows
+    if len(tables) != 1:
+        names, columns = (", ".join(map(str, names)) or "none" for names in (tables or paths, COLUMNS))
+        return {}, [f"{raw}: expected one info table (CSV or XLSX with {columns}) here or in OpenDataset: {names}"], []
+    ((path, rows),) = tables.items()
     table: dict[str, TableRow] = {}
     warnings = []
     for row in rows:
@@ -126,39 +119,6 @@ def _read_table(paths: list[Path], raw: Path) -> tuple[dict[str, TableRow], list
         phases = {phase: int(frame) for phase, frame in zip(("ED", "ES"), frames, strict=True) if frame.isdecimal()}
         table[code] = TableRow(vendor, centre, phases if len(set(phases.values())) == 2 else {}, problems)
     return table, [], warnings
-
-
-def _table_rows(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a CSV or XLSX file as text by lower-case column name; none when it cannot be read."""
-    try:
-        if path.suffix.lower() == ".csv":
-            text = _decoded(path.read_bytes())
-            delimiter = max(",;\t", key=text.split("\n")[0].count)  # spreadsheets of some countries write semicolons
-            lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
-        else:
-            with open(path, "rb") as file:  # opened here, or a read-only workbook keeps it open
-                lines = list(openpyxl.load_workbook(file, read_only=True, data_only=True).active.values)
-    except Exception:  # openpyxl raises what zip and XML raise; a table that cannot be read is none
-        return []
-    header, *rows = [[_text(cell) for cell in line] for line in lines if any(map(_text, line))] or [[]]
-    names = [" ".join(name.split()).casefold() for name in header]
-    return [defaultdict(str, zip(names, row, strict=False)) for row in rows]
-
-
-def _decoded(content: bytes) -> str:
-    """Decode what spreadsheets save: UTF-8 or UTF-16 with a byte-order mark, UTF-8 without, or else cp1252."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return content.decode("utf-16")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("cp1252", errors="replace")
-
-
-def _text(cell: object) -> str:
-    """Return a cell as text without blanks around it; whole numbers without the ".0" that spreadsheets add."""
-    text = "" if cell is None else str(cell).strip()
-    return re.sub(r"^(\d+)\.0+$", r"\1", text)
 
 
 def normalize(slices: np.ndarray) -> np.ndarray:
@@ -207,9 +167,9 @@ def cardiac_metrics(volumes: Mapping[tuple[str, str], float]) -> dict[str, tuple
 DATASET = DatasetInfo(
     name="M&Ms", key="mms", domain_kind="vendor", domains=VENDORS,
     class_names=("background", "LV", "MYO", "RV"),
-    ndim=4, num_raw_labels=4, spacing=1.1,
+    num_raw_labels=4, spacing=1.1,
     find_cases=find_cases, normalize=normalize, labeled_count=labeled_count, clinical=cardiac_metrics,
-    doubt=exchanged_ventricles,
+    label_warning=exchanged_ventricles,
     write_phantom=write_mms, demo_phantom={"patients": 6, "frames": 4},
     download_help=(
         "M&Ms is free for research after registration at https://www.ub.edu/mnms (OpenDataset and its info table).\n"

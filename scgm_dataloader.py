@@ -81,7 +81,7 @@ def labeled_count(subjects: int, ratio: float) -> int:
 DATASET = DatasetInfo(
     name="SCGM", key="scgm", domain_kind="site", domains=SITES,
     class_names=("background", "GM"),
-    ndim=3, num_raw_labels=3, spacing=0.175,
+    num_raw_labels=3, spacing=0.175,
     find_cases=find_cases, consensus=majority, normalize=normalize, labeled_count=labeled_count,
     write_phantom=write_scgm, more_commands={"open-data": write_open_data}, demo_phantom={"patients": 8},
     download_help=(

@@ -23,11 +23,11 @@ BELOW = {
     "utils.run": {"utils.files", "config"},
     "utils.evaluation": {"utils.data", "utils.method", "utils.run", "utils.files", "utils.plots", "utils.device",
                          "config"},
-    "utils.trainer": {"utils.evaluation.predict", "utils.method",
+    "utils.trainer": {"utils.evaluation.predict", "utils.evaluation.confidence", "utils.method",
                       "utils.run", "utils.data", "utils.device", "utils.plots", "config"},
-    "utils.engine": {"utils.trainer", "utils.evaluation.confidence", "utils.evaluation.predict", "utils.run",
-                     "utils.files", "utils.data.loaders", "utils.device", "utils.plots", "config"},
-    **{name: {"utils.data", "config"} for name in DATALOADERS},
+    "utils.engine": {"utils.trainer", "utils.evaluation.confidence", "utils.run", "utils.data.loaders", "utils.device",
+                     "utils.plots", "config"},
+    **{name: {"utils.data", "utils.files", "config"} for name in DATALOADERS},
 }  # fmt: skip
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -20,8 +20,8 @@ from torch import nn
 import mms_dataloader
 import scgm_dataloader
 from utils.data.dataset import RawDataset
-from utils.data.prepare import process_case
-from utils.data.volume import Volume, read_shape, read_volume
+from utils.data.prepare import convert_scan
+from utils.data.volume import Volume, read_header, read_volume
 from utils.errors import UserError
 from utils.run.checkpoint import load_checkpoint, load_networks, read_metadata, save_checkpoint, save_networks
 
@@ -75,7 +75,7 @@ def test_damaged_nifti(place, changes, packed, later, cut):
     if isinstance(volume, Volume):
         assert np.isfinite(volume.array.astype(np.float64)).all() and min(volume.zooms) > 0
         assert volume.array.ndim in (3, 4) and 0 not in volume.array.shape
-    clear(read_shape, path, 4)
+    clear(read_header, path)
 
 
 @fuzz
@@ -87,7 +87,7 @@ def test_damaged_scan_in_prepare(place, image, mask):
         (folder / name).write_bytes(edited(nifti(), changes))
     cases = mms_dataloader.Case("P", "A", "A", folder / "i.nii", (folder / "m.nii",), {"ED": 0, "ES": 1})
     before = sorted(place.rglob("*"))
-    report = process_case(cases, mms_dataloader.DATASET, None)
+    report = convert_scan(cases, mms_dataloader.DATASET, None)
     outside, labeled = report.outside
     assert report.errors or 0 <= outside <= labeled <= 2 * read_volume(folder / "i.nii").array[..., 0].size
     assert sorted(place.rglob("*")) == before

@@ -3,19 +3,16 @@
 import http.server
 import io
 import shutil
-import subprocess
-import sys
 import threading
 import zipfile
 
 import nibabel as nib
 import numpy as np
 import pytest
-from helpers import ROOT
 
 import scgm_dataloader
 from utils.data import open_data
-from utils.data.open_data import download, write_open_data
+from utils.data.open_data import write_open_data
 from utils.errors import UserError
 
 AFFINE = np.array([[-0.5, 0, 0, 40], [0, 0.5, 0, -30], [0, 0, 5, 7], [0, 0, 0, 1.0]])
@@ -56,31 +53,23 @@ def zipped(folder):
 
 
 @pytest.fixture
-def server():
-    """An HTTP server of one file, whose `content` and whether it knows ranges a test sets."""
+def served(tmp_path, monkeypatch):
+    """The folder of an HTTP server, whose data.zip is what the command downloads."""
+    folder = tmp_path / "served"
+    folder.mkdir()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.server.asked.append(self.headers["Range"])
-            first = int(self.headers["Range"].split("=")[1].rstrip("-")) if self.server.ranges else 0
-            self.send_response(206 if first else 200)
-            body = self.server.content[first:]
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body[: self.server.sent])
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=folder)
 
         def log_message(self, *_):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
-        found.content, found.ranges, found.asked, found.sent = b"", False, [], None
-        threading.Thread(target=found.serve_forever, daemon=True).start()
-        yield found
-        found.shutdown()
-
-
-def address(server):
-    return f"http://127.0.0.1:{server.server_port}/data.zip"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(open_data, "URL", f"http://127.0.0.1:{server.server_port}/data.zip")
+        yield folder
+        server.shutdown()
 
 
 def test_sessions_become_subjects_around_their_cord(tmp_path):
@@ -111,9 +100,8 @@ def test_sessions_become_subjects_around_their_cord(tmp_path):
     assert places == [nib.load(case.image).shape for case in again]  # seeded
 
 
-def test_the_archive_is_downloaded_and_only_its_sessions_are_written(tmp_path, server, monkeypatch):
-    server.content = zipped(write_bids(tmp_path / "bids"))
-    monkeypatch.setattr(open_data, "URL", address(server))
+def test_the_archive_is_downloaded_and_leaves_nothing_beside_the_data(tmp_path, served):
+    (served / "data.zip").write_bytes(zipped(write_bids(tmp_path / "bids")))
     raw = tmp_path / "folder" / "raw"
     write_open_data(raw)
     assert len(list((raw / "train").glob("*image.nii.gz"))) == 3
@@ -129,31 +117,15 @@ def test_a_zip_of_ones_own_copy(tmp_path):
     assert len(list((tmp_path / "raw" / "train").glob("site1-sc01-*"))) == 5
 
 
-@pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_download_goes_on_or_begins_anew(tmp_path, server, ranges):
-    server.content, server.ranges = zipped(write_bids(tmp_path / "bids")), ranges
-    path = tmp_path / "archive.zip"
-    server.sent = 1000
-    with pytest.raises(UserError, match=r"1000 bytes came, which are no whole zip file .*try again"):
-        download(address(server), path)
-    server.sent = None
-    assert download(address(server), path).read_bytes() == server.content
-    assert server.asked == ["bytes=0-", "bytes=1000-"]
-
-
-def test_a_page_instead_of_an_archive_is_named_and_not_kept(tmp_path, server):
-    server.content = b"<html>too many requests</html>"
-    with pytest.raises(UserError, match="30 bytes came"):
-        download(address(server), tmp_path / "archive.zip")
-    assert not (tmp_path / "archive.zip").exists()
-
-
-def test_without_a_network_the_error_names_the_way_out(tmp_path, server):
-    url = address(server)
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(UserError, match=r"cannot be downloaded .*--from"):
-        download(url, tmp_path / "archive.zip")
+def test_failed_downloads_name_the_way_out_and_leave_nothing(tmp_path, served):
+    cut, damaged = zipped(write_bids(tmp_path / "bids"))[:-1000], "data.zip is no whole zip file"
+    page = b"<html>too many requests</html>"
+    for content, text in ((None, r"cannot be downloaded .*--from"), (page, damaged), (cut, damaged)):
+        if content:
+            (served / "data.zip").write_bytes(content)
+        with pytest.raises(UserError, match=text):
+            write_open_data(tmp_path / "folder" / "raw")
+        assert not list((tmp_path / "folder").iterdir())
 
 
 def test_bad_copies_are_refused_and_nothing_is_written(tmp_path):
@@ -172,16 +144,3 @@ def test_bad_copies_are_refused_and_nothing_is_written(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.zip", "empty", "pointers"]
     with pytest.raises(UserError, match="exists already"):
         write_open_data(tmp_path / "empty", source=tmp_path / "pointers")
-
-
-def test_the_command_is_that_of_the_script(tmp_path):
-    command = [
-        sys.executable,
-        ROOT / "scgm_dataloader.py",
-        "open-data",
-        tmp_path / "raw",
-        "--from",
-        tmp_path / "absent",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 1 and "no such folder or zip file" in done.stderr and "Traceback" not in done.stderr

@@ -1,7 +1,6 @@
 """Raw data: what is wrong is named, all at once; what is right comes out on the canvas where it should."""
 
 import csv
-import gzip
 import json
 import os
 import shutil
@@ -18,19 +17,17 @@ import openpyxl
 import pytest
 import torch
 from helpers import ROOT
-from scipy import ndimage
 from scipy.ndimage import map_coordinates
 
-import config
 import mms_dataloader
 import scgm_dataloader
 from utils.data.loaders import build_loaders
 from utils.data.prepare import check_dataset, prepare_dataset
-from utils.data.prepared import PreparedData, quantile_curves, split_patients
+from utils.data.prepared import PreparedData, quantile_curves
+from utils.data.user_scans import with_unlabeled
 from utils.device import Process
 from utils.engine import fit
 from utils.errors import UserError
-from utils.evaluation.predict import ScanPrediction, to_native
 from utils.files import folder_lock
 
 MMS, SCGM = mms_dataloader.DATASET, scgm_dataloader.DATASET
@@ -177,16 +174,16 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
     assert not check_dataset(raw, MMS, workers=2)
     out = capsys.readouterr().out
     for expected in (
-        f"error: {image(0)}: cannot be read whole",
+        f"error: {image(0)} cannot be read whole",
         f"error: {image(1, '_sa_gt')}: missing",
         f"error: {image(2, '_sa_gt')}: shape",
-        f"error: {image(3)}: 3D image",
+        f"error: {image(3, '_sa_gt')}: shape",
         f"error: {image(4)}: 1 voxels are NaN",
         f"error: {image(5, '_sa_gt')}: labels [7] outside 0..3",
         f"error: patient {codes[6]} is there 2 times",
         "error: " + str(folders[7].with_name("Z9Z9Z9")) + ": patient Z9Z9Z9 is not in the info table",
         "unknown vendor 'X', expected one of A, B, C, D",
-        f"error: {image(8)}: cannot be read whole",  # of that very patient
+        f"error: {image(8)} cannot be read whole",  # of that very patient
         f"error: {image(9)}: ES is frame 99, but the file holds 0..1",
         "'../../evil': the code must consist of",
         "the patient is in the table twice",
@@ -199,60 +196,6 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
     with pytest.raises(UserError, match="nothing was prepared"):
         prepare_dataset(raw, raw.parent / "out", MMS, workers=2)
     assert sorted(path.name for path in raw.parent.iterdir()) == ["raw"]
-
-
-@pytest.mark.parametrize("kind", ["bom", "reordered", "xlsx"])
-def test_table_is_read_by_header(raw, kind):
-    path = table_of(raw)
-    with open(path, newline="") as file:
-        lines = list(csv.reader(file))
-    expected = mms_dataloader.find_cases(raw)
-    path.unlink()
-    if kind == "bom":
-        with open(path, "w", newline="", encoding="utf-8-sig") as file:
-            csv.writer(file).writerows([[cell and f" {cell}" for cell in line] for line in lines])
-    elif kind == "reordered":
-        with open(raw / "OpenDataset/201014_M&Ms_Dataset_Information.csv", "w", newline="") as file:
-            csv.writer(file).writerows([line[::-1] for line in lines])
-    else:
-        book = openpyxl.Workbook()
-        book.active.append(lines[0])
-        for line in lines[1:]:  # spreadsheets keep whole numbers as floats
-            book.active.append([float(cell) if cell.isdigit() else cell for cell in line])
-        book.save(raw / "M&Ms Dataset Information.xlsx")
-    assert mms_dataloader.find_cases(raw) == expected
-    assert not any("nformation" in os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
-
-
-def test_table_missing(raw):
-    table_of(raw).unlink()
-    found = mms_dataloader.find_cases(raw)
-    (error,) = found.errors  # and nothing about every patient that is not in it
-    assert "expected one info table" in error
-    assert len(found.cases) == 17  # whose files are checked all the same
-
-
-def test_link_out_of_the_data_set_is_refused(raw):
-    folder = folder_of(raw, 0)
-    path = folder / f"{folder.name}_sa.nii.gz"
-    outside = raw.parent / "elsewhere.nii.gz"
-    path.rename(outside)
-    path.symlink_to(outside)
-    assert any("a link that leads out" in error for error in mms_dataloader.find_cases(raw).errors)
-
-
-def test_prepare_refuses_an_existing_folder(raw, tmp_path):
-    (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="exists already"):
-        prepare_dataset(raw, tmp_path / "out", MMS, workers=1)
-
-
-def test_folder_of_the_user_named_partial_is_kept(raw, tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial/mine.npy").write_text("mine")
-    with pytest.raises(UserError, match=r"out\.partial is there and was not left by this program"):
-        prepare_dataset(raw, tmp_path / "out", MMS, workers=1)
-    assert (tmp_path / "out.partial/mine.npy").read_text() == "mine"
 
 
 def test_two_preparations_of_one_folder_do_not_meet(raw, tmp_path):
@@ -286,50 +229,25 @@ def test_phases_that_are_not_those_of_the_masks_are_an_error(raw, capsys):
     assert f"error: {mask}: labels in frames [2, 3], but by the table they are E" in capsys.readouterr().out
 
 
-def test_table_with_semicolons_and_open_dataset_itself(raw):
-    expected = mms_dataloader.find_cases(raw)
-    table = table_of(raw)
-    table.write_text(table.read_text().replace(",", ";"))
-    assert mms_dataloader.find_cases(raw) == expected
-    inside = mms_dataloader.find_cases(raw / "OpenDataset")
-    assert inside.cases == expected.cases and inside.errors == []
-    table.write_text(table.read_text().replace("Centre", "Center"))
-    (error,) = mms_dataloader.find_cases(raw).errors
-    assert f"found {table} (cannot be read or lacks Centre)" in error
-
-
-def test_data_of_an_earlier_format_are_refused_with_the_remedy(mms_root, tmp_path):
-    root = tmp_path / "prepared"
+def test_changed_description_is_refused(mms_root, tmp_path):
+    """Whichever byte of dataset.json; a spacing; rows in another order, which are other images; another format."""
+    root, changed_said = tmp_path / "prepared", r"prepared is damaged .*dataset\.json or index\.csv was changed"
     shutil.copytree(mms_root, root)
-    info = json.loads((root / "dataset.json").read_text())
-    (root / "dataset.json").write_text(json.dumps(info | {"format": 1}))
-    with pytest.raises(UserError, match=r"prepared is of format 1, expected 4: remove it, and prepare the data again"):
-        PreparedData.open(root, MMS)
-
-
-def test_changed_byte_of_the_description_is_refused(mms_root, tmp_path):
-    root = tmp_path / "prepared"
-    shutil.copytree(mms_root, root)
-    content = (root / "dataset.json").read_bytes()
-    for position in range(0, len(content), 7):
-        changed = bytearray(content)
-        changed[position] ^= 1
-        if changed[position : position + 1].isspace() and content[position : position + 1].isspace():
-            continue  # white space between the values says nothing
-        (root / "dataset.json").write_bytes(changed)
+    content, (header, *rows) = (root / "dataset.json").read_bytes(), (root / "index.csv").read_text().splitlines()
+    for position in (n for n in range(0, len(content), 7) if not content[n : n + 1].isspace()):
+        (root / "dataset.json").write_bytes(
+            content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
+        )
         with pytest.raises(UserError):
             PreparedData.open(root, MMS)
-    (root / "dataset.json").write_bytes(content.replace(b'"spacing_mm": 1.1', b'"spacing_mm": 1.3'))
-    with pytest.raises(UserError, match=r"prepared is damaged .*dataset\.json or index\.csv was changed"):
-        PreparedData.open(root, MMS)
-
-
-def test_index_in_another_order_is_refused(mms_root, tmp_path):
-    root = tmp_path / "prepared"
-    shutil.copytree(mms_root, root)
-    header, *rows = (root / "index.csv").read_text().splitlines()
+    for before, after, said in ((b'"spacing_mm": 1.1', b'"spacing_mm": 1.3', changed_said),
+                                (b'"format": 5', b'"format": 4', "is of format 4, not 5: remove it")):  # fmt: skip
+        (root / "dataset.json").write_bytes(content.replace(before, after))
+        with pytest.raises(UserError, match=said):
+            PreparedData.open(root, MMS)
+    (root / "dataset.json").write_bytes(content)
     (root / "index.csv").write_text("\n".join([header, *rows[::-1]]) + "\n")
-    with pytest.raises(UserError, match=r"prepared is damaged .*dataset\.json or index\.csv was changed"):
+    with pytest.raises(UserError, match=changed_said):
         PreparedData.open(root, MMS)
 
 
@@ -501,59 +419,6 @@ def test_test_subjects_have_no_masks(scgm_root):
     assert set(np.unique(data.masks)) == {0, 1}  # WM is background
 
 
-def test_gzip_of_the_phantom_is_what_it_says(scgm_raw):
-    """The readers above trust the phantom to be a valid raw data set."""
-    for path in scgm_raw.rglob("*.nii.gz"):
-        assert len(gzip.decompress(path.read_bytes())) > 352
-    assert check_dataset(scgm_raw, SCGM, workers=2)
-
-
-def published_table(rng):
-    """The rows of the published info table, as far as its documentation says them: 345 patients."""
-    groups = [("A", 1, 95), ("B", 2, 74), ("B", 3, 51), ("C", 4, 75), ("D", 5, 50)]
-    letters, rows = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", []
-    for vendor, centre, count in groups:
-        for number in range(count):
-            code = f"{letters[len(rows) % 26]}{len(rows) // 26 % 10}{vendor}{number // 10}{vendor}{number % 10}"
-            unlabeled = vendor == "C" and number % 3 == 1  # 25 of the 75
-            ed, es = (0, 0) if unlabeled else rng.permutation(2)
-            rows.append([code, vendor, centre, int(ed), int(es), unlabeled])
-    return rows
-
-
-def test_the_published_table_is_prepared_and_labels_the_published_numbers(tmp_path):
-    """345 patients, 25 of vendor C without masks and with ED = ES = 0, over tiny volumes."""
-    rng = np.random.default_rng(0)
-    rows = published_table(rng)
-    book = openpyxl.Workbook()
-    book.active.append(["External code", "Vendor", "Centre", "ED", "ES"])
-    for number, (code, vendor, centre, ed, es, unlabeled) in enumerate(rows):
-        book.active.append([code, vendor, centre, ed, es])
-        part = "Training/Unlabeled" if unlabeled else ("Training/Labeled", "Validation", "Testing")[number % 3]
-        folder = tmp_path / "raw/OpenDataset" / part / code
-        folder.mkdir(parents=True)
-        voxels = rng.integers(0, 900, (24, 20, 1, 2)).astype(np.int16)
-        labels = np.zeros(voxels.shape, np.uint8)
-        if not unlabeled:
-            labels[8:14, 8:14] = rng.integers(1, 4, (6, 6, 1, 2))
-        affine = np.diag([8.0, 8, 9, 1])
-        nib.save(nib.Nifti1Image(voxels, affine), folder / f"{code}_sa.nii.gz")
-        nib.save(nib.Nifti1Image(labels, affine), folder / f"{code}_sa_gt.nii.gz")
-    book.save(tmp_path / "raw/M&Ms Dataset Information.xlsx")
-    assert check_dataset(tmp_path / "raw", MMS, workers=2)
-    prepare_dataset(tmp_path / "raw", tmp_path / "data", MMS, workers=2)
-    data = PreparedData.open(tmp_path / "data", MMS)
-    group_of = dict(zip(data.index["patient"], data.index["group"], strict=True))
-    for ratio, expected in ((0.02, {"A": 3, "B2": 3, "B3": 3, "C": 2, "D": 2}),
-                            (0.05, {"A": 6, "B2": 5, "B3": 4, "C": 4, "D": 4})):  # fmt: skip
-        counts = {}
-        for held_out in "AD":
-            split = split_patients(data, MMS, replace(config.MMS, test_domain=held_out, ratio=ratio))
-            for patient in split.labeled:
-                counts.setdefault(str(group_of[patient]), set()).add(patient)
-        assert {group: len(patients) for group, patients in counts.items()} == expected
-
-
 @pytest.mark.parametrize("phases", [("0", "0"), ("", ""), ("nan", "nan"), ("7", "7"), ("-1", "x")])
 def test_phases_matter_only_where_there_are_masks(raw, phases):
     labeled, unlabeled = folder_of(raw, 0).name, folder_of(raw, 0, "Training/Unlabeled/*").name
@@ -577,41 +442,62 @@ def test_problem_of_a_patient_who_is_not_on_disk_is_none(raw):
     assert mms_dataloader.find_cases(raw).errors == []
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "cp1252", "utf-8"])
-def test_tables_as_spreadsheets_write_them(raw, encoding):
-    expected = mms_dataloader.find_cases(raw)
-    table = table_of(raw)
+@pytest.mark.parametrize("kind", ["xlsx", "utf-16", "cp1252"])
+def test_info_table_as_spreadsheets_write_it(raw, kind):
+    """In OpenDataset, columns reversed, capitals, whole numbers as floats; what lacks a column is none."""
+    expected, table = mms_dataloader.find_cases(raw), table_of(raw)
     with open(table, newline="") as file:
         header, *rows = csv.reader(file)
-    rows = [[*row[:3], f" {row[3].lower()} ", f"{row[4]}.0", f"{row[5]}.0", f"{row[6]}.0", "", "Ödem", *row[9:]]
-            for row in rows]  # fmt: skip
-    with open(table, "w", newline="", encoding=encoding) as file:
-        csv.writer(file).writerows([[f" {name.upper()}  " for name in header], *rows])
+    rows = [
+        [*row[:3], f" {row[3].lower()} ", *(f"{cell}.0" for cell in row[4:7]), "", "Ödem", *row[9:]] for row in rows
+    ]
+    lines = [line[::-1] for line in ([f" {name.upper()}  " for name in header], *rows)]
+    table.unlink()
+    (error,) = mms_dataloader.find_cases(raw).errors  # and nothing about every patient that is not in it
+    assert "expected one info table" in error
+    if kind == "xlsx":
+        book = openpyxl.Workbook()
+        for line in lines:
+            book.active.append([float(cell) if cell.replace(".0", "").isdigit() else cell for cell in line])
+        book.save(raw / "OpenDataset/Information.xlsx")
+    else:
+        with open(raw / "OpenDataset/Information.csv", "w", newline="", encoding=kind) as file:
+            csv.writer(file, delimiter=";").writerows(lines)
     assert mms_dataloader.find_cases(raw) == expected
+    assert mms_dataloader.find_cases(raw / "OpenDataset").cases == expected.cases
+    assert not any("nformation" in os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
 
 
-def test_the_canvas_on_the_labels(scgm_raw, tmp_path, capsys):
-    """Against SciPy's centre of mass; labels come back to where they lay; a scan without labels keeps its centre."""
-    root = tmp_path / "prepared"
-    prepare_dataset(scgm_raw, root, scgm_dataloader.DATASET, workers=2, on_labels=True)
-    said = capsys.readouterr().out
-    data = PreparedData.open(root, scgm_dataloader.DATASET)
-    assert data.info["centered_on_labels"]
-    moved = 0
-    for patient in sorted(set(data.index["patient"])):
-        rows = data.rows([patient])
-        center = np.array([data.index[f"center_{axis}"][rows] for axis in ("row", "column")]).T
-        middle = (np.array([data.index["rows"][rows[0]], data.index["columns"][rows[0]]]) - 1) / 2
-        if not data.rows([patient], with_mask=True).size:
-            assert (center == middle).all()
-            assert f"{patient}-image.nii.gz: no labels to put the canvas on" in said
-            continue
-        truth = np.asarray(nib.load(data.truth_path(patient, "scan")).dataobj) == 1
-        assert np.allclose(center, ndimage.center_of_mass(truth)[:2])
-        moved += np.abs(center[0] - middle).max() > 0.5
-        masks = torch.from_numpy(data.masks[data.index["mask"][rows]][:, 6:-6, 6:-6]).long()
-        probability = torch.nn.functional.one_hot(masks, 2).movedim(-1, 1).float()
-        scan = ScanPrediction(patient, "scan", rows, None, probability, None, None, None, None)
-        labels = to_native(scan, data).labels == 1
-        assert 2 * (labels & truth).sum() / (labels.sum() + truth.sum()) > 0.9
-    assert moved > 2
+def test_folders_of_the_user_are_kept(raw, tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        prepare_dataset(raw, tmp_path / "there", MMS, workers=1)
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/mine.npy").write_text("mine")
+    with pytest.raises(UserError, match=r"out\.partial is there and was not left by this program"):
+        prepare_dataset(raw, tmp_path / "out", MMS, workers=1)
+    assert (tmp_path / "out.partial/mine.npy").read_text() == "mine"
+
+
+def test_description_that_workers_cannot_get_is_named(mms_raw, tmp_path):
+    for dataset in (
+        replace(MMS, normalize=lambda slices: slices),
+        with_unlabeled([], replace(MMS, clinical=lambda _: {})),
+    ):
+        name = "clinical" if dataset.normalize is MMS.normalize else "normalize"
+        with pytest.raises(UserError, match=rf"DatasetInfo\.{name} cannot be sent to the worker processes"):
+            check_dataset(mms_raw, dataset, workers=2)
+
+
+def test_a_scan_is_known_by_its_voxels(mms_root, raw, tmp_path):
+    """Under another name, as another type, frame by frame; blank frames are nobody's."""
+    data = PreparedData.open(mms_root, MMS)
+    patient = data.patients_with_masks("A")[0]
+    image = nib.load(next(raw.rglob(f"{patient}_sa.nii.gz")))
+    frame = np.asarray(image.dataobj)[..., 1].astype(np.float64)
+    (tmp_path / "own").mkdir()
+    nib.save(nib.Nifti1Image(np.stack([frame, 0 * frame], -1), image.affine), tmp_path / "own/other_0000.nii.gz")
+    prepare_dataset(raw, tmp_path / "out", with_unlabeled([tmp_path / "own"], MMS), workers=1)
+    again = PreparedData.open(tmp_path / "out", MMS)
+    known, (checksum, *more) = data.checksums([patient]), again.checksums(["other"])
+    assert len(known) == 2 and known[checksum] == patient and not more

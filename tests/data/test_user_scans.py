@@ -1,5 +1,6 @@
 """Scans of one's own: pairs of every layout, labels, and unlabelled folders."""
 
+import csv
 import json
 from collections import Counter
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import openpyxl
 import pytest
 import torch
 from helpers import TinyNetwork
@@ -14,7 +16,8 @@ from helpers import TinyNetwork
 import mms_dataloader
 import scgm_dataloader
 from config import MMS as MMS_CONFIG
-from utils.data.prepare import prepare_dataset, process_case
+from utils.data.dataset import scan_identity
+from utils.data.prepare import convert_scan, prepare_dataset
 from utils.data.prepared import PreparedData, split_patients
 from utils.data.user_scans import labeled, with_unlabeled
 from utils.errors import UserError
@@ -24,15 +27,17 @@ from utils.run.checkpoint import run_metadata, save_networks
 MMS, SCGM = mms_dataloader.DATASET, scgm_dataloader.DATASET
 
 
-def write(path, array, zooms=(1.5, 1.5, 8)):
+def write(path, array, zooms=(1.5, 1.5, 8), description=b""):
     path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(array, np.diag([*zooms, 1])), path)
+    image = nib.Nifti1Image(array, np.diag([*zooms, 1]))
+    image.header["descrip"] = description
+    nib.save(image, path)
     return path
 
 
-def touch(folder, *names, shape=(4, 4, 2)):
+def touch(folder, *names, shape=(4, 4, 2), label=1):
     for name in names:
-        write(folder / name, np.ones(shape, np.uint8))
+        write(folder / f"{name}.nii.gz", np.full(shape, label, np.uint8))
 
 
 def heart():
@@ -53,86 +58,133 @@ def find(images, masks=(), labels=(), dataset=MMS):
 
 
 def pairs(found):
+    """(patient and phase, image, masks) of every case; files by their folder and stem."""
     assert found.errors == []
-    return [(c.patient, c.image.name, [mask.name for mask in c.masks], c.phases) for c in found.cases]
+    names = lambda path: f"{path.parent.name}/{path.name.removesuffix('.nii.gz')}"  # noqa: E731
+    return [(f"{c.patient} {' '.join(c.phases)}", names(c.image), *map(names, c.masks)) for c in found.cases]
 
 
-@pytest.mark.parametrize("layout", ["one folder", "two folders"])
-def test_nnunet(tmp_path, layout):
-    images, masks = (tmp_path, tmp_path) if layout == "one folder" else (tmp_path / "imagesTs", tmp_path / "labelsTs")
-    touch(images, "heart_001_0000.nii.gz", "heart_002_0000.nii.gz", "._heart_001_0000.nii.gz")
-    touch(masks, "heart_001.nii.gz", "heart_002.nii.gz")
-    expected = [(f"heart_00{n}", f"heart_00{n}_0000.nii.gz", [f"heart_00{n}.nii.gz"], {"scan": 0}) for n in (1, 2)]
-    assert pairs(find([images], [masks])) == expected
-    if layout == "two folders":  # the whole data set's folder as --input
-        assert pairs(find([tmp_path], [masks])) == expected
+LAYOUTS = {  # files; --input and --truth; what they are paired to
+    "nnU-Net": (
+        ["i/h_1_0000", "i/h_1_0001", "i/._h_1_0000", "m/h_1"], "i", "m", [("h_1 scan", "i/h_1_0000", "m/h_1")]),
+    "nnU-Net, all of it": (["i/h_0000", "m/h"], "", "m", [("h scan", "i/h_0000", "m/h")]),
+    "nnU-Net in one folder": (["x/h_0000", "x/h"], "x", "x", [("h scan", "x/h_0000", "x/h")]),
+    "nnU-Net, numbered patients": (
+        ["i/image_0001_0000", "m/image_0001"], "i", "m", [("image_0001 scan", "i/image_0001_0000", "m/image_0001")]),
+    "numbers that are no channels": (
+        ["i/image_0000", "i/image_0001", "m/image_0000", "m/image_0001"], "i", "m",
+        [("image_0000 scan", "i/image_0000", "m/image_0000"), ("image_0001 scan", "i/image_0001", "m/image_0001")]),
+    "M&Ms": (["A1/A1_sa", "A1/A1_sa_gt"], "", "", [("A1 scan", "A1/A1_sa", "A1/A1_sa_gt")]),
+    "M&Ms-2": (
+        ["1/001_SA_ED", "1/001_SA_ED_gt", "1/001_SA_ES", "1/001_SA_ES_gt", "1/001_SA_CINE"], "", "",
+        [("001 ED", "1/001_SA_ED", "1/001_SA_ED_gt"), ("001 ES", "1/001_SA_ES", "1/001_SA_ES_gt")]),
+    "CMRxMotion": (
+        ["P001-1/P001-1-ED", "P001-1/P001-1-ED-label", "P001-1/P001-1-es", "P001-1/P001-1-es-label"], "", "",
+        [("P001-1 ED", "P001-1/P001-1-ED", "P001-1/P001-1-ED-label"),
+         ("P001-1 ES", "P001-1/P001-1-es", "P001-1/P001-1-es-label")]),
+    "folders of patients": (
+        [f"{p}/{f}" for p in ("p1", "p2") for f in ("image", "mask")], "", "",
+        [("p1 scan", "p1/image", "p1/mask"), ("p2 scan", "p2/image", "p2/mask")]),
+    "folders of phases": (
+        [f"{p}/ED{f}" for p in ("p1", "p2") for f in ("", "_label")], "", "",
+        [("p1 ED", "p1/ED", "p1/ED_label"), ("p2 ED", "p2/ED", "p2/ED_label")]),
+    "mirrored trees": (
+        [f"{k}/{p}/sa/ED" for p in ("p1", "p2") for k in ("i", "m")], "i", "m",
+        [("p1_sa ED", "sa/ED", "sa/ED"), ("p2_sa ED", "sa/ED", "sa/ED")]),
+    "BIDS": (
+        ["sub-1/anat/sub-1_T2w", "d/sub-1/anat/sub-1_T2w_seg-manual", "d/sub-1/anat/sub-1_T2w_gmseg-manual"], "", "d",
+        [("sub-1_T2w scan", "anat/sub-1_T2w", "anat/sub-1_T2w_gmseg-manual")]),
+    "raters": (
+        ["t/site1-sc01-image", "t/site1-sc01-mask-r1", "t/site1-sc01-mask-r2"], "", "",
+        [("site1-sc01 scan", "t/site1-sc01-image", "t/site1-sc01-mask-r1", "t/site1-sc01-mask-r2")]),
+    **{ending: ([f"x/s_T2w_{ending}", "x/s_T2w"], "", "", [("s_T2w scan", "x/s_T2w", f"x/s_T2w_{ending}")])
+       for ending in ("dseg", "mask", "gt", "gm_seg", "label-GM_mask")},
+}  # fmt: skip
 
 
-def test_mms_folders_of_patients(tmp_path):
-    touch(tmp_path / "A1", "A1_sa.nii.gz", "A1_sa_gt.nii.gz")
-    assert pairs(find([tmp_path], [tmp_path])) == [("A1_sa", "A1_sa.nii.gz", ["A1_sa_gt.nii.gz"], {"scan": 0})]
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(tmp_path, name):
+    files, images, masks, expected = LAYOUTS[name]
+    touch(tmp_path, *files)
+    assert pairs(find([tmp_path / images], [tmp_path / masks], dataset=SCGM if name == "raters" else MMS)) == expected
 
 
-def test_patient_folders_with_image_and_mask(tmp_path):
-    for name in ("p1", "p2"):
-        touch(tmp_path / name, "image.nii.gz", "mask.nii.gz")
-    assert pairs(find([tmp_path], [tmp_path])) == [
-        (name, "image.nii.gz", ["mask.nii.gz"], {"scan": 0}) for name in ("p1", "p2")
-    ]
+@pytest.mark.parametrize("names", ["{}_frame{}_0000", "{}_frame{}"])
+def test_frames_of_acdc_are_phases_of_one_patient(tmp_path, names):
+    """By Info.cfg, or without it, as nnU-Net has it, by the size of the LV (3, as --labels says)."""
+    images, masks = ("imagesTs", "labelsTs") if "0000" in names else ("patient001", "patient001")
+    for frame, label in (("01", 1), ("12", 3)):
+        touch(tmp_path / images, names.format("patient001", frame))
+        kind = "" if "0000" in names else "_gt"
+        touch(tmp_path / masks, f"patient001_frame{frame}{kind}", label=label)
+    if images == masks:
+        touch(tmp_path / images, "patient001_4d", shape=(4, 4, 2, 3))
+    labels = ["1=RV", "2=MYO", "3=LV"]
+    found = find([tmp_path / images], [tmp_path / masks], labels)
+    assert [case[0] for case in pairs(found)] == ["patient001 ES", "patient001 ED"]
+    assert "ED and ES are the labelled frames of the larger and the smaller LV" in found.warnings[-1]
+    (tmp_path / images / "Info.cfg").write_text("ED: 1\nES: 12\nGroup: DCM\n")
+    found = find([tmp_path / images], [tmp_path / masks], labels)
+    assert [case[0] for case in pairs(found)] == ["patient001 ED", "patient001 ES"]
+    assert not any("larger" in text for text in found.warnings)
 
 
-def test_acdc(tmp_path):
-    folder, kinds = tmp_path / "patient001", ("", "_gt")
-    touch(folder, *(f"patient001_frame{n}{kind}.nii.gz" for n in ("01", "12") for kind in kinds))
-    touch(folder, "patient001_4d.nii.gz", shape=(4, 4, 2, 3))
-    (folder / "Info.cfg").write_text("ED: 1\nES: 12\nGroup: DCM\n")
-    ed, es = pairs(find([tmp_path], [tmp_path]))
-    assert ed == ("patient001", "patient001_frame01.nii.gz", ["patient001_frame01_gt.nii.gz"], {"ED": 0})
-    assert es == ("patient001", "patient001_frame12.nii.gz", ["patient001_frame12_gt.nii.gz"], {"ES": 0})
-    (folder / "Info.cfg").unlink()  # nothing says which is which, and nothing guesses
-    assert [case[-1] for case in pairs(find([tmp_path], [tmp_path]))] == [{"frame01": 0}, {"frame12": 0}]
+def test_all_readers_name_a_scan_alike():
+    for name, identity in {
+        "A1_sa": ("A1", ""), "A1_sa_gt": ("A1", ""), "site1-sc01-image": ("site1-sc01", ""), "x_0000": ("x", ""),
+        "site1-sc01-mask-r3": ("site1-sc01", ""), "patient001_frame01_0000": ("patient001", "frame01"),
+        "patient001_frame1_gt": ("patient001", "frame01"), "P001-1-ED-label": ("P001-1", "ED"),
+        "001_SA_es_gt": ("001", "ES"), "RED": ("RED", ""), "ED": ("folder", "ED"), "image": ("folder", ""),
+    }.items():  # fmt: skip
+        assert scan_identity(Path("folder") / f"{name}.nii.gz") == identity, name
 
 
-def test_bids_derivatives(tmp_path):
-    name = "sub-01_run-1_T2starw"
-    touch(tmp_path / "sub-01/anat", f"{name}.nii.gz")
-    truth = tmp_path / "derivatives/labels/sub-01/anat"
-    touch(truth, f"{name}_gmseg-manual.nii.gz", f"{name}_seg-manual.nii.gz")
-    expected = [(name, f"{name}.nii.gz", [f"{name}_gmseg-manual.nii.gz"], {"scan": 0})]
-    for masks in (tmp_path / "derivatives", tmp_path):
-        assert pairs(find([tmp_path], [masks], dataset=SCGM)) == expected
-
-
-@pytest.mark.parametrize("ending", ["dseg", "mask", "gt", "label"])
-def test_single_endings(tmp_path, ending):
-    touch(tmp_path, "sub-01_T2starw.nii.gz", f"sub-01_T2starw_{ending}.nii.gz")
-    assert pairs(find([tmp_path], [tmp_path])) == [
-        ("sub-01_T2starw", "sub-01_T2starw.nii.gz", [f"sub-01_T2starw_{ending}.nii.gz"], {"scan": 0})
-    ]
-
-
-def test_scgm_raters(tmp_path):
-    masks = [f"site1-sc01-mask-r{n}.nii.gz" for n in (1, 2, 3, 4)]
-    touch(tmp_path, "site1-sc01-image.nii.gz", *masks)
-    assert pairs(find([tmp_path], [tmp_path], dataset=SCGM)) == [
-        ("site1-sc01", "site1-sc01-image.nii.gz", masks, {"scan": 0})
-    ]
-
-
-def test_csv_names_patient_phase_and_group(tmp_path):
-    touch(tmp_path, "a/one.nii.gz", "a/two.nii.gz", "b/x.nii.gz", "b/y.nii.gz")
-    table = tmp_path / "cases.csv"
-    lines = ["image,truth,patient,phase,group", "a/one.nii.gz,b/x.nii.gz,p,ED,3T", "a/two.nii.gz,b/y.nii.gz,p,ES,3T"]
-    table.write_text("\n".join(lines), encoding="utf-8-sig")
+@pytest.mark.parametrize("kind", ["csv", "semicolons", "utf-16", "blanks", "xlsx"])
+def test_table_of_pairs_as_people_edit_it(tmp_path, kind):
+    """Another case, a column of remarks, empty last rows; its patient and phase go before what a name says."""
+    touch(tmp_path, "a/p_frame01", "a/two", "b/x", "b/y")
+    lines = [["Image", "Truth", "patient", "phase", "group", "remark"],
+             ["a/p_frame01.nii.gz", "b/x.nii.gz", "p", "ed", "3T", "a, b"],
+             ["a/two.nii.gz", "b/y.nii.gz", "p", "ES", "3T", ""], [""] * 6, []]  # fmt: skip
+    table = tmp_path / f"cases.{'xlsx' if kind == 'xlsx' else 'csv'}"
+    if kind == "xlsx":
+        book = openpyxl.Workbook()
+        for line in lines:
+            book.active.append(line)
+        book.save(table)
+    else:
+        lines = [[f" {cell} " for cell in line] for line in lines] if kind == "blanks" else lines
+        with open(table, "w", newline="", encoding="utf-16" if kind == "utf-16" else "utf-8-sig") as file:
+            csv.writer(file, delimiter=";" if kind == "semicolons" else ",").writerows(lines)
     found = find([table])
-    assert pairs(found) == [
-        ("p", "one.nii.gz", ["x.nii.gz"], {"ED": 0}), ("p", "two.nii.gz", ["y.nii.gz"], {"ES": 0})
-    ]  # fmt: skip
+    assert pairs(found) == [("p ED", "a/p_frame01", "b/x"), ("p ES", "a/two", "b/y")]
     assert {case.group for case in found.cases} == {"3T"}
-    table.write_text("\n".join([*lines, "a/lost.nii.gz,b/lost.nii.gz,q,ED,3T"]))
-    assert [error.split("line 4: ")[1].split("/")[-2:] for error in find([table]).errors] == [
-        ["a", "lost.nii.gz: no such file"], ["b", "lost.nii.gz: no such file"]
-    ]  # fmt: skip
+    (tmp_path / "b/x.nii.gz").unlink()
+    (error,) = find([table]).errors
+    assert error == f"{table}: {tmp_path / 'b/x.nii.gz'}: no such file"
+    (tmp_path / "c.csv").write_text("scan,mask\n")
+    with pytest.raises(UserError, match="its columns are scan, mask; expected image, truth"):
+        find([tmp_path / "c.csv"])
+
+
+def test_our_own_map_is_no_truth(tmp_path):
+    write(tmp_path / "x.nii.gz", scan())
+    write(tmp_path / "x_seg.nii.gz", heart(), description=b"SemiDG-Seg: for research use")
+    assert "x.nii.gz: no mask of that name" in find([tmp_path], [tmp_path]).errors[0]
+    write(tmp_path / "x_mask.nii.gz", heart())
+    found = find([tmp_path], [tmp_path])
+    assert [case[2] for case in pairs(found)] == [f"{tmp_path.name}/x_mask"]
+    assert "x_seg.nii.gz: left out: a map that this program made" in found.warnings[0]
+
+
+def test_one_kind_of_mask_and_one_rater(tmp_path):
+    touch(tmp_path, "s1", "s1_gmseg-manual", "s1_seg-manual", "s2", "s2_seg-manual")
+    (error,) = find([tmp_path], [tmp_path], dataset=SCGM).errors
+    assert "s2.nii.gz: has s2_seg-manual.nii.gz, but no mask of the kind of" in error and "s1_gmseg-manual" in error
+    touch(tmp_path / "r", "x", "x_mask-r1", "x_mask-r2")
+    found = find([tmp_path / "r"], [tmp_path / "r"])
+    assert pairs(found) == [("x scan", "r/x", "r/x_mask-r1")]
+    assert "of several raters only x_mask-r1.nii.gz is the truth, not x_mask-r2.nii.gz" in found.warnings[0]
 
 
 def test_4d_truth_with_masks_in_some_frames(tmp_path):
@@ -143,36 +195,41 @@ def test_4d_truth_with_masks_in_some_frames(tmp_path):
     write(tmp_path / "x_gt.nii.gz", array)
     write(tmp_path / "x.nii.gz", scan(frames=6))
     found = find([tmp_path], [tmp_path])
-    assert pairs(found)[0][-1] == {"ED": 1, "ES": 4} and "larger and the smaller LV" in found.warnings[0]
+    assert pairs(found)[0][0] == "x ED ES" and found.cases[0].phases == {"ED": 1, "ES": 4}
+    assert "larger and the smaller LV" in found.warnings[0]
     array[..., 0] = heart()
     write(tmp_path / "x_gt.nii.gz", array)
-    assert pairs(find([tmp_path], [tmp_path]))[0][-1] == {"frame00": 0, "frame01": 1, "frame04": 4}
+    assert pairs(find([tmp_path], [tmp_path]))[0][0] == "x frame00 frame01 frame04"
 
 
-def test_labels_map_values_and_exchanged_ventricles_are_doubted(tmp_path):
-    acdc = np.array([0, 3, 2, 1], np.uint8)[heart()]
-    write(tmp_path / "x.nii.gz", scan())
-    write(tmp_path / "x_gt.nii.gz", acdc)
+def test_labels_map_any_values_and_exchanged_ventricles_are_warned_of(tmp_path):
+    """ACDC's order, and MS-CMRSeg's values; a trailing axis of 1 on one side is dropped."""
+    write(tmp_path / "x.nii.gz", scan(frames=1))
 
-    def report(*labels):
+    def report(values, *labels):
+        write(tmp_path / "x_gt.nii.gz", np.array(values, np.uint16)[heart()])
         own = labeled([tmp_path], [tmp_path], labels, MMS)
-        return process_case(own.find_cases(Path()).cases[0], own, None)
+        return convert_scan(own.find_cases(Path()).cases[0], own, None)
 
-    assert report("1=RV", "2=MYO", "3=LV").warnings == []
-    assert "LV and RV exchanged" in report().warnings[0]
-    [error] = report("1=RV", "2=MYO").errors
+    assert report([0, 3, 2, 1], "1=RV", "2=MYO", "3=LV")[:2] == ([], [])
+    assert report([0, 500, 200, 600], "500=LV", "200=MYO", "600=RV")[:2] == ([], [])
+    assert "LV and RV exchanged" in report([0, 3, 2, 1]).warnings[0]
+    [error] = report([0, 3, 2, 1], "1=RV", "2=MYO").errors
     assert "x_gt.nii.gz" in error and "[3]" in error and "VALUE=background" in error
-    assert report("1=background", "2=MYO", "3=LV").errors == []
+    assert report([0, 3, 2, 1], "1=background", "2=MYO", "3=LV").errors == []
     for wrong in (["1=Heart"], ["x=LV"], ["0=LV"], ["1=LV", "1=RV"]):
         with pytest.raises(UserError, match="--labels"):
             labeled([tmp_path], [tmp_path], wrong, MMS)
 
 
 def test_everything_unpaired_is_named_at_once(tmp_path):
-    touch(tmp_path, "a.nii.gz", "b.nii.gz", "c_gt.nii.gz", "d_gt.nii.gz", "e.nii.gz", "e_gt.nii.gz")
+    touch(tmp_path, "a", "b", "c_gt", "d_gt", "e", "e_gt")
     errors = find([tmp_path], [tmp_path]).errors
     assert len(errors) == 4
     assert all(any(f"/{name}.nii.gz: " in error for error in errors) for name in ("a", "b", "c_gt", "d_gt"))
+    touch(tmp_path / "far", *(f"{p}/{f}" for p in ("p1", "p2") for f in ("ED", "ES")), "p2/ES_gt")
+    errors = "\n".join(find([tmp_path / "far"], [tmp_path / "far"]).errors)
+    assert errors.count("no mask of that name") == 3 and "p2/ES.nii.gz" not in errors  # never another patient's mask
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from utils.data.volume import PlaneMap, Volume, read_shape, read_volume, write_volume
+from utils.data.volume import PlaneMap, Volume, read_header, read_volume, write_volume
 from utils.errors import UserError
 from utils.plots import edge_letters, radiological
 
@@ -124,13 +124,6 @@ def test_absent_file_and_folder_are_refused_by_name(tmp_path):
         assert str(path) in str(error.value)
 
 
-def test_number_of_dimensions_can_be_prescribed(tmp_path):
-    path = save(tmp_path, nifti())
-    assert read_volume(path, 3).array.shape == (7, 6, 5)
-    with pytest.raises(UserError, match=r"3D image of shape .* expected 4D"):
-        read_volume(path, 4)
-
-
 NOISE = np.random.default_rng(0).integers(-32768, 32767, (100, 100, 20)).astype(np.int16)  # does not compress
 HUGE = {
     "nifti1": (nifti(dim=dims(32000, 32000, 32000)), "scan.nii"),
@@ -162,12 +155,8 @@ def test_good_file_is_read(tmp_path, name, image, shape):
     volume = read_volume(path)
     np.testing.assert_array_equal(volume.array, array)
     np.testing.assert_allclose(volume.affine, OBLIQUE, atol=1e-5)
-    assert volume.zooms == pytest.approx((1.25, 1.5, 8.0)) and volume.warning is None
-    assert read_shape(path, len(shape)) == shape
-
-
-def test_one_voxel_file_is_read(tmp_path):
-    assert read_volume(save(tmp_path, nifti(DATA[:1, :1, :1]))).array.shape == (1, 1, 1)
+    assert volume.zooms == pytest.approx((1.25, 1.5, 8.0)) and not volume.warning
+    assert read_header(path)[1] == shape
 
 
 def test_big_endian_file_is_read(tmp_path):
@@ -192,25 +181,19 @@ def test_gzip_of_several_members_is_read(tmp_path):
     np.testing.assert_array_equal(read_volume(path).array, DATA)
 
 
-def test_bytes_after_the_data_are_ignored(tmp_path):
-    np.testing.assert_array_equal(read_volume(save(tmp_path, nifti() + b"more")).array, DATA)
-
-
 @pytest.mark.parametrize(("more", "warns"), [(bytes(512), False), (b"x", True), (b"garbage" * 99, True)])
 def test_bytes_after_the_gzip_stream_are_ignored_as_gzip_does(tmp_path, more, warns):
     (tmp_path / "scan.nii.gz").write_bytes(GZ + more)
     volume = read_volume(tmp_path / "scan.nii.gz")
     np.testing.assert_array_equal(volume.array, DATA)
-    assert ("after the end of its gzip stream" in (volume.warning or "")) == warns
+    assert ("after the end of its gzip stream" in volume.warning) == warns
 
 
-@pytest.mark.parametrize(("ndim", "shape"), [(3, (7, 6, 5)), (4, (7, 6, 5, 1)), ((3, 4), (7, 6, 5, 1))])
-def test_trailing_axes_of_length_1_are_dropped(tmp_path, ndim, shape):
+def test_trailing_axes_of_length_1_are_dropped(tmp_path):
     path = save(tmp_path, nifti(DATA[..., None, None]), "scan.nii.gz")
-    volume = read_volume(path, ndim)
-    np.testing.assert_array_equal(volume.array, DATA.reshape(shape))
-    if isinstance(ndim, int):
-        assert read_shape(path, ndim) == shape
+    volume = read_volume(path, 3)
+    np.testing.assert_array_equal(volume.array, DATA)
+    assert read_header(path)[1] == DATA.shape
     write_volume(tmp_path / "label.nii", (DATA > 0).astype(np.uint8), like=volume)
     assert read_volume(tmp_path / "label.nii", 3).zooms == volume.zooms
 
@@ -242,7 +225,7 @@ def test_no_text_of_the_scan_is_copied(tmp_path):
 @pytest.mark.parametrize(("zoom", "warns"), [(1.255, False), (1.2875, True), (1.0, True)])
 def test_warning_when_voxel_size_and_affine_disagree(tmp_path, zoom, warns):
     volume = read_volume(save(tmp_path, nifti(pixdim=[1, zoom, 1.5, 8, 1, 1, 1, 1])))
-    assert (volume.warning is not None) == warns
+    assert bool(volume.warning) == warns
     if warns:
         assert "1.25" in volume.warning and str(zoom) in volume.warning
     assert volume.zooms[0] == pytest.approx(zoom)  # spacing is the header's
@@ -284,25 +267,6 @@ def test_written_volume_lies_in_the_grid_of_the_scan(tmp_path, name, image, affi
     np.testing.assert_array_equal(read_volume(tmp_path / "new" / name).array, label)
 
 
-def test_written_float_volume_keeps_its_type(tmp_path):
-    like = read_volume(save(tmp_path, nifti(scl_slope=2)))
-    write_volume(tmp_path / "p.nii.gz", DATA.astype(np.float32) / 7, like)
-    written = read_volume(tmp_path / "p.nii.gz")
-    assert written.array.dtype == np.float32
-    np.testing.assert_array_equal(written.array, DATA.astype(np.float32) / 7)
-
-
-def test_place_that_cannot_be_written_is_named(tmp_path):
-    like = read_volume(save(tmp_path, nifti()))
-    (tmp_path / "file").touch()
-    (tmp_path / "folder.nii").mkdir()
-    for path in (tmp_path / "file" / "out.nii", tmp_path / "folder.nii"):
-        with pytest.raises(UserError, match="cannot be written") as error:
-            write_volume(path, DATA, like)
-        assert str(path) in str(error.value)
-    assert not list(tmp_path.glob(".*"))  # nothing half-written stays
-
-
 # --- native plane and canvas
 
 
@@ -315,18 +279,6 @@ def ellipse(shape, zooms, *, radii=(35, 24), center=(0, 0)):
 
 def dice(a, b):
     return 2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b))
-
-
-@pytest.mark.parametrize(("shape", "size"), [((60, 52), 80), ((61, 53), 81), ((100, 52), 80), ((101, 121), 81)])
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
-def test_equal_spacing_is_a_centre_pad_or_crop(shape, size, dtype):
-    array = np.random.default_rng(0).integers(1, 100, (3, *shape)).astype(dtype)
-    plane = PlaneMap(shape, (1.1, 1.1), size, 1.1)
-    padded = np.pad(array, [(0, 0), (100, 100), (100, 100)])
-    x, y = (100 + n // 2 - size // 2 for n in shape)
-    canvas = plane.to_canvas(array)
-    assert canvas.dtype == (np.uint8 if dtype == np.uint8 else np.float32)
-    np.testing.assert_allclose(canvas, padded[:, x : x + size, y : y + size], rtol=1e-5)
 
 
 ODD = [((217, 256), (1.5, 1.5)), ((187, 201), (0.7, 0.9)), ((255, 131), (1.0, 2.0)), ((97, 151), (1.8, 1.13))]
@@ -347,15 +299,6 @@ def test_label_survives_the_round_trip(shape, zooms):
         drift = np.subtract(*(ndimage.center_of_mass(mask == 2) for mask in (back, label)))
         assert np.abs(drift).max() < 0.5
     assert nearest.dtype == np.uint8
-
-
-@pytest.mark.parametrize(("shape", "zooms"), ODD)
-def test_canvas_keeps_places_and_sizes_in_mm(shape, zooms):
-    label = ellipse(shape, zooms, center=(6.3, -11.7))
-    canvas = PlaneMap(shape, zooms, 300, 1.1).to_canvas(label) > 0
-    offset = (np.array(ndimage.center_of_mass(canvas)) - 149.5) * 1.1
-    np.testing.assert_allclose(offset, (6.3, -11.7), atol=0.2)
-    assert canvas.sum() * 1.1**2 == pytest.approx((label > 0).sum() * np.prod(zooms), rel=0.01)
 
 
 @pytest.mark.parametrize("center", [None, (40.0, 61.5)])

@@ -4,19 +4,23 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
+import numpy as np
+import torch
 import tyro
 from tyro.conf import Positional
 
-from config import Config
+from config import FIELD_PX, Config
 from utils.data.dataset import DatasetInfo
-from utils.data.loaders import usable_cores
+from utils.data.loaders import SliceDataset, usable_cores
 from utils.data.prepare import check_dataset, prepare_dataset
-from utils.data.preview import draw_preview
+from utils.data.prepared import PreparedData
 from utils.data.user_scans import with_unlabeled
+from utils.data.volume import read_volume
 from utils.errors import UserError, clear_errors
 from utils.files import OutputFolder
+from utils.method.augment import Augmentation, canvas_to_view, cutmix_mask
+from utils.plots import edge_letters, plot_preview, radiological
 
 
 def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
@@ -33,12 +37,7 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
             sys.exit(1)
 
     def prepare(
-        raw: Positional[Path],
-        /,
-        out: Path,
-        unlabeled: tuple[Path, ...] = (),
-        center: Literal["image", "auto"] = "image",
-        workers: int = usable_cores(),
+        raw: Positional[Path], /, out: Path, unlabeled: tuple[Path, ...] = (), workers: int = usable_cores()
     ) -> None:
         """Check a raw data set, then convert it for training.
 
@@ -47,41 +46,60 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
             out: folder to write; a slice takes 180 kB, and 90 kB more where it has a mask.
             unlabeled: folders of scans of your own, 3D or 4D, without masks. Each folder becomes a domain that every
                 training uses.
-            center: put the canvas on the centre of the "image" (the paper's protocol), or with "auto" on the centre of
-                mass of a patient's labels, for all its frames; patients without labels keep the image's centre.
             workers: number of processes; each holds one scan in memory.
         """
-        prepare_dataset(raw, out, with_unlabeled(unlabeled, dataset), workers=workers, on_labels=center == "auto")
+        prepare_dataset(raw, out, with_unlabeled(unlabeled, dataset), workers=workers)
 
-    def preview(
-        data: Path,
-        out: Path = Path("preview.png"),
-        images: int = 4,
-        fourier_ratio: float = cfg.fourier_ratio,
-        histogram_matching: bool = cfg.histogram_matching,
-        seed: int = 0,
-    ) -> None:
+    def preview(data: Path, out: Path = Path("preview.png"), images: int = 4, seed: int = 0) -> None:
         """Draw the plain, Fourier and CutMix views that the network sees, without rotation, shift, flips and blur.
 
         Args:
             data: folder of the prepared data.
             out: PNG file to write.
             images: number of images, at least 2, from as many domains as there are.
-            fourier_ratio: share of the other image's amplitude in the Fourier view, 0 to 1.
-            histogram_matching: match the images' histograms to those of the first domain.
             seed: seed of the choice of images and of the views, from 0.
         """
         if images < 2:
             raise UserError(f"--images {images}: a Fourier view takes another image's amplitude, so at least 2")
         if out.suffix != ".png":
             raise UserError(f"--out {out}: a picture's name ends in .png")
-        settings = replace(cfg, fourier_ratio=fourier_ratio, histogram_matching=histogram_matching, seed=seed)
-        draw_preview(data, OutputFolder(out.parent).claim(out.name), dataset, settings, count=images)
+        draw_preview(data, OutputFolder(out.parent).claim(out.name), dataset, replace(cfg, seed=seed), count=images)
         print(out)
 
     with clear_errors():
         commands = {"phantom": dataset.write_phantom, "check": check, "prepare": prepare, "preview": preview}
         tyro.extras.subcommand_cli_from_dict(commands | dataset.more_commands)
+
+
+def draw_preview(root: Path, out: Path, dataset: DatasetInfo, cfg: Config, *, count: int) -> None:
+    """Draw `count` labelled slices of the prepared data in `root`, of all domains, into the PNG file `out`.
+
+    The views keep the geometry of the scans and are not blurred; intensities change as `cfg` says.
+    """
+    data, rng = PreparedData.open(root, dataset), np.random.default_rng(cfg.seed)
+    masks, domain = data.index["mask"], data.index["domain"]
+    labeled = np.array([row for row in np.flatnonzero(masks >= 0) if data.masks[masks[row]].any()])
+    if not len(labeled):
+        raise UserError(f"no slice in {data.root} has a label: there is nothing to show")
+    domains = sorted(set(domain[labeled]))
+    rows = np.array([rng.choice(labeled[domain[labeled] == domains[i % len(domains)]]) for i in range(count)])
+    reference = torch.from_numpy(data.quantiles[domain == min(domain)]) if cfg.histogram_matching else None
+    cfg = replace(cfg, image_size=FIELD_PX, rotation=0, max_shift=0, flip=False, blur=False, fourier_aug=True)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    batch = SliceDataset(data, rows, with_mask=True)[list(range(count))]
+    mask = canvas_to_view(batch["mask"], FIELD_PX)[:, 0]
+    plain, fourier = Augmentation(cfg, reference).unlabeled(batch["image"], batch["quantiles"], generator)
+    boxes = cutmix_mask(count, FIELD_PX, generator=generator)
+    mixed = torch.where(boxes > 0, plain.roll(1, 0), plain)
+    columns = {"images": plain[:, 0], "masks": mask, "fourier": fourier[:, 0], "mixed": mixed[:, 0]}
+    names = list(zip(*(data.index[name][rows] for name in ("domain", "patient", "phase", "slice")), strict=True))
+    scans = [read_volume(data.truth_path(patient, phase), 3) for _, patient, phase, _ in names]
+    arrays = {name: list(map(radiological, images.numpy(), scans)) for name, images in columns.items()}
+    titles = [f"{dataset.domain_kind} {place}\n{patient} {phase} slice {z}" for place, patient, phase, z in names]
+    plot_preview(
+        out, **arrays, letters=[edge_letters(scan) for scan in scans], spacing=dataset.spacing, titles=titles,
+        class_names=dataset.class_names[1:], title=f"data {data.name}",
+    )  # fmt: skip
 
 
 def make_demo_data(data_root: str, dataset: DatasetInfo) -> None:

@@ -1,12 +1,47 @@
 """Description of a data set: its names, how its raw files become cases, its geometry and its intensities."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from utils.files import file_stem
+
+# Endings of what lies beside scans and is none: ours, and those of public data sets and tools.
+ENDINGS = ("gmseg", "dseg", "gt", "labels", "label", "seg", "mask", "manual", "confidence", "agreement")
+MAP = re.compile(rf"(?:^|[-_])(?:label-\w+_|gm_)?({'|'.join(ENDINGS)})(?:[-_]?manual)?(?:-r\d+)?$", re.IGNORECASE)
+IMAGE = re.compile(r"(?:^|[-_])(?:image|img|0000)$", re.IGNORECASE)  # 0000: the first channel, as nnU-Net names it
+PHASE = re.compile(r"(?:^|[-_])(?:frame[-_]?(\d+)|(ED|ES))$", re.IGNORECASE)
+SHORT_AXIS = re.compile(r"[-_]sa$", re.IGNORECASE)  # as M&Ms names its scans
+
+
+def scan_name(path: Path) -> str:
+    """Return the name that an image and its mask share: a file's name without the endings that tell them apart."""
+    return IMAGE.sub("", MAP.sub("", file_stem(path)))
+
+
+def scan_identity(path: Path, name: str | None = None) -> tuple[str, str]:
+    """Return the patient of a scan, and its phase "ED", "ES" or "frameNN" (else ""), by the file's name.
+
+    All that read scans call them so. What the endings leave empty is named by the folder: patient_1/ED.nii.gz.
+
+    Args:
+        name: `scan_name` of the file, or what stands for it.
+    """
+    name = scan_name(path) if name is None else name
+    phase = ""
+    if match := PHASE.search(name):
+        name = name[: match.start()]
+        phase = match[2].upper() if match[2] else f"frame{int(match[1]):02d}"
+    return plain_name(SHORT_AXIS.sub("", name) or path.absolute().parent.name), phase
+
+
+def plain_name(text: str) -> str:
+    """Return a text as part of a file's name: letters, digits, dots, dashes and underscores."""
+    return re.sub(r"[^\w.-]", "_", text).lstrip(".")
 
 
 class Case(NamedTuple):
@@ -18,7 +53,7 @@ class Case(NamedTuple):
     image: Path
     masks: tuple[Path, ...]  # one per rater; empty for a scan without truth
     phases: dict[str, int]  # labelled frames by name; empty for a scan without truth
-    own: bool = False  # a scan of the user's own: 3D or 4D, of which only the labelled frames are prepared
+    own: bool = False  # a scan of the user's own, of which only the labelled frames are prepared if it has any
 
 
 class RawDataset(NamedTuple):
@@ -53,7 +88,6 @@ class DatasetInfo:
     domain_kind: str  # name of a domain: "vendor", "site"
     domains: tuple[str, ...]
     class_names: tuple[str, ...]  # by label value; the first is the background
-    ndim: int  # of a raw image: 3, or 4 with frames
     num_raw_labels: int  # of a raw mask: 0 .. num_raw_labels - 1; those beyond class_names count as background
     spacing: float  # mm per px of the canvas
     find_cases: Callable[[Path], RawDataset]
@@ -62,7 +96,8 @@ class DatasetInfo:
     write_phantom: Callable[..., None]
     demo_phantom: dict[str, int]  # size of the demo's phantom, as arguments of write_phantom
     download_help: str  # where one gets the data and how one prepares them
-    consensus: Callable[[list[np.ndarray]], np.ndarray] = itemgetter(0)  # raters' maps (Z, X, Y) uint8 -> one map
+    label_values: dict[int, int] | None = None  # label by value in a raw mask, where they differ
+    consensus: Callable[[list[np.ndarray]], np.ndarray] | None = None  # several raters' (Z, X, Y) uint8 -> one map
     clinical: Callable[[dict], dict] | None = None  # ml by (phase, structure) -> (value, unit) by name
     more_commands: dict[str, Callable] = field(default_factory=dict)  # of its dataloader script, by name
-    doubt: Callable[[np.ndarray], str] | None = None  # labels (Z, X, Y) -> why they may mean something else, or empty
+    label_warning: Callable[[np.ndarray], str] | None = None  # labels (Z, X, Y) -> why they seem wrong, or empty

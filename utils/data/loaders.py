@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from utils.data.dataset import DatasetInfo
 from utils.data.prepared import PreparedData, Split, split_patients
 from utils.errors import UserError
 
+Batch = dict[str, torch.Tensor]  # as SliceDataset gives it
 SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over their batches, on Linux
 PREFETCH = 2  # batches that each worker reads ahead
 STALL_S = 300  # seconds without a batch after which the workers count as stalled
@@ -38,7 +40,7 @@ class SliceDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, positions: list[int]) -> dict[str, torch.Tensor]:
+    def __getitem__(self, positions: list[int]) -> Batch:
         rows = self.rows[positions]
         batch = {"image": self.data.images[rows][:, None], "quantiles": self.data.quantiles[rows], "row": rows}
         if self.with_mask:
@@ -106,6 +108,21 @@ class Loaders(NamedTuple):
     split: Split
     reference: np.ndarray  # (P, 256) quantile curves of the first source domain
     steps_per_epoch: int
+
+    def training_batches(
+        self, accumulate: int, first: int, last: int, *, unlabeled_from: int = 0
+    ) -> Iterator[list[tuple[Batch, Batch | None]]]:
+        """Yield the `accumulate` pairs of a labelled and an unlabelled batch of each step, from `first` to `last`.
+
+        Before step `unlabeled_from` no unlabelled batch is read: it is None.
+        """
+        begin = max(first, unlabeled_from)
+        for loader, start in ((self.labeled, first), (self.unlabeled, begin)):
+            loader.sampler.start, loader.sampler.stop = start * accumulate, last * accumulate
+        unlabeled = chain(repeat(None, (begin - first) * accumulate), self.unlabeled)
+        pairs = zip(self.labeled, unlabeled, strict=True)
+        for _ in range(first, last):
+            yield list(islice(pairs, accumulate))
 
 
 def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_size: int = 1) -> Loaders:

@@ -4,8 +4,6 @@ python scgm_dataloader.py open-data RAW
 """
 
 import tempfile
-import urllib.request
-import zipfile
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +13,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 from utils.data.volume import Volume, mask_in_grid, read_volume, save_scan, whole_numbers
-from utils.errors import UserError
+from utils.errors import UserError, naming
 
 URL = "https://github.com/sct-pipeline/gm-challenge-data/archive/refs/heads/master.zip"
 # Sessions by site of the raw layout. Scanner and field strength decide, so that a held-out site is another scanner.
@@ -44,68 +42,34 @@ def write_open_data(
         source: a copy of the data that you have, folder or zip file, instead of the download. A part of them will do.
         seed: seed of the cord's distance from the centre of the images, from 0.
     """
+    from torchvision.datasets.utils import download_url, extract_archive  # slow to import, and for this alone
+
     if raw.exists():
         raise UserError(f"{raw} exists already: remove it, or choose another folder")
     if source and not source.exists():
         raise UserError(f"--from {source}: no such folder or zip file")
     raw.parent.mkdir(parents=True, exist_ok=True)
-    archive = source or download(URL, raw.with_name(f"{raw.name}.download.zip"))
     with tempfile.TemporaryDirectory(prefix=f"{raw.name}_", dir=raw.parent) as folder:
-        root, new = archive if archive.is_dir() else extract(archive, Path(folder) / "bids"), Path(folder) / "raw"
+        root, new, archive = source, Path(folder) / "raw", source
+        if not source:
+            archive = Path(folder) / "data.zip"
+            with naming(URL, "cannot be downloaded", remedy=". Try again, or give a copy of it by --from"):
+                download_url(URL, folder, archive.name)
+        if archive.is_file():
+            with naming(archive if source else URL, "is no whole zip file", remedy=": download it again"):
+                root = extract_archive(archive, Path(folder) / "bids")
+        known = {session for sessions in SESSIONS.values() for session in sessions}
+        around = [root, *root.glob("*/")]  # GitHub makes a folder around the files
+        root = next((place for place in around if known & {path.name for path in place.glob("*/")}), root)
         counts = dict.fromkeys(SESSIONS, 0)
         for site, sessions in SESSIONS.items():
             for number, session in enumerate(tqdm(sessions, desc=f"site {site}", leave=False), start=1):
                 counts[site] += _write_session(root, session, f"site{site}-sc", number, new, seed)
         if not any(counts.values()):
-            raise UserError(f"{archive}: no session of the data set in it, such as sub-9418/anat: is it another one?")
+            raise UserError(f"{source or URL}: no session of the data set in it, such as sub-9418/anat: another one?")
         (new / "SOURCE.txt").write_text(SOURCE)
         new.rename(raw)
-    if not source:
-        archive.unlink()
     print(f"{raw}: sessions by site: {', '.join(f'{site}: {count}' for site, count in counts.items())}")
-
-
-def download(url: str, path: Path) -> Path:
-    """Download a zip file, from where an earlier attempt broke off if the server can do that, and check it.
-
-    Raises:
-        UserError: there is no network, or what came is no whole zip file.
-    """
-    have = path.stat().st_size if path.exists() else 0
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers={"Range": f"bytes={have}-"})) as answer:
-            have = have if answer.status == 206 else 0
-            total = int(answer.headers.get("Content-Length") or 0) + have or None
-            progress = tqdm(desc="download", total=total, initial=have, unit="B", unit_scale=True)
-            with open(path, "ab" if have else "wb") as file, progress as bar:
-                while piece := answer.read(1 << 16):
-                    bar.update(file.write(piece))
-    except OSError as error:
-        raise UserError(f"{url} cannot be downloaded ({error}). Try again, or give a copy of it by --from") from error
-    try:
-        with zipfile.ZipFile(path) as found:
-            damaged = found.testzip()
-    except zipfile.BadZipFile:
-        damaged = "its list of files"
-    if damaged:
-        size = path.stat().st_size
-        if total is None or size >= total:  # a shorter one goes on next time
-            path.unlink()
-        raise UserError(f"{url}: {size} bytes came, which are no whole zip file ({damaged}): try again")
-    return path
-
-
-def extract(archive: Path, folder: Path) -> Path:
-    """Write the files of the sessions, and no others, to a folder; return the root of the data in it."""
-    sessions = set(sum(SESSIONS.values(), ()))
-    try:
-        with zipfile.ZipFile(archive) as packed:
-            names = [name for name in packed.namelist() if name.endswith(".nii.gz") and sessions & {*name.split("/")}]
-            packed.extractall(folder, names)  # which leads no name out of the folder
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"{archive}: no whole zip file ({error}): download it again") from error
-    tops = {name.split("/")[0] for name in names} - {*sessions, "derivatives", "..", ""}
-    return folder / tops.pop() if tops else folder  # GitHub makes a folder around the files
 
 
 def _write_session(root: Path, session: str, prefix: str, number: int, raw: Path, seed: int) -> bool:

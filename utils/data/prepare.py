@@ -4,13 +4,14 @@ import csv
 import hashlib
 import math
 import os
+import pickle
 import shutil
 import signal
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,14 @@ from tqdm import tqdm
 from config import CANVAS_PX, FIELD_PX
 from utils.data.dataset import Case, DatasetInfo
 from utils.data.phantom import PHANTOM_NOTE
-from utils.data.prepared import FORMAT_VERSION, INDEX_COLUMNS, QUANTILES, description_digest, quantile_curves
+from utils.data.prepared import (
+    FORMAT_VERSION,
+    INDEX_COLUMNS,
+    QUANTILES,
+    description_digest,
+    quantile_curves,
+    voxel_checksum,
+)
 from utils.data.volume import (
     PlaneMap,
     Volume,
@@ -30,18 +38,16 @@ from utils.data.volume import (
     frame_slices,
     implausible,
     mask_in_grid,
-    read_shape,
+    read_header,
     read_volume,
     whole_numbers,
     write_volume,
 )
-from utils.errors import UserError
+from utils.errors import UserError, naming
 from utils.files import LOCK, folder_lock, write_json
 
-HASHED_COLUMNS = list(INDEX_COLUMNS)[:11]  # those of format 3, so that a run still knows its data, prepared anew
 
-
-class Report(NamedTuple):
+class ScanReport(NamedTuple):
     """Result of one scan; the problems of the table and of file names stand in a report without a case."""
 
     errors: list[str]
@@ -51,19 +57,17 @@ class Report(NamedTuple):
     digest: bytes = b""  # SHA-256 of everything written
 
 
-Reports = list[tuple[Case | None, Report]]
+Reports = list[tuple[Case | None, ScanReport]]
 Target = tuple[Path, int, int]  # folder of the arrays, first slice and first mask of a scan
 
 
 def check_dataset(raw: Path, dataset: DatasetInfo, *, workers: int) -> bool:
     """Read every file of a raw data set and print every problem; return True if there is no error."""
-    return _summarise(raw, dataset, _process(raw, dataset, workers=workers, out=None))
+    return _summarise(raw, dataset, _convert_scans(raw, dataset, workers=workers, out=None))
 
 
-def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int, on_labels: bool = False) -> None:
+def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int) -> None:
     """Check `raw` and convert it into the folder `out`, which appears only when it is complete.
-
-    With `on_labels` the canvas is put on the centre of mass of a scan's labels, where it has any.
 
     Raises:
         UserError: `out` exists, the disk is too small or read-only, or a file has an error (all are printed).
@@ -78,10 +82,10 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int,
             for left in unfinished.glob("*"):  # by a process that was killed
                 if left.name != LOCK:
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
-            reports = _process(raw, dataset, workers=workers, out=unfinished, on_labels=on_labels)
+            reports = _convert_scans(raw, dataset, workers=workers, out=unfinished)
             if not _summarise(raw, dataset, reports):
                 raise UserError(f"{raw} has the errors listed above: nothing was prepared")
-            _write_index(unfinished, raw, dataset, reports, on_labels)
+            _write_index(unfinished, raw, dataset, reports)
             (unfinished / LOCK).unlink()
             unfinished.rename(out)
         except OSError as error:
@@ -92,29 +96,31 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int,
     print(f"{out}: {sum(len(report.rows) for _, report in reports)} slices, {size / 1e9:.2f} GB")
 
 
-def _process(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path | None, on_labels: bool = False) -> Reports:
+def _convert_scans(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path | None) -> Reports:
     """Check every scan and, if `out` is given, convert it; each worker holds one scan in memory."""
     if workers < 1:
         raise UserError(f"--workers {workers}: at least 1 process must do the work")
     if not raw.is_dir():
         raise UserError(f"{raw}: no such folder\n{dataset.download_help}")
-    found = dataset.find_cases(raw)
-    targets = _allocate(found.cases, dataset, out) if out and not found.errors else None
+    for field in sorted(
+        fields(dataset), key=lambda field: field.name == "find_cases"
+    ):  # asked here: a pool may wait for ever for what it cannot send
+        remedy = ": define it as a function of a module"
+        with naming(f"DatasetInfo.{field.name}", "cannot be sent to the worker processes", remedy=remedy):
+            pickle.dumps(getattr(dataset, field.name))
+    cases, errors, warnings = dataset.find_cases(raw)
+    targets = _allocate(cases, dataset, out) if out and not errors else None
     ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process alone: it ends the workers
     with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore_interrupt) as pool:
-        results = pool.map(process_case, found.cases, repeat(dataset), targets or repeat(None), repeat(on_labels))
-        progress = tqdm(results, total=len(found.cases), unit="scan", desc="prepare" if out else "check")
+        results = pool.map(convert_scan, cases, repeat(dataset), targets or repeat(None))
+        progress = tqdm(results, total=len(cases), unit="scan", desc="prepare" if out else "check")
         try:
-            return [(None, Report(found.errors, found.warnings, [])), *zip(found.cases, progress, strict=True)]
+            return [(None, ScanReport(errors, warnings, [])), *zip(cases, progress, strict=True)]
         except BrokenProcessPool as error:
             raise UserError("a worker process died, most likely for lack of memory: use fewer --workers") from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-def _dimensions(case: Case, dataset: DatasetInfo) -> int | tuple[int, int]:
-    return (3, 4) if case.own else dataset.ndim
 
 
 def _frames(case: Case, count: int) -> Sequence[int]:
@@ -128,7 +134,7 @@ def _allocate(cases: list[Case], dataset: DatasetInfo, out: Path) -> list[Target
     for case in cases:
         targets.append((out, slices, masks))
         try:
-            shape = read_shape(case.image, _dimensions(case, dataset))
+            _, shape = read_header(case.image)
         except UserError:
             return None  # the scan's own check will say why
         slices += shape[2] * len(_frames(case, math.prod(shape[3:])))
@@ -147,70 +153,73 @@ def _allocate(cases: list[Case], dataset: DatasetInfo, out: Path) -> list[Target
     return targets
 
 
-def process_case(case: Case, dataset: DatasetInfo, target: Target | None, on_labels: bool = False) -> Report:
+def convert_scan(case: Case, dataset: DatasetInfo, target: Target | None) -> ScanReport:
     """Check the files of one scan and, if `target` is given, convert it."""
     errors: list[str] = []
     volumes: list[Volume] = []
     for path in (case.image, *case.masks):
         try:
-            volumes.append(read_volume(path, _dimensions(case, dataset)))
+            volumes.append(read_volume(path))
         except UserError as error:
             errors.append(str(error))
     if errors:
-        return Report(errors, [], [])
+        return ScanReport(errors, [], [])
     image, *masks = volumes
     warnings = [f"{case.image}: {image.warning}"] if image.warning else []
     errors = [f"{case.image}: {reason}" for reason in implausible(image)]
     for number, path in enumerate(case.masks):
         try:
             masks[number] = mask_in_grid(_labels(masks[number], dataset), image)
-            warnings += [f"{path}: {masks[number].note}"] if masks[number].note else []
+            warnings += [f"{path}: {masks[number].warning}"] if masks[number].warning else []
         except UserError as error:
             errors.append(f"{path}: {error}")
     for phase, frame in case.phases.items():
         if frame >= frame_count(image):
             errors.append(f"{case.image}: {phase} is frame {frame}, but the file holds 0..{frame_count(image) - 1}")
     if errors:
-        return Report(errors, warnings, [])
+        return ScanReport(errors, warnings, [])
     truth = {}
     for phase, frame in case.phases.items():
-        try:
-            truth[phase] = dataset.consensus([frame_slices(mask, frame).astype(np.uint8) for mask in masks])
-        except UserError as error:
-            return Report([f"{case.masks[0]}: {error}"], warnings, [])
-        if dataset.doubt and (doubt := dataset.doubt(truth[phase])):
-            warnings.append(f"{case.masks[0]}: {phase}: {doubt}")
+        raters = [frame_slices(mask, frame) for mask in masks]
+        truth[phase] = dataset.consensus(raters) if dataset.consensus else raters[0]
+        if dataset.label_warning and (text := dataset.label_warning(truth[phase])):
+            warnings.append(f"{case.masks[0]}: {phase}: {text}")
     empty = [phase for phase, label in truth.items() if not label.any()]
     drawn = [frame for frame in range(frame_count(masks[0])) if frame_slices(masks[0], frame).any()] if empty else []
     if set(drawn) - set(case.phases.values()):
-        said = ", ".join(f"{phase} {frame}" for phase, frame in case.phases.items())
-        errors = [f"{case.masks[0]}: labels in frames {drawn}, but by the table they are {said} (counted from 0)"]
-        return Report(errors, warnings, [])
+        named = ", ".join(f"{phase} {frame}" for phase, frame in case.phases.items())
+        errors = [f"{case.masks[0]}: labels in frames {drawn}, but by the table they are {named} (counted from 0)"]
+        return ScanReport(errors, warnings, [])
     warnings += [f"{case.masks[0]}: no label in {phase}" for phase in empty]
-    structures = np.array([(label > 0) & (label < len(dataset.class_names)) for label in truth.values()], bool)
-    center = None  # the image's
-    if on_labels and structures.any():
-        center = tuple(np.argwhere(structures)[:, -2:].mean(0).tolist())
-    elif on_labels:
-        warnings.append(f"{case.image}: no labels to put the canvas on, it keeps the image's centre")
-    plane = PlaneMap(image.array.shape[:2], image.zooms[:2], CANVAS_PX, dataset.spacing, center)
-    field = replace(plane, size=FIELD_PX).inside()
-    outside = (np.count_nonzero(structures & ~field), np.count_nonzero(structures)) if truth else (0, 0)
-    if outside[0] > 0.01 * outside[1]:
-        lost = f"{100 * outside[0] / outside[1]:.1f} % of its labelled voxels"
-        remedy = "" if on_labels else "; --center auto puts the canvas on the labels"
-        warnings.append(f"{case.image}: {lost} lie outside the network's field of view{remedy}")
+    plane = PlaneMap(image.array.shape[:2], image.zooms[:2], CANVAS_PX, dataset.spacing)
+    outside = total = 0
+    if truth:
+        labels = np.stack(list(truth.values()))
+        structures = (labels > 0) & (labels < len(dataset.class_names))
+        total = np.count_nonzero(structures)
+        outside = np.count_nonzero(structures & ~replace(plane, size=FIELD_PX).inside())
+    if outside > 0.01 * total:
+        share = f"{100 * outside / total:.1f} % of its labelled voxels"
+        warnings.append(f"{case.image}: {share} lie outside the network's field of view")
     rows, digest = _convert(case, dataset, image, truth, plane, target) if target else ([], b"")
-    return Report(errors, warnings, rows, outside, digest)
+    return ScanReport(errors, warnings, rows, (outside, total), digest)
 
 
 def _labels(mask: Volume, dataset: DatasetInfo) -> Volume:
-    """Return a mask with whole labels; raise UserError, which names no file, if the data set has no such label."""
+    """Return a mask with labels of the data set, uint8; raise UserError, which names no file, for other values."""
     mask, last = whole_numbers(mask), dataset.num_raw_labels - 1
-    if mask.array.min() < 0 or mask.array.max() > last:
-        unknown = np.setdiff1d(mask.array, range(last + 1))[:5].tolist()
+    label_of = dataset.label_values or {label: label for label in range(last + 1)}
+    labels, known = np.zeros(mask.array.shape, np.uint8), np.zeros(mask.array.shape, bool)
+    for value, label in label_of.items():
+        here = mask.array == value
+        labels[here] = label
+        known |= here
+    if not known.all():
+        unknown = np.unique(mask.array[~known])[:5].tolist()
+        if dataset.label_values:
+            raise UserError(f"--labels do not name its values {unknown}: add VALUE=STRUCTURE, or VALUE=background")
         raise UserError(f"labels {unknown} outside 0..{last}; for scans of your own, --labels says what they mean")
-    return mask
+    return mask._replace(array=labels)
 
 
 def _convert(
@@ -226,6 +235,7 @@ def _convert(
         images[row : row + depth] = canvas
         quantiles[row : row + depth] = quantile_curves(canvas)
         digest.update(canvas.tobytes())
+        checksum = voxel_checksum(frame_slices(image, frame))
         phase = phases.get(frame, "")
         if phase:
             label = plane.to_canvas(truth[phase] * (truth[phase] < len(dataset.class_names)))  # the others: background
@@ -236,15 +246,14 @@ def _convert(
         for z in range(depth):
             mask = mask_row + z if phase else -1
             values = (case.patient, case.domain, case.group, phase, frame, z, mask)
-            values += (*plane.shape, *image.zooms, *plane.middle)
+            values += (*plane.shape, *image.zooms, checksum)
             index.append(dict(zip(INDEX_COLUMNS, values, strict=True)))
         row, mask_row = row + depth, mask_row + depth * bool(phase)
-    known = [{name: line[name] for name in HASHED_COLUMNS} for line in index]
-    digest.update(repr(known).encode() + image.affine.tobytes())
+    digest.update(repr(index).encode() + image.affine.tobytes())
     return index, digest.digest()
 
 
-def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: Reports, on_labels: bool) -> None:
+def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: Reports) -> None:
     """Write index.csv and dataset.json."""
     rows = [row for _, report in reports for row in report.rows]
     with open(out / "index.csv", "w", newline="") as file:
@@ -260,7 +269,6 @@ def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: Reports, o
         "canvas_px": CANVAS_PX,
         "field_px": FIELD_PX,
         "class_names": dataset.class_names,
-        "centered_on_labels": on_labels,
         "content_hash": hashlib.sha256(b"".join(report.digest for _, report in reports)).hexdigest(),
     }
     info["sha256"] = description_digest(info, (out / "index.csv").read_bytes())
@@ -268,7 +276,7 @@ def _write_index(out: Path, raw: Path, dataset: DatasetInfo, reports: Reports, o
 
 
 def _summarise(raw: Path, dataset: DatasetInfo, reports: Reports) -> bool:
-    """Print every problem and what was found; return True if there is no error."""
+    """Print every problem and the counts; return True if there is no error."""
     errors = [text for _, report in reports for text in report.errors]
     warnings = [text for _, report in reports for text in report.warnings]
     for kind, texts in (("error", errors), ("warning", warnings)):

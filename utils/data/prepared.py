@@ -12,9 +12,9 @@ import numpy as np
 
 from config import CANVAS_PX, FIELD_PX, Config
 from utils.data.dataset import DatasetInfo
-from utils.errors import UserError
+from utils.errors import UserError, naming
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 QUANTILES = 256  # points of a slice's quantile curve
 INDEX_COLUMNS = {  # of index.csv: one row per slice, in the order of images.npy
     "patient": str,
@@ -29,12 +29,11 @@ INDEX_COLUMNS = {  # of index.csv: one row per slice, in the order of images.npy
     "row_mm": float,
     "column_mm": float,
     "slice_mm": float,
-    "center_row": float,  # voxel under the canvas's centre
-    "center_column": float,
+    "checksum": str,  # of the frame's voxels, as they were read; empty for a blank frame
 }
 
 NO_DOMAIN = "none"  # as the held-out domain: all are trained on
-INFO = ("dataset", "spacing_mm", "content_hash", "phantom", "centered_on_labels")  # what dataset.json must say
+INFO = ("dataset", "spacing_mm", "content_hash", "phantom")  # what dataset.json must say
 
 
 @dataclass(frozen=True)
@@ -53,19 +52,18 @@ class PreparedData:
         """Open the folder `root`; raise UserError if it is missing, damaged, or of another data set or format."""
         root = Path(root)
         if not (root / "dataset.json").is_file():
-            where = "" if root.is_absolute() else f" of {Path.cwd()}: if they lie elsewhere, name them by --data-root"
+            place = "" if root.is_absolute() else f" of {Path.cwd()}: if they lie elsewhere, name them by --data-root"
             demo = f"Or try the demo, which needs no data: python {dataset.key}_train.py --demo"
             raise UserError(
-                f"no prepared {dataset.name} data in the folder {root}{where}\n{dataset.download_help}\n{demo}"
+                f"no prepared {dataset.name} data in the folder {root}{place}\n{dataset.download_help}\n{demo}"
             )
-        try:
+        with naming(root, "is damaged", remedy=": prepare the data again"):
             info = json.loads((root / "dataset.json").read_text())
             if info["dataset"] != dataset.key:
                 raise UserError(f"{root} holds {info['dataset']} data: use its scripts, or name {dataset.key} data")
             if info["format"] != FORMAT_VERSION:
                 raise UserError(
-                    f"{root} is of format {info['format']}, expected {FORMAT_VERSION}: remove it, and prepare the "
-                    f"data again with {dataset.key}_dataloader.py (a demo makes its own anew)"
+                    f"{root} is of format {info['format']}, not {FORMAT_VERSION}: remove it, prepare it again"
                 )
             text = (root / "index.csv").read_bytes()
             if info.pop("sha256") != description_digest(info, text):  # rows in another order are other images
@@ -74,8 +72,6 @@ class PreparedData:
             info = {name: info[name] for name in INFO}
             index = {name: np.array([kind(row[name]) for row in rows]) for name, kind in INDEX_COLUMNS.items()}
             arrays = [np.load(root / f"{name}.npy", mmap_mode="r") for name in ("images", "masks", "quantiles")]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{root} is damaged ({error!r}): prepare the data again") from error
         if not len(rows) == len(arrays[0]) == len(arrays[2]) or index["mask"].max(initial=-1) >= len(arrays[1]):
             raise UserError(f"{root} is damaged (index.csv and the arrays differ in length): prepare the data again")
         return cls(root, info, index, *arrays)
@@ -96,9 +92,22 @@ class PreparedData:
         chosen = (index["domain"] == domain) | (domain == NO_DOMAIN)
         return sorted({str(p) for p in index["patient"][chosen & (index["mask"] >= 0)]})
 
+    def checksums(self, patients: list[str]) -> dict[str, str]:
+        """Return the patients by the checksums of their frames' voxels: they tell a scan under any name."""
+        rows = [row for row in self.rows(patients) if self.index["checksum"][row]]
+        return {str(self.index["checksum"][row]): str(self.index["patient"][row]) for row in rows}
+
     def truth_path(self, patient: str, phase: str) -> Path:
         """Return the path of a scan's mask in its own voxel grid."""
         return self.root / "truth" / f"{patient}_{phase}.nii.gz"
+
+
+def voxel_checksum(slices: np.ndarray) -> str:
+    """Return 16 hexadecimal digits that tell a frame (Z, X, Y) by its voxels; empty where all are equal."""
+    voxels = np.ascontiguousarray(slices, np.float32)
+    if voxels.min() == voxels.max():
+        return ""
+    return hashlib.sha256(repr(voxels.shape).encode() + voxels.tobytes()).hexdigest()[:16]
 
 
 def description_digest(info: dict[str, Any], index: bytes) -> str:

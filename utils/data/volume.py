@@ -5,7 +5,6 @@ import io
 import itertools
 import math
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -13,11 +12,15 @@ from typing import BinaryIO, NamedTuple
 import nibabel as nib
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, naming
 from utils.files import atomic_write
 
+PROGRAM = "SemiDG-Seg"  # begins the description of every map that is written with one
 LARGEST = 1e30  # absolute value of a voxel: differences and products of such stay within float32
 MAX_DEFLATE_RATIO = 1032  # zlib's densest possible compression: more data than this a file cannot hold
+HEADER_BYTES = 540  # of the longer kind, NIfTI-2
+UNREADABLE = (OSError, EOFError, zlib.error)
+AGAIN = "; copy or download it again"
 
 
 class Volume(NamedTuple):
@@ -27,122 +30,99 @@ class Volume(NamedTuple):
     header: nib.Nifti1Header
     affine: np.ndarray  # (4, 4) voxel to mm
     zooms: tuple[float, ...]  # mm per voxel, three values
-    note: str = ""  # oddity of the file that is no error
-
-    @property
-    def warning(self) -> str | None:
-        """The note, and affine columns whose norm is not the voxel size; None if there is nothing odd."""
-        norms, notes = np.linalg.norm(self.affine[:3, :3], axis=0), [self.note] if self.note else []
-        if not np.allclose(norms, self.zooms, rtol=0.01):
-            notes.append(
-                f"voxel size by the affine {np.round(norms, 3).tolist()} is not that of the header {self.zooms}"
-            )
-        return "; ".join(notes) or None
+    warning: str = ""  # oddity of the file that is no error
 
 
-def read_volume(path: Path, ndim: int | Sequence[int] = (3, 4)) -> Volume:
+def read_volume(path: Path, max_ndim: int = 4) -> Volume:
     """Read a .nii or .nii.gz file whole, checksum included, and validate it.
 
     nibabel accepts many damaged files in silence, so header, length and values are checked here. Trailing axes of
-    length 1 that `ndim` does not ask for are dropped. Bytes after the end of the gzip stream are ignored, with a note.
+    length 1 are dropped. Bytes after the end of the gzip stream are ignored, with a warning.
 
     Raises:
         UserError: names the file and what is wrong with it: truncated or corrupt gzip, short data, impossible
-            dimensions, voxel size or affine, NaN or infinite voxels, another number of dimensions than `ndim`.
+            dimensions, voxel size or affine, NaN or infinite voxels, neither 3 dimensions nor up to `max_ndim`.
     """
-    allowed, note = [ndim] if isinstance(ndim, int) else list(ndim), ""
-    try:
-        with _open(path) as file:
-            head = file.read(540)
-            header, shape, size = _parse_header(path, head, allowed)
-            content = io.BytesIO(head)
-            length = content.seek(0, io.SEEK_END)
-            while length < size and (piece := file.read(min(size - length, 1 << 24))):
-                length += content.write(piece)  # piece by piece: a damaged header may claim any size
-            try:
-                while file.read(1 << 20):  # what follows is not data, but the gzip checksum comes after it
-                    pass
-            except gzip.BadGzipFile as error:
-                if not str(error).startswith("Not a gzipped file"):  # the checksum is wrong
-                    raise
-                note = "the bytes after the end of its gzip stream are ignored"
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read whole ({error}); copy or download it again") from error
-    if length < size:
-        raise UserError(f"{path}: {length} bytes, but its header promises {size}; copy or download it again")
-    try:
-        array = header.data_from_fileobj(content).reshape(shape)
+    warnings = []
+    with naming(path, "cannot be read whole", errors=UNREADABLE, remedy=AGAIN), _open(path) as file:
+        content = bytearray(file.read(HEADER_BYTES))
+        header, shape, size = _parse_header(path, content, max_ndim)
+        while len(content) < size and (piece := file.read(min(size - len(content), 1 << 24))):
+            content += piece  # piece by piece: a damaged header may claim any size
+        try:
+            while file.read(1 << 20):  # what follows is not data, but the gzip checksum comes after it
+                pass
+        except gzip.BadGzipFile as error:
+            if not str(error).startswith("Not a gzipped file"):  # the checksum is wrong
+                raise
+            warnings.append("the bytes after the end of its gzip stream are ignored")
+    if len(content) < size:
+        raise UserError(f"{path}: {len(content)} bytes, but its header promises {size}{AGAIN}")
+    with naming(path, "is not a valid NIfTI file"):  # nibabel raises a dozen kinds for what a header can hold
+        array = header.data_from_fileobj(io.BytesIO(content)).reshape(shape)
         affine = header.get_best_affine()
-    except Exception as error:  # nibabel raises a dozen kinds for what a header can hold
-        raise UserError(f"{path}: not a valid NIfTI file ({error})") from error
     if array.dtype.kind not in "biuf":
         raise UserError(f"{path}: voxels are of type {array.dtype}, expected one number per voxel")
     del content  # its memory, before more is needed
     if not (array.min() >= -LARGEST and array.max() <= LARGEST):  # NaN is neither
-        bad = np.count_nonzero(~(np.abs(array) <= LARGEST))
-        slope = header["scl_slope"]
+        bad, slope = np.count_nonzero(~(np.abs(array) <= LARGEST)), header["scl_slope"]
         raise UserError(f"{path}: {bad} voxels are NaN, infinite or above {LARGEST:g} (the header scales by {slope})")
     if not (np.abs(affine) < 1e6).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise UserError(f"{path}: the affine (sform or qform) is NaN, beyond 1 km or singular")
-    return Volume(array, header, affine, tuple(float(z) for z in header.get_zooms()[:3]), note)
+    norms, zooms = np.linalg.norm(affine[:3, :3], axis=0), tuple(map(float, header.get_zooms()[:3]))
+    if not np.allclose(norms, zooms, rtol=0.01):
+        warnings.append(f"voxel size by the affine {np.round(norms, 3).tolist()} is not that of the header {zooms}")
+    return Volume(array, header, affine, zooms, "; ".join(warnings))
+
+
+def read_header(path: Path) -> tuple[nib.Nifti1Header, tuple[int, ...]]:
+    """Return the header and the shape that it gives, without the voxels; raises UserError as `read_volume` does."""
+    with naming(path, "cannot be read", errors=UNREADABLE, remedy=AGAIN), _open(path) as file:
+        return _parse_header(path, file.read(HEADER_BYTES), 4)[:2]
 
 
 def _open(path: Path) -> BinaryIO:
-    return gzip.open(path) if _is_packed(path) else open(path, "rb")
-
-
-def _is_packed(path: Path) -> bool:
-    """Return True if the file begins as gzip does, whatever its name."""
     with open(path, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
+        packed = file.read(2) == b"\x1f\x8b"  # the content says so, whatever the name
+    return gzip.open(path) if packed else open(path, "rb")
 
 
-def read_shape(path: Path, ndim: int | Sequence[int]) -> tuple[int, ...]:
-    """Return the shape that the header gives, without reading the voxels; raises UserError as `read_volume` does."""
-    try:
-        with _open(path) as file:
-            return _parse_header(path, file.read(540), [ndim] if isinstance(ndim, int) else list(ndim))[1]
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); copy or download it again") from error
-
-
-def _parse_header(path: Path, head: bytes, allowed: list[int]) -> tuple[nib.Nifti1Header, tuple[int, ...], int]:
+def _parse_header(path: Path, head: bytes, max_ndim: int) -> tuple[nib.Nifti1Header, tuple[int, ...], int]:
     """Parse and check the header; return it with the shape, and the length in bytes, of the file it describes."""
     sizes = {int.from_bytes(head[:4], order) for order in ("little", "big")}
-    found = next((c for c in (nib.Nifti1Header, nib.Nifti2Header) if c.sizeof_hdr in sizes), None)
-    if found is None or len(head) < found.sizeof_hdr:
+    kind = next((kind for kind in (nib.Nifti1Header, nib.Nifti2Header) if kind.sizeof_hdr in sizes), None)
+    if kind is None or len(head) < kind.sizeof_hdr:
         raise UserError(f"{path}: not a NIfTI file (expected .nii or .nii.gz)")
-    try:
-        header = found(head[: found.sizeof_hdr], check=False)
+    with naming(path, "is not a valid NIfTI file"):
+        header = kind(bytes(head[: kind.sizeof_hdr]), check=False)
         itemsize = header.get_data_dtype().itemsize
-    except Exception as error:
-        raise UserError(f"{path}: not a valid NIfTI header ({error})") from error
-    squared = sum(float(header[f"quatern_{axis}"]) ** 2 for axis in "bcd")
-    if 1 < squared < 1 + 1.1e-5:  # by rounding; nibabel refuses such quaternions
-        for axis in "bcd":
-            header[f"quatern_{axis}"] = header[f"quatern_{axis}"] / np.sqrt(squared)
-    dim, pixdim = header["dim"], header["pixdim"]
+    turn = np.array([header[f"quatern_{axis}"] for axis in "bcd"], float)
+    if 1 < turn @ turn < 1 + 1.1e-5:  # by rounding; nibabel refuses such quaternions
+        header["quatern_b"], header["quatern_c"], header["quatern_d"] = turn / np.linalg.norm(turn)
+    dim, voxel_mm = header["dim"].tolist(), header["pixdim"][1:4]
+    shape = dim[1 : dim[0] + 1]
+    offset, data_bytes = float(header["vox_offset"]), math.prod(shape) * itemsize
+    limit = path.stat().st_size * MAX_DEFLATE_RATIO + 1024
+    problem = ""
     if not header["magic"].item().startswith(b"n+"):
-        raise UserError(f"{path}: not a single-file NIfTI (magic {header['magic'].item()!r})")
-    if not 1 <= dim[0] <= 7 or (dim[1 : dim[0] + 1] < 1).any():
-        raise UserError(f"{path}: impossible dimensions {dim.tolist()} in the header")
-    shape = dim[1 : dim[0] + 1].tolist()
-    while len(shape) > min(allowed) and len(shape) not in allowed and shape[-1] == 1:
+        problem = f"not a single-file NIfTI (magic {header['magic'].item()!r})"
+    elif not 1 <= dim[0] <= 7 or min(shape) < 1:
+        problem = f"impossible dimensions {dim} in the header"
+    elif not (np.isfinite(voxel_mm) & (voxel_mm > 0)).all():
+        problem = f"voxel size {voxel_mm.tolist()} mm in the header; must be positive"
+    elif (unit := int(header["xyzt_units"]) & 7) in (1, 3):
+        problem = f"the header gives lengths in {'metres' if unit == 1 else 'micrometres'}; rewrite it in mm"
+    elif not offset >= kind.sizeof_hdr:  # NaN is not
+        problem = f"the header says that the data begin at byte {offset:g}, which is within the header"
+    elif offset > limit or data_bytes > limit:
+        problem = f"the header claims {data_bytes:.3g} bytes of data, more than the file can hold"
+    while len(shape) > 3 and shape[-1] == 1:
         shape.pop()
-    if len(shape) not in allowed:
-        names = " or ".join(f"{n}D" for n in allowed)
-        raise UserError(f"{path}: {len(shape)}D image of shape {shape}, expected {names}")
-    if not np.isfinite(pixdim[1:4]).all() or (pixdim[1:4] <= 0).any():
-        raise UserError(f"{path}: voxel size {pixdim[1:4].tolist()} mm in the header; must be positive")
-    if (unit := int(header["xyzt_units"]) & 7) in (1, 3):
-        name = "metres" if unit == 1 else "micrometres"
-        raise UserError(f"{path}: the header gives lengths in {name}; rewrite it in mm")
-    offset = float(header["vox_offset"])
-    voxels = math.prod(shape)
-    limit = path.stat().st_size * (MAX_DEFLATE_RATIO if _is_packed(path) else 1) + 1024
-    if not (found.sizeof_hdr <= offset <= limit) or voxels * itemsize > limit:
-        raise UserError(f"{path}: the header claims {voxels * itemsize:.3g} bytes of data, more than the file can hold")
-    return header, tuple(shape), int(offset) + voxels * itemsize
+    if not problem and not 3 <= len(shape) <= max_ndim:
+        problem = f"{len(shape)}D image of shape {shape}, expected 3D{' or 4D' if max_ndim == 4 else ''}"
+    if problem:
+        raise UserError(f"{path}: {problem}")
+    return header, tuple(shape), int(offset) + data_bytes
 
 
 def frame_count(volume: Volume) -> int:
@@ -194,19 +174,20 @@ def whole_numbers(mask: Volume) -> Volume:
 def mask_in_grid(mask: Volume, image: Volume) -> Volume:
     """Return a mask in the voxel grid of its image: flipped or exchanged axes are turned as the affines say.
 
-    The result's `note` says so, or that the affines differ by up to half a voxel. An affine that is lost (identity,
-    or none) says nothing about the axes: such a mask is taken as it is stored, with a note.
+    The result's `warning` says so, or that the affines differ by up to half a voxel. An affine that is lost (identity,
+    or none) says nothing about the axes: such a mask is taken as it is stored, with a warning.
 
     Raises:
         UserError: the shapes differ, or the affines by more than half a voxel; the message names no file.
     """
-    array, notes = mask.array, [mask.note] if mask.note else []
-    codes = ["".join(map(str, nib.aff2axcodes(volume.affine))) for volume in (mask, image)]
+    array, warnings = mask.array, [mask.warning] if mask.warning else []
+    codes, image_codes = ("".join(map(str, nib.aff2axcodes(volume.affine))) for volume in (mask, image))
     shift, shift_mm = np.zeros(1), 0.0
+    lost = [name for name, volume in (("mask", mask), ("image", image)) if _affine_is_lost(volume)]
     if np.allclose(mask.affine, image.affine, atol=1e-3):
         pass
-    elif lost := [name for name, volume in (("mask", mask), ("image", image)) if _affine_is_lost(volume)]:
-        notes.append(f"the affine of the {' and the '.join(lost)} is lost (identity or none): axes taken as stored")
+    elif lost:
+        warnings.append(f"the affine of the {' and the '.join(lost)} is lost (identity or none): axes taken as stored")
     else:
         to_image = np.linalg.inv(image.affine) @ mask.affine  # voxels of the mask -> voxels of the image
         axes = nib.io_orientation(to_image)
@@ -216,18 +197,17 @@ def mask_in_grid(mask: Volume, image: Volume) -> Volume:
         corners = np.array([*itertools.product(*((0, n - 1) for n in array.shape[:3]), [1])]).T  # (4, 8)
         shift = (moved @ corners)[:3]  # voxels
         shift_mm = np.linalg.norm(image.affine[:3, :3] @ shift, axis=0).max()
-        said = f"orientation {codes[0]} against {codes[1]}, corners {shift_mm:.2g} mm apart"
-        notes.append(f"its affine differs from the image's: {said}, brought into the image's voxel grid")
+        difference = f"orientation {codes} against {image_codes}, corners {shift_mm:.2g} mm apart"
+        warnings.append(f"its affine differs from the image's: {difference}, brought into the image's voxel grid")
     if array.shape != image.array.shape:
-        raise UserError(
-            f"shape {mask.array.shape} ({codes[0]}) differs from the image's {image.array.shape} ({codes[1]})"
-        )
+        shape = f"shape {mask.array.shape} ({codes})"
+        raise UserError(f"{shape} differs from the image's {image.array.shape} ({image_codes})")
     if not np.abs(shift).max() <= 0.5:
         raise UserError(
-            f"its orientation {codes[0]} and place do not fit the image's {codes[1]}: corners lie {shift_mm:.1f} mm "
+            f"its orientation {codes} and place do not fit the image's {image_codes}: corners lie {shift_mm:.1f} mm "
             "apart. Resample the mask to its image, or correct the wrong affine"
         )
-    return image._replace(array=array, note="; ".join(notes))
+    return image._replace(array=array, warning="; ".join(warnings))
 
 
 def _affine_is_lost(volume: Volume) -> bool:

@@ -151,8 +151,7 @@ def to_native(scan: ScanPrediction, data: PreparedData, *, keep_largest: bool = 
     """Map a prediction back to its scan's grid: bilinear softmax, argmax, largest components on request."""
     classes, size = scan.probability.shape[1:3]
     truth = read_volume(data.truth_path(scan.patient, scan.phase), 3)
-    center = tuple(float(data.index[f"center_{axis}"][scan.rows[0]]) for axis in ("row", "column"))
-    plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, pixel_mm(data.info["spacing_mm"], size), center)
+    plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, pixel_mm(data.info["spacing_mm"], size))
     labels = np.empty(truth.array.shape, np.uint8)
     for z, probability in enumerate(scan.probability.float().cpu().numpy()):  # all slices at once would take gigabytes
         labels[..., z] = plane.to_native(probability).argmax(0)  # outside the field of view: background
