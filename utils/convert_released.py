@@ -114,8 +114,8 @@ def convert_released(
         raise UserError(f"--test-domain {test_domain}: {info.name} has {', '.join(info.domains)}")
     if any((out / name).exists() for name in ("config.json", "best.safetensors", "last.pt")):
         raise UserError(f"{out} holds a run: choose another --out")
-    cfg = replace(base, test_domain=test_domain, ratio=ratio or base.ratio, data_root=str(data or base.data_root))
-    cfg = replace(cfg, histogram_matching=base.histogram_matching and data is not None)
+    cfg = replace(base, test_domain=test_domain, ratio=base.ratio if ratio is None else ratio)
+    cfg = replace(cfg, data_root=str(data or base.data_root), histogram_matching=bool(data and base.histogram_matching))
     # The smallest batch, as none is read: also a small folder has one.
     loaders = build_loaders(replace(cfg, batch_size=2, workers=0), info) if data else None
     nets = [build_network(len(info.class_names)) for _ in range(2)]
