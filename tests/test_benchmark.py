@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from helpers import ROOT
-from utils.distributed import Process
+from utils.device import Process
 
 from utils import benchmark
 

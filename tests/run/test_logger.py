@@ -84,7 +84,7 @@ import os, subprocess
 from pathlib import Path
 from utils.files import OutputFolder
 from utils.run import logger
-logger.WANDB_PATIENCE = 3
+logger.WANDB_PATIENCE = 12
 with logger.Logger(OutputFolder(Path({str(tmp_path)!r})), since=0, total=9, use_wandb=True, config={{}}) as log:
     log.log({{"step": 1}})
     assert log.wandb_run
@@ -97,7 +97,7 @@ if {int(number)} != 9:
     os.kill(service, 9)
 print("the end")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert done.stdout.count("warning: wandb failed") == 1 and "the end" in done.stdout
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
