@@ -9,9 +9,9 @@ CORD = --data-root data/cord --test-domain 1 --ratio 1 --use-extra-unlabeled --i
 
 setup: .venv/ready
 
-.venv/ready: requirements.txt
+.venv/ready: requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --requirement requirements.txt
+	$(BIN)/pip install --quiet --requirement requirements.txt --constraint constraints.txt
 	touch $@
 
 demo: setup

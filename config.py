@@ -7,6 +7,7 @@ python mms_train.py --help
 import math
 import sys
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin
 
 import tyro
@@ -16,12 +17,6 @@ from utils.errors import UserError
 FIELD_PX = 288  # the field of view: the paper's image size
 CANVAS_PX = 300  # the prepared images: a margin of 6 px around the field of view, for random shifts
 
-# Settings that neither the method nor its result depends on.
-RUNTIME_SETTINGS = frozenset({
-    "data_root", "out_root", "run_name", "restart", "save_every", "device", "workers", "wandb", "compile",
-    "checkpoint_activations", "keep_epochs", "monitor_pseudo_labels",
-})  # fmt: skip
-
 
 def pixel_mm(spacing: float, size: int) -> float:
     """Return the mm per px of the field of view at `size` px, where the canvas has `spacing` mm per px."""
@@ -29,64 +24,93 @@ def pixel_mm(spacing: float, size: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Settings of one training run. Lengths in px are given for 288 px, whatever the image size."""
+class DataSettings:
+    """What is trained on, and which domain is held out."""
 
-    demo: bool = False  # a small run on synthetic data, which it makes itself: the same program, only smaller
-
-    # --- data ---
-    data_root: str  # folder that `prepare` has written
-    # held out: never seen in training; "none" trains on all domains, for use on other data
+    data_root: str  # Folder of the prepared data, as `prepare` has written it.
+    # Domain to hold out, which training never sees; "none" trains on all of them, for use on other data.
     test_domain: Annotated[str, tyro.conf.arg(aliases=["--test-vendor"])]
-    ratio: float  # share of the patients that is labelled; 1: all of them, the fully supervised upper bound
-    val_patients: int = 0  # labelled patients per source domain that only select the checkpoint, instead of training
-    use_extra_unlabeled: bool = False  # train on the scans that come without masks, too
-    image_size: int = FIELD_PX  # px; smaller images show the same field of view more coarsely
+    ratio: float  # Share of the patients that is labelled, in (0, 1]; 1 is the fully supervised upper bound.
+    val_patients: int = 0  # Number of labelled patients per source domain that only select the checkpoint.
+    use_extra_unlabeled: bool = False  # Train on the source domains' scans that come without masks, too.
+    image_size: int = FIELD_PX  # Size of the images in px, 32 to 288; all sizes show the same field of view.
 
-    # --- augmentation ---
-    rotation: int = 90  # degrees: angles are U{0..rotation}
-    max_shift: int = 6  # px, the largest random shift along each axis
-    flip: bool = True  # horizontally and vertically, each with probability 0.5
-    blur: bool = True  # Gaussian, sigma U(0.25, 1.25) px
-    histogram_matching: bool = True  # to random images of the first source domain; at test time to their mean
-    fourier_aug: bool = True  # the second view; without it only cps_loss "plain" is possible
-    fourier_mode: Literal["AS", "AM"] = "AS"  # AS swaps the low-frequency amplitude, AM mixes the whole of it
-    fourier_window: float = 0.01  # L of AS: half-width of the swapped square, as a share of 288 px
-    fourier_ratio: float = 1.0  # lambda of AS: share of the other image's amplitude
-    fourier_alpha: float = 0.3  # the largest share in AM
-    cutmix: bool = True  # pseudo supervision on pairs of images mixed by boxes
 
-    # --- method ---
-    cps_loss: Literal["pixel", "scalar", "plain"] = "pixel"  # use of the confidence: see utils/method/losses.py
-    cps_weight: float  # beta; 0: supervised only
-    cps_warmup: float = 0  # epochs before the pseudo supervision begins
-    cps_ramp: float = 0  # epochs over which its weight then rises to cps_weight
-    dice_background: bool = True  # the supervised Dice loss counts the background as a class, too
-    pretrained: str = "timm"  # ImageNet backbone: "timm", "none" or the path of a resnet50_v1c.pth
-    init_from: str | None = None  # folder of a run whose best networks this one begins with, instead of pretrained ones
+@dataclass(frozen=True, kw_only=True)
+class AugmentationSettings:
+    """Random changes of the images; lengths in px are given for 288 px, whatever the image size."""
 
-    # --- optimisation ---
-    lr: float = 1e-4  # of AdamW, constant
-    weight_decay: float = 0.01
-    num_epoch: int = 50  # an epoch shows every unlabelled image once (with CutMix, once more as a partner)
-    batch_size: int = 32  # labelled images per batch and process, with twice as many unlabelled (no CutMix: as many)
-    accumulate: int = 1  # batches per step, whose gradients are averaged: a large batch on a small GPU
-    max_steps: int | None = None  # end after this many steps in all
-    seed: int = 0  # of weights, sampling, augmentation and dropout
+    rotation: int = 90  # Largest rotation in degrees, 0 to 360; angles are drawn uniformly from 0 on.
+    max_shift: int = 6  # Largest shift along each axis in px, 0 to 6.
+    flip: bool = True  # Flip horizontally and vertically, each with probability 0.5.
+    blur: bool = True  # Blur with a Gaussian of a sigma drawn from 0.25 to 1.25 px.
+    histogram_matching: bool = True  # Match histograms to images of the first source domain (at test: to their mean).
+    fourier_aug: bool = True  # Make the Fourier views; without them only --cps-loss plain is possible.
+    fourier_mode: Literal["AS", "AM"] = "AS"  # Swap the amplitude of low frequencies (AS) or mix that of all (AM).
+    fourier_window: float = 0.01  # Half-width of the square that AS swaps, as a share of 288 px (L).
+    fourier_ratio: float = 1.0  # Share of the other image's amplitude in AS, 0 to 1 (lambda).
+    fourier_alpha: float = 0.3  # Largest share of the other image's amplitude in AM, 0 to 1 (alpha).
+    cutmix: bool = True  # Give the pseudo supervision pairs of images that are mixed by boxes.
 
-    # --- run ---
-    run_name: str  # folder under out_root; {test_domain}, {ratio}, {seed} stand for the settings
-    out_root: str = "runs"
-    restart: bool = False  # delete the run of this name and begin anew, instead of resuming it
-    save_every: int = 0  # steps between checkpoints inside an epoch; 0: at epoch ends only
-    keep_epochs: int = 0  # number of last epochs whose networks stay in epochs/, beside the best (0.3 GB each)
-    device: str = "auto"  # "cuda", "cpu", or "auto": a GPU where there is one
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # bf16 autocast where it is faster
-    compile: bool = False  # torch.compile the networks: minutes at the start, then faster steps
-    checkpoint_activations: bool = False  # recompute them in the backward pass: less memory, slower steps
-    monitor_pseudo_labels: bool = False  # compare them with hidden source masks each epoch; training is unchanged
-    workers: int = 4  # processes for each of the two loaders; 0: read in the training process
-    wandb: bool = True  # online when an account is configured, else into the run folder only
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """The objective, and what the networks begin with."""
+
+    # Weigh each pixel by its confidence (pixel), the mean loss by it as released (scalar), or nothing (plain).
+    cps_loss: Literal["pixel", "scalar", "plain"] = "pixel"
+    cps_weight: float  # Weight of the pseudo supervision, at least 0 (beta); 0 trains on labelled images only.
+    cps_warmup: float = 0  # Number of epochs before the pseudo supervision begins.
+    cps_ramp: float = 0  # Number of epochs over which its weight then rises to --cps-weight.
+    dice_background: bool = True  # Count the background as a class of the supervised Dice loss, too.
+    pretrained: str = "timm"  # ImageNet weights to begin with: "timm", "none" or the path of a resnet50_v1c.pth.
+    init_from: str | None = None  # Folder of a run whose best networks this one begins with, instead of ImageNet's.
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimisationSettings:
+    """How the weights are updated, and for how long."""
+
+    # Learning rate of AdamW, above 0; it stays constant.
+    lr: Annotated[float, tyro.conf.arg(aliases=["--learning-rate"])] = 1e-4
+    weight_decay: float = 0.01  # Weight decay of AdamW, at least 0.
+    num_epoch: int = 50  # Number of epochs; one shows every unlabelled image once (and once more as CutMix partner).
+    batch_size: int = 32  # Labelled images per batch and process, at least 2; twice as many unlabelled with CutMix.
+    accumulate: int = 1  # Batches per step, whose gradients are averaged: a large batch on a small GPU.
+    max_steps: int | None = None  # Number of steps after which training ends, if the epochs have not ended before.
+    seed: int = 0  # Seed of weights, sampling, augmentation and dropout, at least 0.
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Where the run is written, and on what it is computed; its result does not depend on these."""
+
+    demo: bool = False  # Train small on synthetic data that the program makes itself; needs no data.
+    run_name: str  # Folder under --out-root; {test_domain}, {ratio} and {seed} stand for the settings.
+    out_root: str = "runs"  # Folder of all runs.
+    restart: bool = False  # Delete the run of this name and begin anew, instead of resuming it.
+    save_every: int = 0  # Steps between checkpoints inside an epoch; 0 saves at epoch ends only.
+    keep_epochs: int = 0  # Number of last epochs whose networks stay in epochs/, 0.3 GB each.
+    device: str = "auto"  # Device to compute on: "cuda", "cpu", or "auto" for a GPU where there is one.
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # Precision of the networks; auto is bf16 where it is faster.
+    compile: bool = False  # Compile the networks: minutes at the start, then faster steps.
+    checkpoint_activations: bool = False  # Recompute activations in the backward pass: less memory, slower steps.
+    monitor_pseudo_labels: bool = False  # Compare the pseudo labels with hidden source masks after each epoch.
+    workers: int = 4  # Processes for each of the two loaders; 0 reads in the training process.
+    wandb: bool = True  # Log to wandb, online when an account is configured, else into the run folder only.
+
+
+GROUPS = (DataSettings, AugmentationSettings, MethodSettings, OptimisationSettings, RunSettings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(*reversed(GROUPS)):
+    """Settings of one training run, those of all groups."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return Path(self.out_root) / self.run_name
 
     def __post_init__(self) -> None:
         """Raise UserError, naming the flag, for settings that cannot work."""
@@ -121,6 +145,10 @@ class Config:
         for rule, holds in rules.items():
             if not holds:
                 raise UserError(rule)
+
+
+# Settings that neither the method nor its result depends on ("precision" does change the last digits).
+RUNTIME_SETTINGS = frozenset({field.name for field in fields(RunSettings)} | {"data_root"}) - {"demo", "precision"}
 
 
 MMS = Config(
@@ -179,10 +207,27 @@ SCGM_DEMO = replace(
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommandLine(Config):
-    """Settings of one training run, or of one after the other with several seeds."""
+class CommandLine:
+    """Train two networks that teach each other, with one domain held out; the same command resumes a run.
 
-    seeds: tuple[int, ...] = ()  # train once with each of these, one run after the other, instead of with --seed
+    Most runs need no more than --test-domain, --ratio, --seed (or --seeds), --data-root, --run-name and --demo.
+    """
+
+    seeds: tuple[int, ...] = ()  # Train once with each of these seeds, one run after the other.
+    data: DataSettings
+    augmentation: AugmentationSettings
+    method: MethodSettings
+    optimisation: OptimisationSettings
+    run: RunSettings
+
+
+def _parse(default: Config) -> tuple[Config, tuple[int, ...]]:
+    """Read the command line, whose flags change `default`; return the settings and the seeds."""
+    names = [field.name for field in fields(CommandLine)][1:]
+    settings = {group: {field.name: getattr(default, field.name) for field in fields(group)} for group in GROUPS}
+    groups = {name: group(**settings[group]) for name, group in zip(names, GROUPS, strict=True)}
+    parsed = tyro.cli(tyro.conf.OmitArgPrefixes[CommandLine], default=CommandLine(**groups))
+    return Config(**{key: value for name in names for key, value in vars(getattr(parsed, name)).items()}), parsed.seeds
 
 
 def from_cli(base: Config, demo: Config) -> list[Config]:
@@ -190,12 +235,10 @@ def from_cli(base: Config, demo: Config) -> list[Config]:
 
     Where a flag takes the pretrained weights away, FROM_SCRATCH goes before `base`.
     """
-    default = CommandLine(**vars(demo if "--demo" in sys.argv[1:] else base))
-    parsed = tyro.cli(CommandLine, default=default)
-    if parsed.pretrained == "none" != default.pretrained and not parsed.init_from:
-        parsed = tyro.cli(CommandLine, default=replace(default, **FROM_SCRATCH))
-    settings = dict(vars(parsed))
-    seeds, cfg = settings.pop("seeds"), Config(**settings)
+    default = demo if "--demo" in sys.argv[1:] else base
+    cfg, seeds = _parse(default)
+    if cfg.pretrained == "none" != default.pretrained and not cfg.init_from:
+        cfg, seeds = _parse(replace(default, **FROM_SCRATCH))
     if seeds and "{seed" not in cfg.run_name:
         cfg = replace(cfg, run_name=f"{cfg.run_name}_seed{{seed}}")
     runs = [replace(cfg, seed=seed) for seed in dict.fromkeys(seeds)] or [cfg]

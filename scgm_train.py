@@ -7,18 +7,20 @@ python scgm_train.py --help                               # every setting is a f
 """
 
 from config import SCGM, SCGM_DEMO, from_cli
-from network import build_network
-from scgm_dataloader import DATASET
-from utils.data.commands import make_demo_data
-from utils.data.loaders import build_loaders
-from utils.device import main_first, process_group
-from utils.engine import fit
 from utils.errors import clear_errors
 
 
 def main() -> None:
     with clear_errors():
         runs = from_cli(SCGM, SCGM_DEMO)
+        # Imported here, so that --help and a mistyped flag do not wait for PyTorch.
+        from network import build_network
+        from scgm_dataloader import DATASET
+        from utils.data.commands import make_demo_data
+        from utils.data.loaders import build_loaders
+        from utils.device import main_first, process_group
+        from utils.engine import fit
+
         with process_group(runs[0].device) as process:
             with main_first(process):
                 if runs[0].demo and process.is_main:

@@ -52,11 +52,11 @@ def main():
     seen, trainers = [], []
     original = Trainer.train_step
 
-    def recording(self, batches):
+    def recording(self, batches, **options):
         # No unlabelled images are read during the warm-up.
         seen.extend([[] if batch is None else batch["row"].tolist() for batch in pair] for pair in batches)
         trainers[:] = [self]
-        original(self, batches)
+        original(self, batches, **options)
         if self.process.rank == 1 and self.step == die_at:
             os._exit(3)
         if self.process.rank == 0 and self.step == stop_at:

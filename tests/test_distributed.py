@@ -110,7 +110,7 @@ def test_signal_to_torchrun_saves_and_the_same_command_goes_on(short, tmp_path):
             started.send_signal(signal.SIGTERM)
             break
     assert "stopped by a signal at step" in started.stdout.read() and started.wait(60) != 0
-    assert load_checkpoint(tmp_path / "run")["step"] in (6, 10)  # an epoch's end, or where the processes meet anyway
+    assert load_checkpoint(tmp_path / "run")["step"] in (2, 3)  # the flag of one step is read in the next
     resumed = torchrun(short)
     assert resumed.returncode == 0 and "run: 12 steps" in resumed.stdout, resumed.stderr
 

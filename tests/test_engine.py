@@ -20,11 +20,11 @@ import utils.run.folder as folder_module
 from utils import engine
 from utils.data.loaders import SliceDataset, build_loaders
 from utils.device import Process
-from utils.engine import EXIT_INTERRUPTED, MAX_BAD_STEPS, Interrupt, fit
+from utils.engine import EXIT_INTERRUPTED, Interrupt, fit
 from utils.errors import UserError
 from utils.evaluation.runs import method_name
 from utils.run.checkpoint import load_checkpoint, read_metadata
-from utils.trainer import Trainer, batch_norms, derive_seed
+from utils.trainer import MAX_BAD_STEPS, Trainer, batch_norms, derive_seed
 
 CPU = torch.device("cpu")
 MMS = mms_dataloader.DATASET
@@ -55,8 +55,8 @@ def test_weight_of_the_pseudo_supervision_warms_up_and_ramps(mms_config, build_t
     assert method_name(trainer.metadata()) == "full"
     # Logged are means over the steps that had the pseudo supervision, here 2 of 4.
     sums = {"loss": 12, "supervised": 8, "cps": 1, "cps_weight": 4, "variance": 0.5, "steps": 4, "cps_steps": 2}
-    trainer.sums = {name: torch.tensor(float(total)) for name, total in sums.items()}
-    assert trainer.means(trainer.sums) == {"loss": 3, "supervised": 2, "cps": 0.5, "cps_weight": 2, "variance": 0.25}
+    sums = {name: torch.tensor(float(total)) for name, total in sums.items()}
+    assert trainer.mean_scalars(sums) == {"loss": 3, "supervised": 2, "cps": 0.5, "cps_weight": 2, "variance": 0.25}
 
 
 def run(cfg, build, dataset=MMS):
@@ -128,9 +128,9 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(mms_config, build_
     # A signal in the midst of an epoch; the step it comes in is finished.
     for stop, number in ((2, signal.SIGTERM), (5, signal.SIGUSR1), (7, signal.SIGINT)):
 
-        def stepping(self, batches, stop=stop, number=number):
-            original(self, batches)
-            if self.step == stop:
+        def stepping(self, batches, at=stop, number=number, **options):
+            original(self, batches, **options)
+            if self.step == at:
                 os.kill(os.getpid(), number)
 
         with pytest.MonkeyPatch.context() as patch:
@@ -171,8 +171,8 @@ def test_the_images_that_select_the_weights_are_called_what_they_are(mms_config,
 def run_until_killed(cfg, step):
     original = Trainer.train_step
 
-    def stepping(self, batches):
-        original(self, batches)
+    def stepping(self, batches, **options):
+        original(self, batches, **options)
         if self.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -237,8 +237,8 @@ def test_finished_run_says_so_and_longer_one_goes_on(mms_config, build_tiny, cap
 def test_signal_during_the_last_step_keeps_the_next_run_from_beginning(mms_config, build_tiny, monkeypatch):
     original = Trainer.train_step
 
-    def signalled(self, batches):
-        original(self, batches)
+    def signalled(self, batches, **options):
+        original(self, batches, **options)
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(Trainer, "train_step", signalled)
@@ -285,12 +285,12 @@ def test_unlabeled_images_are_read_only_with_pseudo_supervision(mms_config, buil
     cfg = replace(cfg, cps_warmup=2 / loaders.steps_per_epoch)  # two steps
     seen, drawn, fetched = [], [], []
     original = SliceDataset.__getitem__
-    monkeypatch.setattr(Trainer, "draw_samples", lambda self, path, batch, title: drawn.append(batch["row"].tolist()))
+    monkeypatch.setattr(Trainer, "draw_samples", lambda self, path, title: drawn.append(path.name))
     train_step = Trainer.train_step
 
-    def stepping(self, batches):
+    def stepping(self, batches, **options):
         seen.append([None if unlabeled is None else unlabeled["row"].tolist() for _, unlabeled in batches])
-        train_step(self, batches)
+        train_step(self, batches, **options)
 
     def fetching(self, positions):
         fetched.append(self)
@@ -305,12 +305,12 @@ def test_unlabeled_images_are_read_only_with_pseudo_supervision(mms_config, buil
     fit(cfg, loaders, build_tiny, Process(CPU))
     assert seen[:2] == [[None] * accumulate] * 2
     assert [row for step in seen[2:] for row in step] == [rows(n) for n in range(2 * accumulate, 4 * accumulate)]
-    assert drawn == [rows(3 * accumulate)]
-    assert sum(dataset is loaders.unlabeled.dataset for dataset in fetched) == 2 * accumulate + 1
+    assert drawn == ["epoch_001.png"]
+    assert sum(dataset is loaders.unlabeled.dataset for dataset in fetched) == 2 * accumulate
     never = replace(cfg, cps_weight=0, run_name="never", max_steps=2)
     fetched.clear()
     fit(never, loaders, build_tiny, Process(CPU))
-    assert sum(dataset is loaders.unlabeled.dataset for dataset in fetched) == 1  # the samples
+    assert not any(dataset is loaders.unlabeled.dataset for dataset in fetched)
 
 
 def test_pretrained_weights_are_fetched_for_a_new_run_only(mms_config, build_tiny):
@@ -366,10 +366,11 @@ def test_step_that_is_not_finite_changes_nothing(mms_config, build_tiny):
     ours, theirs = tensors(before), tensors(after)
     changed = [path for path in ours if not torch.equal(ours[path], theirs[path])]
     assert all(path.endswith("num_batches_tracked") for path in changed)
-    assert trainer.bad_steps.tolist() == [1, 1] and trainer.step == 2
+    assert trainer.bad_steps == {"in_row": 1, "in_epoch": 1} and trainer.step == 2
     trainer.train_step(batches)
-    assert trainer.bad_steps.tolist() == [0, 1]
-    assert np.isfinite([value for value in trainer.means(trainer.sums).values() if value is not None]).all()
+    assert trainer.bad_steps == {"in_row": 0, "in_epoch": 1}
+    means = trainer.mean_scalars(trainer.epoch_sums).values()
+    assert np.isfinite([value for value in means if value is not None]).all()
 
 
 def first_batches(trainer, count):
@@ -429,8 +430,9 @@ def test_training_that_diverges_stops_and_names_the_images(mms_config, build_tin
     cfg = replace(mms_config, max_steps=None, num_epoch=1)
     original = Trainer.train_step
 
-    def poisoned(self, batches):
-        original(self, [({**labeled, "image": labeled["image"] * torch.nan}, other) for labeled, other in batches])
+    def poisoned(self, batches, **options):
+        broken = [({**labeled, "image": labeled["image"] * torch.nan}, other) for labeled, other in batches]
+        original(self, broken, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train_step", poisoned)
@@ -482,7 +484,7 @@ def test_lost_best_weights_are_written_anew(mms_config, build_tiny, capsys, dama
     best = Path(cfg.out_root, "run/best.safetensors")
     damage(best)
     run(replace(cfg, max_steps=2), build_tiny)
-    assert "best.safetensors is missing or damaged; the next evaluation writes it anew" in capsys.readouterr().out
+    assert "best.safetensors is missing or damaged; the next evaluation writes it" in capsys.readouterr().out
     assert read_metadata(best)["step"] == 2
 
 

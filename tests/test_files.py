@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from utils.evaluation.results import evaluate_run
 
 import config
 import mms_dataloader
@@ -17,7 +18,6 @@ from utils.device import Process
 from utils.engine import fit
 from utils.errors import UserError, clear_errors
 from utils.evaluation.commands import load_run, open_data
-from utils.evaluation.results import evaluate_run
 from utils.files import OutputFolder, folder_lock
 
 MMS = mms_dataloader.DATASET

@@ -11,9 +11,9 @@ from helpers import ROOT
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from utils.evaluation.statistics import agreement_limits
 
 from utils import plots
-from utils.evaluation.statistics import agreement_limits
 
 NAMES = ("LV", "MYO", "RV")
 CONTOURS = np.array([to_rgb(colour) for colour in plots.STRUCTURE_COLOURS])

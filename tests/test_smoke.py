@@ -68,7 +68,7 @@ def test_without_data_the_way_there_is_named(name, tmp_path):
     ("arguments", "message"),
     [
         (["mms_train.py", "--batch-size", "1"], "--batch-size must be at least 2"),
-        (["mms_train.py", "--learning-rate", "1"], "learning-rate"),
+        (["mms_train.py", "--learning", "1"], "--learning"),
         (["inference_mms.py", "--run", "nowhere"], "nowhere: no such run"),
         (
             ["inference_mms.py", "--run", "nowhere", "--center", "5", "5"],
@@ -77,5 +77,5 @@ def test_without_data_the_way_there_is_named(name, tmp_path):
     ],
 )
 def test_mistakes_are_named_without_a_traceback(arguments, message, tmp_path):
-    code = 2 if "--learning-rate" in arguments else 1
+    code = 2 if "--learning" in arguments else 1
     assert message in script(tmp_path, *arguments, code=code)

@@ -30,6 +30,11 @@ class Process(NamedTuple):
         """True in the one process that writes the log and the checkpoints."""
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """Print in the main process alone."""
+        if self.is_main:
+            print(text)
+
 
 @contextmanager
 def process_group(device: str) -> Iterator[Process]:

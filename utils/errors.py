@@ -1,15 +1,13 @@
 """Errors that are a user's to mend: one clear message, exit status 1, no traceback."""
 
-import contextlib
 import errno
 import io
 import multiprocessing
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-
-import torch
 
 # What the surroundings refuse: full disk, quota, read-only file system, missing rights, a file where a folder is due,
 # limits on open files and file sizes, and a disk or network file system that fails.
@@ -26,7 +24,12 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-@contextlib.contextmanager
+def is_full_gpu(error: Exception) -> bool:
+    """Return True for torch.OutOfMemoryError, known by its name: `--help` must not wait for PyTorch."""
+    return type(error).__name__ == "OutOfMemoryError"
+
+
+@contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn a UserError, a refusing disk, a full GPU memory or Ctrl-C inside the block into a message and an exit."""
     for stream in (sys.stdout, sys.stderr):
@@ -36,13 +39,13 @@ def clear_errors() -> Iterator[None]:
         yield
     except UserError as error:
         sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(
-            f"error: out of GPU memory ({first_line(error)})\n"
-            "Use --checkpoint-activations, --precision bf16, or a smaller --image-size or --batch-size (with "
-            "--accumulate the step stays as large)."
-        )
     except RuntimeError as error:
+        if is_full_gpu(error):
+            sys.exit(
+                f"error: out of GPU memory ({first_line(error)})\n"
+                "Use --checkpoint-activations, --precision bf16, or a smaller --image-size or --batch-size (with "
+                "--accumulate the step stays as large)."
+            )
         if not str(error).startswith("DataLoader"):  # PyTorch has no class of its own for stalled or dead workers
             raise
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch reports every worker that is killed here
@@ -61,19 +64,19 @@ def clear_errors() -> Iterator[None]:
         sys.exit(130)
 
 
-@contextlib.contextmanager
+@contextmanager
 def memory_errors(name: Path, remedy: str = "") -> Iterator[None]:
     """Turn a full memory, of the machine or its GPU, into a UserError that names a file or folder."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        full = isinstance(error, MemoryError) or is_full_gpu(error)
         if not full and "can't allocate memory" not in str(error):  # PyTorch has no class of its own for that
             raise
         raise UserError(f"{name}: out of memory: try --device cpu, --precision bf16{remedy}") from error
 
 
-@contextlib.contextmanager
+@contextmanager
 def naming(
     path: Path | str, problem: str, *, errors: type[Exception] | tuple = Exception, remedy: str = ""
 ) -> Iterator[None]:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -92,6 +93,15 @@ def require_space(folder: Path, need: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < need:
         raise UserError(f"{folder}: checkpoints take {need / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free there")
+
+
+def require_writable(folder: Path, flag: str) -> None:
+    """Make a folder and try to write in it; UserError, which names the flag that chooses it, where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}): choose another {flag}") from error
 
 
 class OutputFolder:

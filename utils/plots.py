@@ -5,20 +5,19 @@ labels 1..K, named by `class_names` (label 1 first, no background); the truth is
 a translucent fill; `title` stands above all. Figures are built without pyplot, so no display is needed.
 """
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
-# Pictures are files here. A notebook's backend, which its scripts inherit, would fail to load outside of it.
-os.environ["MPLBACKEND"] = "agg"
-
 import nibabel as nib
+import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
+
+from utils.files import OutputFolder
 
 # Colours of the labels 1, 2, 3. To colour-blind eyes, too, these three as fills on whatever grey, white blood among
 # it, look neither grey nor like each other.
@@ -56,8 +55,8 @@ def plot_curves(
     monitored = [line for line in epochs if "pseudo_labels" in line]
     if monitored:
         at, figures = [line["step"] for line in monitored], [line["pseudo_labels"] for line in monitored]
-        dice = {domain: [of["dice"][domain] for of in figures] for domain in figures[0]["dice"]}
-        ranks = {name: [of["scores"][name]["auroc_foreground"] for of in figures] for name in figures[0]["scores"]}
+        dice = {domain: [f["dice"][domain] for f in figures] for domain in figures[0]["dice"]}
+        ranks = {name: [f["scores"][name]["auroc_foreground"] for f in figures] for name in figures[0]["scores"]}
         panels |= {"pseudo label Dice (%) by domain": (at, dice), "AUROC: pixel is right, foreground": (at, ranks)}
     marker_size = 3 if len(steps) <= 50 else 1
     figure = Figure(figsize=(9, 3 * len(panels) / 2), layout="constrained")
@@ -121,112 +120,38 @@ def plot_preview(path, *, images, masks, fourier, mixed, letters, spacing, title
             _show(row[column], image)
         _orient(row[0], letters[n], spacing)
         # LV last: its edge is also the inner edge of MYO, which stays recognisable by its outer one.
-        for label, _, colour in reversed(_structures(class_names)):
+        for label, _, colour in reversed(structures_of(class_names)):
             _contour(row[1], masks[n] == label, colour)
         difference_map = _show(row[3], difference[n], cmap="RdBu_r", limits=(-limit, limit))
     figure.colorbar(difference_map, ax=axes, shrink=0.6, label="Fourier − plain")
-    handles = [Line2D([], [], color=colour, label=f"{name} truth") for _, name, colour in _structures(class_names)]
+    handles = [Line2D([], [], color=colour, label=f"{name} truth") for _, name, colour in structures_of(class_names)]
     _finish(figure, path, title, handles)
 
 
 def plot_case(path, *, image, truth, prediction, agreement, slices, letters, spacing, class_names, title) -> None:
-    """One held-out scan, a column per chosen slice, cropped to its structures.
+    """One held-out scan, a column per drawn slice.
 
     image: (S, H, W), any intensity scale; truth, prediction: (S, H, W) int; agreement: (S, H, W) in [0, 1];
-    slices: the indices to draw, not empty; letters: of the left, right, upper and lower edge, such as "RLAP", or "";
+    slices: the S numbers of the slices; letters: of the left, right, upper and lower edge, such as "RLAP", or "";
     spacing: mm per px.
     """
-    window = _structure_window(np.maximum(prediction, truth)[slices])
-    limits = np.percentile(image[slices], (1, 99))  # one grey scale, so that slices can be compared
-    figure, axes = _grid(3, [f"slice {s}" for s in slices], ["image", "prediction, truth", "agreement"])
-    for s, column in zip(slices, axes.T, strict=True):
+    limits = np.percentile(image.astype(float), (1, 99))  # one grey scale, so that slices can be compared
+    figure, axes = _grid(3, [f"slice {number}" for number in slices], ["image", "prediction, truth", "agreement"])
+    for s, column in enumerate(axes.T):
         for ax in column[:2]:
-            _show(ax, image[s][window], limits=limits)
-        _fill_structures(column[1], prediction[s][window], class_names)
-        for label, *_ in _structures(class_names):
-            _contour(column[1], truth[s][window] == label, "white", CASING)
-        agreement_map = _show(column[2], agreement[s][window], cmap="viridis")
+            _show(ax, image[s], limits=limits)
+        _fill_structures(column[1], prediction[s], class_names)
+        for label, *_ in structures_of(class_names):
+            _contour(column[1], truth[s] == label, "white", CASING)
+        agreement_map = _show(column[2], agreement[s], cmap="viridis")
     _orient(axes[0, 0], letters, spacing)
     figure.colorbar(agreement_map, ax=axes, shrink=0.6, label="agreement exp(−KL) of the two networks")
     truth_line = Line2D([], [], color="white", path_effects=CASING, label="truth")
     _finish(figure, path, title, [*_fills(class_names, "prediction"), truth_line])
 
 
-def plot_dice_per_case(path, rows: list[dict], class_names, *, title, num_named: int = 3) -> None:
-    """Dice of every case by structure, over a box of the quartiles; the worst `num_named` cases are named.
-
-    rows: dicts with patient, structure (one of class_names), phase (such as "ED"; "" where there is none) and
-    dice (percent).
-    """
-    rows = sorted(rows, key=lambda row: row["dice"])
-    markers = dict(zip(sorted({row["phase"] for row in rows}), "o^sD", strict=False))
-    lowest = rows[0]["dice"] if rows else 0
-    span = max(100 - lowest, 1)
-    figure = Figure(figsize=(2 + 2.2 * len(class_names), 4.5), layout="constrained")
-    ax = figure.add_subplot()
-    for x, name, colour in _structures(class_names):
-        cases = [row for row in rows if row["structure"] == name]
-        dice = [row["dice"] for row in cases]
-        ax.boxplot(dice, positions=[x], widths=0.5, showfliers=False, medianprops={"color": "black"})
-        # Golden ratio steps spread neighbours in Dice apart, the same way each time.
-        places = [(x + 0.36 * (i * 0.618 % 1 - 0.5), value) for i, value in enumerate(dice)]
-        style = {"color": colour, "markersize": 5, "markeredgecolor": "black", "markeredgewidth": 0.5}
-        for place, row in zip(places, cases, strict=True):
-            ax.plot(*place, markers[row["phase"]], **style)
-        text_y = np.inf
-        line = {"arrowstyle": "-", "linewidth": 0.5}
-        for place, row in reversed(list(zip(places, cases, strict=True))[:num_named]):
-            text_y = min(row["dice"], text_y - 0.045 * span)  # names move down until they are apart
-            text = f"{row['patient']} {row['phase']}"
-            ax.annotate(text, place, (x + 0.3, text_y), fontsize=7, va="center", arrowprops=line)
-    ax.set(xlim=(0.5, len(class_names) + 0.8), ylim=(lowest - 0.15 * span, 100 + 0.03 * span), ylabel="Dice (%)")
-    ax.set_xticks(range(1, len(class_names) + 1), class_names)
-    ax.grid(axis="y", alpha=0.3)
-    handles = [Patch(facecolor=c, edgecolor="black", label=n) for _, n, c in _structures(class_names)]
-    handles += [Line2D([], [], color="grey", marker=m, ls="", label=p) for p, m in markers.items() if p]
-    legend_below(figure, handles)
-    save(figure, path, title)
-
-
-def plot_bland_altman(path, pairs: dict, agreement: dict[str, dict], *, title: str) -> None:
-    """Agreement of predicted with reference quantities: difference against mean, bias, limits of agreement.
-
-    pairs: quantity -> (reference, predicted), two equally long sequences; a pair with a NaN is not drawn;
-    agreement: quantity -> its n, bias, limits (None where there are none) and unit.
-    """
-    num_columns = min(len(pairs), 4)
-    num_rows = -(-len(pairs) // num_columns)
-    figure = Figure(figsize=(2.9 * num_columns + 0.6, 2.8 * num_rows + 0.4), layout="constrained")
-    axes = figure.subplots(num_rows, num_columns, squeeze=False).flat
-    for ax, (quantity, values) in zip(axes, pairs.items(), strict=False):
-        reference, predicted = np.asarray(values, dtype=float)
-        n, bias, limits, unit = (agreement[quantity][key] for key in ("n", "bias", "limits", "unit"))
-        text = f"{quantity} (n = {n})"
-        ax.axhline(0, color="grey", linewidth=0.8, label="no difference")
-        mean = (reference + predicted) / 2
-        ax.plot(mean, predicted - reference, "o", color="#0072B2", markersize=4, alpha=0.7, label="one case")
-        if bias is not None:
-            ax.axhline(bias, color="black", label="bias")
-            text += f"\nbias {bias:+.1f} {unit}"
-        if limits is not None:
-            for limit in limits:
-                ax.axhline(limit, color="black", linestyle="--", label="bias ± 1.96 SD")
-            text += f", limits {limits[0]:+.1f} to {limits[1]:+.1f}"
-        ax.set_title(text, fontsize=8)
-        ax.set_xlabel(f"mean of both ({unit})", fontsize=8)
-        ax.set_ylabel(f"predicted − truth ({unit})", fontsize=8)
-        ax.tick_params(labelsize=8)
-        if not n:
-            ax.set(xticks=[], yticks=[])
-            ax.text(0.5, 0.6, "no patient has both", ha="center", fontsize=8, transform=ax.transAxes)
-    for ax in axes[len(pairs) :]:
-        ax.set_axis_off()
-    legend_below(figure, ncols=4)
-    save(figure, path, title)
-
-
-def _structures(class_names):
-    """(label, name, colour) of every structure."""
+def structures_of(class_names):
+    """Return (label, name, colour) of every structure."""
     return list(zip(range(1, len(class_names) + 1), class_names, STRUCTURE_COLOURS, strict=False))
 
 
@@ -258,21 +183,9 @@ def _orient(ax, letters, spacing) -> None:
 
 def _fill_structures(ax, labels, class_names) -> None:
     overlay = np.zeros((*labels.shape, 4))
-    for label, _, colour in _structures(class_names):
+    for label, _, colour in structures_of(class_names):
         overlay[labels == label] = (*to_rgb(colour), FILL_ALPHA)
     ax.imshow(_upright(overlay), origin="upper")
-
-
-def _structure_window(labels, margin: float = 0.35) -> tuple:
-    """Index into (H, W): a square around the structures of `labels` (S, H, W); everything if it has none."""
-    places = np.argwhere(labels.any(axis=0))
-    if len(places) == 0:
-        return np.s_[:, :]
-    low, high = places.min(axis=0), places.max(axis=0) + 1
-    half = int((0.5 + margin) * (high - low).max()) + 1
-    centre = (low + high) // 2
-    (x0, y0), (x1, y1) = np.maximum(centre - half, 0), centre + half
-    return np.s_[x0:x1, y0:y1]
 
 
 def _grid(num_rows, column_titles, row_titles=()):
@@ -289,7 +202,7 @@ def _grid(num_rows, column_titles, row_titles=()):
 
 def _fills(class_names, meaning):
     """Entries of a legend, for what `_fill_structures` draws."""
-    return [Patch(color=c, alpha=FILL_ALPHA, label=f"{name} {meaning}") for _, name, c in _structures(class_names)]
+    return [Patch(color=c, alpha=FILL_ALPHA, label=f"{name} {meaning}") for _, name, c in structures_of(class_names)]
 
 
 def _finish(figure, path, title, handles) -> None:
@@ -309,8 +222,10 @@ def legend_below(figure, handles=None, ncols=None, **style) -> None:
 
 
 def save(figure, path, title) -> None:
-    """Write the PNG file with `title` above all."""
+    """Write the PNG file with `title` above all; no text is read as a formula, whatever names hold."""
     figure.suptitle(title, fontsize=10)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, bbox_inches="tight", pad_inches=0.05)
 
@@ -338,3 +253,18 @@ def edge_letters(like) -> str:
         return ""
     codes = nib.aff2axcodes(like.affine)[:2]
     return "".join(pair for pair in ("RL", "AP", "SI") if set(pair) & set(codes))
+
+
+def write_label_names(outputs: OutputFolder, class_names: Sequence[str], folder: str = ".") -> None:
+    """Write names and colours of the structures, as in the pictures, into a folder in `outputs`.
+
+    labels.txt is for ITK-SNAP, labels.ctbl for 3D Slicer.
+    """
+    snap = '0 0 0 0 0 0 0 "Clear Label"\n'  # index, red, green, blue, opacity, visible, mesh visible, name
+    slicer = f"0 {class_names[0]} 0 0 0 0\n"
+    for label, name, colour in structures_of(class_names[1:]):
+        rgb = " ".join(map(str, bytes.fromhex(colour[1:])))
+        snap += f'{label} {rgb} 1 1 1 "{name}"\n'
+        slicer += f"{label} {name} {rgb} 255\n"
+    for suffix, text in (("txt", snap), ("ctbl", slicer)):
+        outputs.claim(str(Path(folder, f"labels.{suffix}"))).write_text(text)

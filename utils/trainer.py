@@ -4,14 +4,15 @@ Everything random in a step follows from (seed, step): sampling, augmentation, C
 therefore needs no generator states, and a run that was stopped anywhere continues bit for bit on a CPU.
 """
 
+import math
 import os
 import shutil
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from itertools import chain
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from config import Config
 from utils.data.loaders import Loaders
 from utils.device import Process, autocast_context, average, gather, unflatten
 from utils.errors import UserError
-from utils.evaluation.predict import Member, mean_dice, predict_scans
-from utils.evaluation.quality import Ranges, scan_quality, value_ranges
+from utils.evaluation.confidence import monitor_pseudo_labels
+from utils.evaluation.predict import Predictor, mean_dice, predict_scans
 from utils.method.augment import Augmentation, cutmix_mask
 from utils.method.losses import kl_variance
 from utils.method.objective import UnlabeledViews, pseudo_label, training_step
@@ -33,11 +34,14 @@ from utils.plots import plot_training_samples
 from utils.run.checkpoint import run_metadata
 from utils.run.folder import load_initial
 
+MAX_BAD_STEPS = 10  # non-finite steps in a row before training gives up
 SELECTION = "highest ensemble Dice (paper protocol) on {images}; the target domain is never looked at"
 
 Batch = dict[str, torch.Tensor]
 BuildNetwork = Callable[..., nn.Module]
 State = dict[str, Any]  # of a run, as its checkpoints hold it
+Sums = dict[str, torch.Tensor]  # by name
+COUNTERS = ("epoch_sums", "point_sums", "bad_steps")  # dictionaries of tensors that the next lines of the log need
 
 
 class Trainer:
@@ -57,7 +61,6 @@ class Trainer:
             if process.world_size > 1 and self.device.type == "cuda":  # SyncBatchNorm refuses CPUs
                 net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
             self.nets.append(net.to(self.device, memory_format=torch.channels_last).train())
-        self.quality: Ranges = {}  # of the measures on the labelled source scans, at the last validation
         self.seen_before: list[str] = []  # patients whose images the networks had learnt from when the run began
         if cfg.init_from and not state:
             names, held_out = loaders.dataset.class_names, loaders.split.held_out
@@ -77,15 +80,29 @@ class Trainer:
         self.mean_reference = None if reference is None else reference.mean(0)
         self.augmentation = Augmentation(cfg, reference)
         self.generator = torch.Generator(self.device)
-        self.statistics = [of for norm in batch_norms(self.nets) for of in (norm.running_mean, norm.running_var)]
+        self.statistics = [s for norm in batch_norms(self.nets) for s in (norm.running_mean, norm.running_var)]
         self.step = 0
         self.best = -1.0  # percent
-        self.sums: dict[str, torch.Tensor] = {}  # since the last line of the log, on the device
-        self.recent: dict[str, torch.Tensor] = {}  # the same since the last point of the curves
+        self.epoch_sums: Sums = {}  # of the scalars since the last line of the log, on the device
+        self.point_sums: Sums = {}  # the same since the last point of the curves
+        zero = torch.zeros((), device=self.device)
+        self.bad_steps = {"in_row": zero, "in_epoch": zero}  # numbers of steps that were not finite
+        self.recent_rows: deque[list[int]] = deque(maxlen=MAX_BAD_STEPS)  # of the index, read by the last steps
+        self.stop_asked = zero  # above 0 where any process was to stop after this step
+        self.epoch_began = time.monotonic()
         self.validated = f"{'validation' if cfg.val_patients else 'training'} images (labelled, source)"
-        self.bad_steps = torch.zeros(2, device=self.device)  # non-finite steps: in a row, since the last line
         if state:
             self._load_state(state)
+
+    @property
+    def epoch(self) -> int:
+        """The number of the epoch that the last step belongs to, from 1."""
+        return math.ceil(self.step / self.loaders.steps_per_epoch)
+
+    def start_epoch(self) -> None:
+        """Forget what the log has counted of the last epoch."""
+        self.epoch_sums, self.epoch_began = {}, time.monotonic()
+        self.bad_steps["in_epoch"] = torch.zeros_like(self.bad_steps["in_epoch"])
 
     def cps_weight(self, step: int) -> float:
         """Return beta at a step, after warm-up and ramp."""
@@ -109,15 +126,18 @@ class Trainer:
             parts, box_mask = 2, cutmix_mask(len(image) // 2, self.cfg.image_size, generator=self.generator)
         return UnlabeledViews(plain.chunk(parts), None if fourier is None else fourier.chunk(parts), box_mask)
 
-    def train_step(self, batches: Sequence[tuple[Batch, Batch | None]]) -> None:
+    def first_cps_step(self, total: int) -> int:
+        """Return the first step from now on that has pseudo supervision; `total` where none has."""
+        return next(filter(self.cps_weight, range(self.step, total)), total)
+
+    def train_step(self, batches: Sequence[tuple[Batch, Batch | None]], *, stop: bool = False) -> None:
         """Take one step of both networks, on one micro-step per pair of a labelled and an unlabelled batch.
 
         The second is not read while there is no pseudo supervision. A step that is not finite changes nothing, which
-        the device decides alone.
+        the device decides alone. `stop`: this process was asked to stop, which `stop_asked` then tells all of them.
         """
-        weight = self.cps_weight(self.step)
-        options = {"cps_loss": self.cfg.cps_loss, "cps_weight": weight, "autocast": self.autocast}
-        options |= {"dice_classes": slice(0 if self.cfg.dice_background else 1, None)}
+        cfg, weight = self.cfg, self.cps_weight(self.step)
+        self.recent_rows.append([row for pair in batches for batch in pair if batch for row in batch["row"].tolist()])
         statistics_before = torch.cat(self.statistics)
         micro_steps = []
         for number, (labeled, unlabeled) in enumerate(batches, start=self.step * self.cfg.accumulate):
@@ -125,25 +145,35 @@ class Trainer:
             torch.manual_seed(derive_seed(self.cfg.seed, 5, number, self.process.rank))  # dropout
             image, mask = self.labeled_views(labeled)
             views = self.unlabeled_views(unlabeled) if weight else None
-            scalars = training_step(self.step_nets, image, mask, views, loss_scale=1 / self.cfg.accumulate, **options)
+            scalars = training_step(
+                *(self.step_nets, image, mask, views),
+                dice_classes=slice(0 if cfg.dice_background else 1, None),
+                cps_loss=cfg.cps_loss,
+                cps_weight=weight,
+                autocast=self.autocast,
+                loss_scale=1 / cfg.accumulate,
+                cfg=cfg,
+            )
             micro_steps.append(scalars)
         scalars = {name: torch.stack([part[name] for part in micro_steps]).mean() for name in micro_steps[0]}
-        self._update(scalars, statistics_before)
+        finite = self._update(scalars["loss"], statistics_before, stop)
         counts = {"steps": 1, "cps_steps": weight > 0, "cps_weight": weight}
         scalars |= {name: torch.full_like(scalars["loss"], count) for name, count in counts.items()}
-        finite = self.bad_steps[0] == 0
         for name, value in scalars.items():
             counted = torch.where(finite, value, 0)
-            for sums in (self.sums, self.recent):
+            for sums in (self.epoch_sums, self.point_sums):
                 sums[name] = sums.get(name, 0) + counted
         self.step += 1
 
-    def _update(self, scalars: dict[str, torch.Tensor], statistics_before: torch.Tensor) -> None:
-        """Step both optimisers by the gradients' mean over the processes, unless that or the loss is not finite."""
+    def _update(self, loss: torch.Tensor, statistics_before: torch.Tensor, stop: bool) -> torch.Tensor:
+        """Step both optimisers by the gradients' mean over the processes, unless that or the loss is not finite.
+
+        Returns a bool tensor: True where the step was finite.
+        """
         gradients = [p.grad for net in self.nets for p in net.parameters() if p.grad is not None]
         # One mean for all, the loss among them: so every process finds the same steps not finite.
-        loss = scalars["loss"].clone()
-        average([*gradients, *self.statistics, loss])
+        loss, self.stop_asked = loss.clone(), torch.full_like(loss, stop)
+        average([*gradients, *self.statistics, loss, self.stop_asked])
         finite = torch.isfinite(loss + torch.nn.utils.get_total_norm(gradients))
         for optimizer in self.optimizers:
             optimizer.found_inf = (~finite).float()  # the fused step leaves everything as it is where this is 1
@@ -151,43 +181,49 @@ class Trainer:
             optimizer.zero_grad()
         unflatten(torch.where(finite, torch.cat(self.statistics), statistics_before), self.statistics)
         bad = (~finite).float()
-        self.bad_steps = torch.stack([(self.bad_steps[0] + 1) * bad, self.bad_steps[1] + bad])
+        in_row, in_epoch = self.bad_steps.values()
+        self.bad_steps = {"in_row": (in_row + 1) * bad, "in_epoch": in_epoch + bad}
+        return finite
 
-    def means(self, of: dict[str, torch.Tensor]) -> dict[str, float | None]:
-        """Return the mean scalars of `sums` or `recent` over their finite steps; of the CPS term over its own."""
-        average(list(of.values()))
-        sums = {name: float(total) for name, total in of.items()}
+    def mean_scalars(self, totals: Sums) -> dict[str, float | None]:
+        """Return the means of `epoch_sums` or `point_sums` over their finite steps; of the CPS term over its own."""
+        values = [total.clone() for total in totals.values()]
+        average(values)
+        sums = dict(zip(totals, map(float, values), strict=True))
         steps, cps_steps = max(sums.pop("steps"), 1), sums.pop("cps_steps")
         means = {name: sums[name] / steps for name in ("loss", "supervised")}
         means |= {name: sums[name] / max(cps_steps, 1) for name in ("cps", "cps_weight")}
         return means | {"variance": sums["variance"] / cps_steps if cps_steps else None}
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Keep the networks in eval mode."""
+    def evaluating(self) -> Iterator[Predictor]:
+        """Keep the networks in eval mode, and yield what predicts with them."""
         for net in self.nets:
             net.eval()
-        yield
-        for net in self.nets:
-            net.train()
+        try:
+            yield Predictor(self.nets, self.mean_reference, self.cfg, self.autocast)
+        finally:  # a picture that fails does not end the training
+            for net in self.nets:
+                net.train()
 
     def validate(self) -> float:
         """Return the mean paper-protocol Dice (percent) on the labelled source images, without augmentation."""
-        with self.evaluating():
-            data, names = self.loaders.data, self.loaders.dataset.class_names
-            members = [Member(self.nets, self.mean_reference, self.cfg)]
-            where = {"device": self.device, "precision": self.cfg.precision}
-            scans = predict_scans(members, self.loaders.val, data, **where)
+        with self.evaluating() as predictor:
+            scans = predict_scans(predictor, self.loaders.val, self.loaders.data)
             # Each process predicts its share of the scans; in one order, so that sums do not depend on who did which.
-            found = [(s.patient, s.phase, s.slice_dice.tolist(), scan_quality(s, data, names)) for s in scans]
-            *scores, quality = zip(*sorted(gather(found), key=itemgetter(0, 1)), strict=True)
-            dice = mean_dice(zip(*scores, strict=True))
-        self.quality = value_ranges(chain(*quality))
-        return float(np.mean(list(dice.values())))
+            slice_dice = gather([(scan.patient, scan.phase, scan.slice_dice.tolist()) for scan in scans])
+        return float(np.mean(list(mean_dice(sorted(slice_dice)).values())))
+
+    def monitor(self) -> dict[str, Any]:
+        """Return the figures of `monitor_pseudo_labels`; training is as it would be without."""
+        with self.evaluating() as predictor:
+            return monitor_pseudo_labels(predictor, self.loaders.data, self.loaders.split)
 
     @torch.no_grad()
-    def draw_samples(self, path: Path, batch: Batch, title: str) -> None:
-        """Draw the views of an unlabelled batch, the networks' pseudo labels on them and their confidence."""
+    def draw_samples(self, path: Path, title: str) -> None:
+        """Draw the views of the last step's unlabelled batch, the networks' pseudo labels and their confidence."""
+        loader = self.loaders.unlabeled
+        batch = loader.dataset[loader.sampler.batch_of_number((self.step - 1) * self.cfg.accumulate)]
         self.generator.manual_seed(derive_seed(self.cfg.seed, 6, self.step))
         half = len(batch["image"]) // (2 if self.cfg.cutmix else 1)
         count = min(4, half)
@@ -196,7 +232,7 @@ class Trainer:
         fourier = views.fourier or views.plain
         mixed = [views.mix(views.plain), views.mix(fourier)]
         with self.evaluating(), self.autocast():
-            labels = [pseudo_label(net, views) for net in self.nets]
+            labels = [pseudo_label(net, views)[0] for net in self.nets]
             variances = [kl_variance(*(net(image).float() for image in mixed)) for net in self.nets]
         box_mask = torch.zeros_like(mixed[0]) if views.box_mask is None else views.box_mask
         images = {"plain": views.plain[0], "fourier": fourier[0], "mixed": mixed[0], "mask_box": box_mask}
@@ -207,13 +243,11 @@ class Trainer:
 
     def state(self) -> State:
         """Return everything that resuming needs, as plain tensors and values: the same in every process."""
-        average([*self.sums.values(), *self.recent.values()])
+        average([*self.epoch_sums.values(), *self.point_sums.values()])
         return {
             "step": self.step,
             "best": self.best,
-            "sums": self.sums,
-            "recent": self.recent,
-            "bad_steps": self.bad_steps,
+            **{name: getattr(self, name) for name in COUNTERS},
             "metadata": self.metadata(),
             "networks": [net.state_dict() for net in self.nets],
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -225,18 +259,10 @@ class Trainer:
                 f"{self.loaders.data.root} holds other data than this run began with: "
                 "give its --data-root, or begin anew with --restart"
             )
-        if "optimizers" not in state:
-            raise UserError(
-                "this run is slimmed: its optimisers' state is gone, and it cannot go on. Begin a run of another name "
-                "from its networks: --init-from"
-            )
         self.step, self.best = state["step"], state["best"]
-        self.seen_before = state["metadata"].get("seen_before", [])
-        self.quality = state["metadata"].get("quality", {})
-        self.sums, self.recent = (
-            {name: value.to(self.device) for name, value in state.get(key, {}).items()} for key in ("sums", "recent")
-        )
-        self.bad_steps = state["bad_steps"].to(self.device)
+        self.seen_before = state["metadata"]["seen_before"]
+        for name in COUNTERS:
+            setattr(self, name, {key: value.to(self.device) for key, value in state[name].items()})
         for net, weights in zip(self.nets, state["networks"], strict=True):
             net.load_state_dict(weights)
         for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
@@ -249,9 +275,9 @@ class Trainer:
     def metadata(self) -> dict[str, Any]:
         """Return what inference needs beside the weights."""
         facts = {"selection": SELECTION.format(images=self.validated), "step": self.step}
-        facts["cps_weight"] = self.cps_weight(self.step - 1)  # of the last step: 0 before the pseudo supervision began
+        facts |= {"cps_weight": self.cps_weight(self.step - 1), "seen_before": self.seen_before}
         parts = self.loaders.dataset, asdict(self.cfg), self.mean_reference, self.loaders.data.info
-        return run_metadata(*parts, **facts) | {"seen_before": self.seen_before, "quality": self.quality}
+        return run_metadata(*parts, **facts)
 
 
 def checkpointed(net: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

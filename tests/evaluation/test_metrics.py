@@ -9,8 +9,13 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 from skimage import measure
 
-from utils.evaluation.metrics import largest_components, paper_dice, plane_metrics, structure_metrics
-from utils.evaluation.statistics import bootstrap_interval
+from utils.evaluation.metrics import (
+    bootstrap_interval,
+    largest_components,
+    paper_dice,
+    plane_metrics,
+    structure_metrics,
+)  # fmt: skip
 
 SPACING = (1.5, 1.25, 8.0)  # mm
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from utils.evaluation.results import evaluate_run
 
 import mms_dataloader
 from config import MMS_DEMO
@@ -19,7 +20,6 @@ from utils.device import Process, autocast_context
 from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluation import monitor
-from utils.evaluation.results import evaluate_run
 from utils.evaluation.runs import load_run, open_data
 from utils.method.augment import canvas_to_view
 

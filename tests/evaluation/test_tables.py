@@ -10,11 +10,11 @@ from statistics import fmean
 
 import pytest
 from helpers import ROOT
+from utils.evaluation.comparison import compare_methods
+from utils.evaluation.domains import SELECTION_NOTE, by_method, leave_one_domain_out, published_rows
 
 import mms_dataloader
 import scgm_dataloader
-from utils.evaluation.comparison import compare_methods
-from utils.evaluation.domains import SELECTION_NOTE, by_method, leave_one_domain_out, published_rows
 from utils.evaluation.runs import method_name
 from utils.evaluation.tables import Cell, Table, to_csv, to_latex, to_markdown
 

@@ -8,18 +8,19 @@ import sys
 import pytest
 from helpers import ROOT
 
+from utils.files import OutputFolder
 from utils.run.logger import Logger, read_log
 
 
 def test_lines_after_the_checkpoint_are_cut_off(tmp_path):
-    with Logger(tmp_path, since=0, use_wandb=False, config={}) as logger:
+    with Logger(OutputFolder(tmp_path), since=0, total=9, use_wandb=False, config={}) as logger:
         for step in (10, 20, 30):
             logger.log({"step": step, "loss": step / 7})
-            logger.points.append({"step": step, "loss": step / 3})
+            logger.point({"step": step, "loss": step / 3})
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 40, "lo')  # the process was killed while writing
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [10, 20, 30]
-    with Logger(tmp_path, since=20, use_wandb=False, config={}) as logger:
+    with Logger(OutputFolder(tmp_path), since=20, total=9, use_wandb=False, config={}) as logger:
         assert logger.lines == [{"step": 10, "loss": 10 / 7}, {"step": 20, "loss": 20 / 7}]
         assert logger.points == [{"step": 10, "loss": 10 / 3}, {"step": 20, "loss": 20 / 3}]
     assert len(read_log(tmp_path / "log.jsonl")) == len(read_log(tmp_path / "steps.jsonl")) == 2
@@ -53,7 +54,7 @@ def test_wandb_without_account_writes_into_the_run_folder(tmp_path, no_account):
     folder = tmp_path / "run"
     folder.mkdir()
     for since in (0, 1):  # the second time resumes
-        with Logger(folder, since=since, use_wandb=True, config={"lr": 1}) as logger:
+        with Logger(OutputFolder(folder), since=since, total=9, use_wandb=True, config={"lr": 1}) as logger:
             assert logger.wandb_run is not None and logger.wandb_run.offline
             logger.log({"step": since + 1, "loss": 0.5})
     # offline-run-TIME-ID, with a number behind it when both began within one second
@@ -69,7 +70,7 @@ def test_wandb_that_fails_does_not_cost_the_run(tmp_path, no_account, monkeypatc
         raise RuntimeError("no service")
 
     monkeypatch.setattr(wandb, "init", broken)
-    with Logger(tmp_path, since=0, use_wandb=True, config={}) as logger:
+    with Logger(OutputFolder(tmp_path), since=0, total=9, use_wandb=True, config={}) as logger:
         logger.log({"step": 1})
     assert "warning: wandb failed (no service)" in capsys.readouterr().out and len(logger.lines) == 1
 
@@ -81,9 +82,10 @@ def test_wandb_service_that_dies_or_hangs_does_not_cost_the_run(tmp_path, no_acc
     code = f"""
 import os, subprocess
 from pathlib import Path
+from utils.files import OutputFolder
 from utils.run import logger
 logger.WANDB_PATIENCE = 3
-with logger.Logger(Path({str(tmp_path)!r}), since=0, use_wandb=True, config={{}}) as log:
+with logger.Logger(OutputFolder(Path({str(tmp_path)!r})), since=0, total=9, use_wandb=True, config={{}}) as log:
     log.log({{"step": 1}})
     assert log.wandb_run
     command = ["pgrep", "-f", f"wandb-core.*--pid {{os.getpid()}}"]
@@ -103,8 +105,8 @@ print("the end")
 
 def test_wandb_disabled_is_honoured_and_online_without_account_never_asks(tmp_path, no_account, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "online")
-    with Logger(tmp_path, since=0, use_wandb=True, config={}) as logger:
+    with Logger(OutputFolder(tmp_path), since=0, total=9, use_wandb=True, config={}) as logger:
         assert logger.wandb_run.offline
     monkeypatch.setenv("WANDB_DISABLED", "true")
-    with Logger(tmp_path, since=0, use_wandb=True, config={}) as logger:
+    with Logger(OutputFolder(tmp_path), since=0, total=9, use_wandb=True, config={}) as logger:
         assert logger.wandb_run is None

@@ -37,10 +37,11 @@ SEEDS = """
 import sys
 sys.path[:0] = sys.argv[1:3]
 del sys.argv[1:3]
+import network
 import mms_train
 from helpers import TinyNetwork
 
-mms_train.build_network = lambda classes, pretrained: TinyNetwork(classes)
+network.build_network = lambda classes, pretrained: TinyNetwork(classes)
 mms_train.main()
 """
 

@@ -1,11 +1,13 @@
-"""Trained runs at work: evaluation on the held-out domain, one table over the domains, and new scans."""
+"""The inference command: trained runs on the held-out domain, on new scans, on labelled scans of one's own."""
 
-import re
+import io
 import tempfile
 from collections.abc import Callable, Sequence
-from hashlib import sha256
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
 from torch import nn
@@ -15,190 +17,182 @@ from utils.data.loaders import usable_cores
 from utils.data.prepare import prepare_dataset
 from utils.data.prepared import PreparedData
 from utils.data.user_scans import labeled
-from utils.device import choose_device
+from utils.device import autocast_context, choose_device
 from utils.errors import UserError, clear_errors, memory_errors
-from utils.evaluation.comparison import compare_methods
-from utils.evaluation.domains import Runs, by_method, leave_one_domain_out
-from utils.evaluation.results import evaluate_run
-from utils.evaluation.runs import TrainedRun, load_run, name_rows, open_data, runs_table
-from utils.evaluation.runs import ensemble as mean_of
-from utils.evaluation.segment import Segmenter, segment_files
-from utils.evaluation.selection import selection_cost
-from utils.evaluation.statistics_plots import plot_differences
-from utils.evaluation.tables import to_csv, to_latex, to_markdown
+from utils.evaluation.compare import COMPARISON_FILES, by_method, comparison_folder, name_rows, write_comparison
+from utils.evaluation.evaluate import evaluate_run
+from utils.evaluation.runs import CHECKPOINT, TrainedRun, load_run, open_data, read_run
+from utils.evaluation.segment import segment_files
 from utils.files import OutputFolder
 
-FORMATS = {"md": to_markdown, "csv": to_csv, "tex": to_latex}
-COMPARISON_FILES = (
-    *(f"{table}.{suffix}" for table in ("leave_one_domain_out", "comparison") for suffix in FORMATS),
-    "comparison.png",
-    "published.bib",
-)
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Without --input, every run is evaluated on the domain that its training never saw."""
+
+    data_root: Path | None = None
+    """Evaluate on the prepared data in this folder; by default on the data of the training."""
+    out: Path | None = None
+    """Write the results into this folder; by default into RUN/results/DOMAIN, and the table over several runs into a
+    folder in "comparisons", beside the runs, that is named by what is compared."""
+    label: tuple[str, ...] = ()
+    """Name the rows of the table over several runs, one name for each --run; by default their methods and the settings
+    in which they differ. Runs of one name are the seeds and domains of one row."""
+    save_predictions: bool = False
+    """Write every prediction of an evaluation, also of --truth, as a NIfTI label map in its scan's own grid."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UserScans:
+    """With --input, one run segments new scans; with --truth as well, it is evaluated on labelled scans."""
+
+    input: tuple[Path, ...] = ()
+    """Read these scans: 3D or 4D NIfTI files, or folders of them; or, for labelled scans, one CSV file with the columns
+    image, truth and, if known, patient, phase and group."""
+    output: Path | None = None
+    """Write the label maps of new scans, or the results on labelled ones, into this folder."""
+    truth: tuple[Path, ...] = ()
+    """Evaluate the scans in --input by these label maps, or folders of them."""
+    labels: tuple[str, ...] = ()
+    """Say what the values in the truth mean, as 1=RV 2=MYO 3=LV; by default they are those of the data set."""
+    overwrite: bool = False
+    """Replace label maps of new scans that are in the output folder already."""
+    volumes: bool = False
+    """Write volumes.csv, the clinical quantities of new 4D scans of the heart; ED and ES are the frames with the
+    largest and the smallest left ventricle."""
+    confidence: bool = False
+    """Write two maps in [0, 1] beside each label map: the confidence exp(-V), and the networks' agreement."""
+    center: tuple[float, float] | Literal["auto"] | None = None
+    """Look at the organ around this voxel of the two axes of a slice, counted from 0; "auto" lets the networks find it,
+    in up to twice the time; by default the image's centre is taken."""
+    batch_size: int = 8
+    """Predict this many slices of new scans at a time, at least 1; fewer take less memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inference:
+    """Evaluate trained runs on the domains that their training never saw, or segment new scans."""
+
+    run: tuple[Path, ...]
+    """Load these folders of trained runs; several also give one table over their held-out domains, and several methods
+    a comparison with the method of the first."""
+    checkpoint: str = "best"
+    """Load these weights: "best" by source validation, "last" of the training, or a kept epoch, as epochs/epoch_007."""
+    tta: bool = False
+    """Average the prediction over the 8 flips and right-angle rotations, in 8 times the time."""
+    keep_largest: bool = False
+    """Keep only the largest connected component of every structure, in the scan's own grid."""
+    device: str = "auto"
+    """Compute on "cpu", "cuda", "cuda:NUMBER", or with "auto" on a GPU where there is one."""
+    precision: Literal["auto", "bf16", "fp32"] = "fp32"
+    """Compute in float32 ("fp32"), by bf16 autocast ("bf16"), or with "auto" in bf16 where it is faster."""
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    scans: UserScans = field(default_factory=UserScans)
 
 
 def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module]) -> None:
     """Run what the command line asks for."""
-
-    def inference(
-        run: tuple[Path, ...] = (),
-        label: tuple[str, ...] = (),
-        selection: bool = False,
-        list_runs: Path | None = None,
-        data_root: Path | None = None,
-        checkpoint: Literal["best", "last"] = "best",
-        save_predictions: bool = False,
-        out: Path | None = None,
-        input: tuple[Path, ...] = (),
-        output: Path | None = None,
-        truth: tuple[Path, ...] = (),
-        labels: tuple[str, ...] = (),
-        overwrite: bool = False,
-        volumes: bool = False,
-        confidence: bool = False,
-        center: tuple[float, float] | Literal["auto"] | None = None,
-        slice_axis: Literal[1, 2, 3] | None = None,
-        ensemble: bool = False,
-        tta: bool = False,
-        keep_largest: bool = False,
-        batch_size: int = 8,
-        device: str = "auto",
-        precision: Literal["auto", "bf16", "fp32"] = "fp32",
-    ) -> None:
-        """Evaluate trained runs on the domains that their training never saw, or segment new scans.
-
-        Args:
-            run: folders of trained runs to evaluate. Several runs also give one table over their held-out domains, and
-                several methods a comparison with the method of the first.
-            label: names for the rows of that table, one for each --run; by default the methods and the settings in
-                which they differ. Runs of one name are seeds and domains of one row.
-            selection: print what the choice of the checkpoint has cost, for finished runs that kept epochs
-                (--keep-epochs), instead of an evaluation.
-            list_runs: folder whose runs are listed with their best scores, instead of an evaluation.
-            data_root: folder of prepared data to evaluate on; by default the data of the training.
-            checkpoint: weights to use: "best" by source validation, or "last" of the training.
-            save_predictions: write every prediction as a NIfTI label map in its scan's own grid.
-            out: folder for the results; by default RUN/results/DOMAIN, for the table over several runs a folder in
-                "comparisons", beside the runs, that is named by what is compared.
-            input: new scans to segment instead of evaluating: 3D or 4D NIfTI files, or folders of them.
-            output: folder for the label maps of new scans, or with their truth for the results.
-            truth: label maps of the scans in --input, or folders of them: the scans are evaluated. A CSV file as
-                --input (columns image, truth and, if known, patient, phase, group) names both.
-            labels: what the values in the truth mean, as 1=RV 2=MYO 3=LV; by default as in the data set.
-            overwrite: replace maps of new scans that are in the output folder already.
-            volumes: also write volumes.csv, the clinical quantities of new 4D scans of the heart; ED and ES are the
-                frames with the largest and the smallest left ventricle.
-            confidence: also write maps, in [0, 1], of the confidence exp(-V) and of the networks' agreement, for new
-                scans.
-            center: the organ's centre in new scans, in voxels along the two axes of a slice, counted from 0, or "auto"
-                to let the networks find it, in up to twice the time; by default the image's centre.
-            slice_axis: axis of the file, 1 to 3, along which the slices of new scans follow one another; by default the
-                third, and a scan whose voxels are largest along one of the others is refused.
-            ensemble: average the softmax of the networks of all runs, for new scans and for an evaluation, which then
-                needs --out.
-            tta: average the prediction over the 8 flips and right-angle rotations, in 8 times the time.
-            keep_largest: keep only the largest connected component of every structure, in the scan's own grid.
-            batch_size: slices of new scans that are predicted at a time, at least 1; fewer take less memory.
-            device: where to compute: "cpu", "cuda", "cuda:NUMBER", or "auto" for a GPU where there is one.
-            precision: "fp32" for float32, "bf16" for bf16 autocast, or "auto" for bf16 where it is faster.
-        """
-        if list_runs:
-            return print(to_markdown([runs_table(list_runs, dataset)]))
-        with_truth = bool(truth) or [path.suffix.lower() for path in input] == [".csv"]
-        for_new_scans = center or confidence or slice_axis or volumes or overwrite
-        mistakes = {
-            "--run names the trained run, --list-runs the folder whose runs are listed": not run,
-            "--run names a run twice": len({folder.resolve() for folder in run}) < len(run),
-            "--input and --output belong together: scans of your own, and the folder for what is written": (
-                bool(input) != bool(output)
-            ),
-            "--truth and --labels belong to --input: --input IMAGES --truth MASKS, or --input TABLE.csv": (
-                (truth or labels) and not (input and with_truth)
-            ),
-            "--center, --confidence, --slice-axis, --volumes and --overwrite are for new scans: --input names them, "
-            "without --truth": for_new_scans and (with_truth or not input),
-            f"--volumes: {dataset.name} has no clinical quantities": volumes and not dataset.clinical,
-            "--input takes one --run, or the mean of several with --ensemble": input and len(run) > 1 and not ensemble,
-            "--ensemble needs several --run, and for an evaluation --out, the folder of its results": (
-                ensemble and (len(run) < 2 or not (input or out))
-            ),
-            "--label names the rows of a table over several --run": label and (len(run) < 2 or ensemble),
-            f"--batch-size {batch_size}: at least 1 slice at a time": batch_size < 1,
-        }
-        if made := [mistake for mistake, is_made in mistakes.items() if is_made]:
-            raise UserError("\n".join(made))
-        where = choose_device(device)
-        options = {"precision": precision, "tta": tta, "keep_largest": keep_largest}
-
-        def load(folders: Sequence[Path]) -> TrainedRun:
-            runs = [load_run(folder, checkpoint, dataset, build_network, where) for folder in folders]
-            return mean_of(runs, evaluate=not input)
-
-        if input and with_truth:
-            own = labeled(input, truth, labels, dataset)
-            return evaluate_own(load(run), own, input[0], output, save_predictions=save_predictions, **options)
-        if input:
-            options |= {"confidence": confidence, "center": center, "slice_axis": slice_axis, "batch_size": batch_size}
-            segmenter = Segmenter(run=load(run), dataset=dataset, **options)
-            return segment_files(segmenter, input, output, overwrite=overwrite, volumes=volumes)
-        if selection:
-            evaluation = {"data_root": data_root, "precision": precision, "tta": tta}
-            tables = [selection_cost(folder, dataset, build_network, where, **evaluation) for folder in run]
-            return print(to_markdown(tables))
-        groups = [run] if ensemble else [(folder,) for folder in run]
-        if len(groups) > 1:  # before the first of them is evaluated
-            names = name_rows(run, checkpoint, dataset, labels=label, one_data=data_root is not None)
-            facts = repr((sorted(map(str, run)), checkpoint, tta, keep_largest, data_root, names)).encode()
-            title = re.sub(r"[^\w.]+", "-", "_vs_".join(dict.fromkeys(names)))[:80]
-            tables_at = out or run[0].parent / "comparisons" / f"{title}_{sha256(facts).hexdigest()[:6]}"
-            OutputFolder(tables_at).require_free(*COMPARISON_FILES)
-        summaries = []
-        for folders in groups:
-            trained = load(folders)
-            data, place, title = open_data(trained, data_root, dataset)
-            results = out if out and len(groups) == 1 else trained.folder / "results" / place
-            options |= {"domain": trained.config.test_domain, "title": title, "save_predictions": save_predictions}
-            with memory_errors(trained.folder):
-                summaries.append(evaluate_run(trained, dataset, data=data, out=results, **options))
-        if len(groups) > 1:
-            write_comparison(by_method(summaries, names, dataset), dataset, tables_at)
-
     with clear_errors():
-        tyro.cli(inference)
+        flags = tyro.cli(Inference, config=(tyro.conf.OmitArgPrefixes,))
+        scans, evaluation = flags.scans, flags.evaluation
+        is_labeled = bool(scans.truth) or [path.suffix.lower() for path in scans.input] == [".csv"]
+        check_flags(flags, dataset, is_labeled)
+        device = choose_device(flags.device)
+        autocast = partial(autocast_context, device, flags.precision)
+        facts = {"dataset": dataset, "build_network": build_network, "device": device, "autocast": autocast}
+        load = partial(load_run, checkpoint=flags.checkpoint, tta=flags.tta, **facts)
+        if not scans.input:
+            evaluate_runs(load, flags.run, dataset, flags.checkpoint, evaluation, keep_largest=flags.keep_largest)
+        elif is_labeled:
+            own = labeled(scans.input, scans.truth, scans.labels, dataset)
+            options = {"save_predictions": evaluation.save_predictions, "keep_largest": flags.keep_largest}
+            evaluate_user_scans(load(flags.run[0]), own, scans.input[0], scans.output, **options)
+        else:
+            names = ("overwrite", "volumes", "confidence", "center", "batch_size")
+            options = {name: getattr(scans, name) for name in names} | {"keep_largest": flags.keep_largest}
+            segment_files(load(flags.run[0]), dataset, scans.input, scans.output, **options)
 
 
-def evaluate_own(run: TrainedRun, dataset: DatasetInfo, source: Path, output: Path, **options: Any) -> None:
+def check_flags(flags: Inference, dataset: DatasetInfo, is_labeled: bool) -> None:
+    """Raise UserError, naming every mistake, for flags that do not belong together.
+
+    Args:
+        is_labeled: --input is evaluated by its truth.
+    """
+    runs, scans, evaluation = flags.run, flags.scans, flags.evaluation
+    for_new_scans = scans.center or scans.confidence or scans.volumes or scans.overwrite
+    mistakes = {
+        "--run names no run": not runs,
+        "--run names a run twice": len({folder.resolve() for folder in runs}) < len(runs),
+        f"--checkpoint {flags.checkpoint}: choose best, last or a kept epoch such as epochs/epoch_007": (
+            not CHECKPOINT.fullmatch(flags.checkpoint)
+        ),
+        "--input and --output belong together: scans of your own, and the folder for what is written": (
+            bool(scans.input) != bool(scans.output)
+        ),
+        "--input takes one --run": scans.input and len(runs) > 1,
+        "--truth and --labels belong to --input: --input IMAGES --truth MASKS, or --input TABLE.csv": (
+            (scans.truth or scans.labels) and not (scans.input and is_labeled)
+        ),
+        "--center, --confidence, --volumes and --overwrite are for new scans: --input names them, without --truth": (
+            for_new_scans and (is_labeled or not scans.input)
+        ),
+        "--data-root and --out are for an evaluation on the held-out domain, without --input": (
+            scans.input and (evaluation.data_root or evaluation.out)
+        ),
+        f"--volumes: {dataset.name} has no clinical quantities": scans.volumes and not dataset.clinical,
+        "--label names the rows of a table over several --run": evaluation.label and len(runs) < 2,
+        f"--batch-size {scans.batch_size}: at least 1 slice at a time": scans.batch_size < 1,
+    }
+    if made := [mistake for mistake, is_made in mistakes.items() if is_made]:
+        raise UserError("\n".join(made))
+
+
+def evaluate_runs(
+    load: Callable[[Path], TrainedRun], folders: Sequence[Path], dataset: DatasetInfo, checkpoint: str,
+    flags: Evaluation, *, keep_largest: bool,
+) -> None:  # fmt: skip
+    """Evaluate runs on their held-out domains; of several, write and print the tables over them, too."""
+    several = len(folders) > 1
+    if several:  # before the first of them is evaluated
+        metadata = [read_run(folder, checkpoint, dataset)[1] for folder in folders]
+        names = name_rows(folders, metadata, dataset, labels=flags.label, one_data=flags.data_root is not None)
+        facts = (sorted(map(str, folders)), checkpoint, keep_largest, flags.data_root)
+        tables_at = flags.out or comparison_folder(folders[0].parent, names, facts)
+        OutputFolder(tables_at).require_free(*COMPARISON_FILES)
+    summaries = []
+    for folder in folders:
+        run = load(folder)
+        data, name, title = open_data(run, flags.data_root, dataset)
+        out = flags.out if flags.out and not several else folder / "results" / name
+        options = {"save_predictions": flags.save_predictions, "keep_largest": keep_largest}
+        with memory_errors(folder):
+            summaries.append(
+                evaluate_run(run, dataset, data, out, domain=run.config.test_domain, title=title, **options)
+            )
+    if several:
+        write_comparison(by_method(summaries, names, dataset), dataset, tables_at)
+
+
+def evaluate_user_scans(
+    run: TrainedRun, dataset: DatasetInfo, source: Path, output: Path, *, save_predictions: bool, keep_largest: bool
+) -> None:
     """Evaluate a run on the user's labelled scans, which are prepared for it as those of a data set are.
 
     Args:
         dataset: that of `utils.data.user_scans.labeled`.
         source: its first file or folder, whose name the results bear.
-        options: of `evaluate_run`.
     """
     name = source.resolve().name
-    with tempfile.TemporaryDirectory(prefix="semidg_") as folder:  # TMPDIR says where
-        prepared = Path(folder) / name
-        prepare_dataset(source if source.is_dir() else source.parent, prepared, dataset, workers=usable_cores())
+    with tempfile.TemporaryDirectory(prefix="semidg_") as folder, memory_errors(source):  # in the folder TMPDIR
+        prepared, said = Path(folder) / name, io.StringIO()
+        try:
+            with redirect_stdout(said):
+                raw = source if source.is_dir() else source.parent
+                prepare_dataset(raw, prepared, dataset, workers=usable_cores())
+        finally:
+            print("\n".join(line for line in said.getvalue().splitlines() if folder not in line))
         data = PreparedData.open(prepared, dataset)
-        options |= {"domain": str(data.index["domain"][0]), "title": f"{dataset.name}, scans of one's own"}
-        with memory_errors(source):
-            evaluate_run(run, dataset, data=data, out=output, **options)
-
-
-def write_comparison(methods: dict[str, Runs], dataset: DatasetInfo, folder: Path) -> None:
-    """Write and print the leave-one-domain-out tables and, of several methods, their comparison with the first."""
-    outputs = OutputFolder(folder)
-    written = {"leave_one_domain_out": leave_one_domain_out(methods, dataset)}
-    bibliography = Path(__file__).with_name("published.bib").read_text(encoding="utf-8")
-    outputs.claim("published.bib").write_text(bibliography, encoding="utf-8")
-    if len(methods) > 1:
-        table, differences = compare_methods(methods)
-        written["comparison"] = [table]
-        rows = [(row[0], d.values, row[2].mean, row[2].ci95) for row, d in zip(table.rows, differences, strict=True)]
-        phantom = any(summary["phantom"] for runs in methods.values() for found in runs.values() for summary in found)
-        title = f"{dataset.name}{', phantom' if phantom else ''}: difference from {next(iter(methods))}"
-        plot_differences(outputs.claim("comparison.png"), rows, title=title)
-    for name, tables in written.items():
-        for suffix, form in FORMATS.items():
-            outputs.claim(f"{name}.{suffix}").write_text(form(tables), encoding="utf-8")
-        print(to_markdown(tables))
-    print(f"tables in {folder}: {', '.join(written)} as .md, .csv and .tex")
+        facts = {"domain": str(data.index["domain"][0]), "title": f"{dataset.name}, scans of one's own"}
+        options = {"save_predictions": save_predictions, "keep_largest": keep_largest}
+        evaluate_run(run, dataset, data, output, **facts, **options)

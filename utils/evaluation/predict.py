@@ -1,7 +1,8 @@
-"""Ensemble prediction and evaluation, used by training and inference alike."""
+"""Ensemble prediction of both networks, used by training and inference alike."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,50 +14,16 @@ from torch.utils.data import DataLoader
 from config import FIELD_PX, Config, pixel_mm
 from utils.data.prepared import PreparedData
 from utils.data.volume import PlaneMap, Volume, read_volume
-from utils.device import autocast_context
 from utils.evaluation.metrics import largest_components, paper_dice, plane_metrics, structure_metrics
 from utils.method.augment import canvas_to_view, match_histogram, repeatable_fourier_view
 from utils.method.losses import kl_variance
 
-
-class Member(NamedTuple):
-    """What a run predicts with."""
-
-    nets: Sequence[nn.Module]  # both networks, in eval mode
-    reference: torch.Tensor | None  # (256,) mean quantile curve that histograms are matched to
-    config: Config
-
-
-class ScanPrediction(NamedTuple):
-    """One scan (patient and phase) as the networks see it: S slices."""
-
-    patient: str
-    phase: str
-    rows: np.ndarray  # (S,) of the index
-    image: torch.Tensor  # (S, size, size) input
-    probability: torch.Tensor  # (S, K, size, size) mean softmax of the networks
-    agreement: torch.Tensor  # (S, size, size) exp(-KL) between the networks, in [0, 1]
-    confidence: torch.Tensor | None  # (S, size, size) exp(-V), in [0, 1], where wanted
-    truth: torch.Tensor  # (S, size, size) labels
-    slice_dice: np.ndarray  # (S,) paper protocol, on the FIELD_PX
-
-
-def prepare_view(
-    canvas: torch.Tensor, quantiles: torch.Tensor, *, size: int, reference: torch.Tensor | None
-) -> torch.Tensor:
-    """Return the network's input without augmentation: (B, 1, C, C) canvases -> (B, 1, size, size).
-
-    Args:
-        quantiles: (B, 256) curve of each canvas.
-        reference: (256,) mean quantile curve that histograms are matched to, or None.
-    """
-    view = canvas_to_view(canvas, size)
-    return view if reference is None else match_histogram(view, quantiles, reference[None])
+Autocast = Callable[[], AbstractContextManager]  # makes the context of forward passes
 
 
 @torch.inference_mode()
 def predict(
-    nets: Sequence[nn.Module], image: torch.Tensor, *, precision: str, tta: bool = False
+    nets: Sequence[nn.Module], image: torch.Tensor, *, autocast: Autocast, tta: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Predict with both networks (in eval mode); with `tta`, the mean over the 8 flips and right-angle rotations.
 
@@ -66,7 +33,7 @@ def predict(
 
     def softmax(turns: int, flip: bool) -> torch.Tensor:
         view = torch.rot90(image.flip(-1) if flip else image, turns, (-2, -1))
-        with autocast_context(image.device, precision):
+        with autocast():
             logits = torch.stack([net(view) for net in nets])  # (2, B, K, H, W)
         back = torch.rot90(logits.float().softmax(2), -turns, (-2, -1))
         return back.flip(-1) if flip else back
@@ -77,69 +44,86 @@ def predict(
     return (first + second) / 2, torch.exp(-divergence.clamp_min(0))
 
 
-def confidence_map(
-    member: Member, view: torch.Tensor, plain: torch.Tensor, partner: torch.Tensor, *, precision: str
-) -> torch.Tensor:
-    """Return exp(-V), (B, H, W), V the KL variance between the predictions of a view and of its Fourier view.
+class Predictor(NamedTuple):
+    """Both networks of a run, in eval mode, and what they predict with."""
 
-    Args:
-        view, partner: (B, 1, H, W), the second giving the Fourier view its amplitude.
-        plain: (B, K, H, W) softmax of the view.
-    """
-    fourier, _ = predict(member.nets, repeatable_fourier_view(view, partner, member.config), precision=precision)
-    return torch.exp(-kl_variance(*(probability.clamp_min(1e-12).log() for probability in (plain, fourier))))
+    nets: Sequence[nn.Module]
+    reference: torch.Tensor | None  # (256,) mean quantile curve that histograms are matched to
+    config: Config
+    autocast: Autocast
+    tta: bool = False  # average over flips and rotations, in 8 times the time
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the networks."""
+        return next(self.nets[0].parameters()).device
 
-def predict_mean(
-    members: Sequence[Member], canvas: torch.Tensor, quantiles: torch.Tensor, *, size: int, precision: str, tta: bool,
-    partners: torch.Tensor | None = None,
-) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:  # fmt: skip
-    """Predict canvases by the mean of several runs.
+    def view(self, canvas: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
+        """Return the networks' input without augmentation: canvases (B, 1, C, C) -> (B, 1, s, s), s the image size.
 
-    Args:
-        canvas: (B, 1, C, C), with `quantiles` (B, 256).
-        partners: other canvases, whose amplitude makes the Fourier views of "confidence"; None: without it.
+        Args:
+            quantiles: (B, 256) curve of each canvas.
+        """
+        view = canvas_to_view(canvas, self.config.image_size)
+        return view if self.reference is None else match_histogram(view, quantiles, self.reference[None])
 
-    Returns:
-        Every member's view, and by name the means over the members of "probability" and "agreement", as `predict` gives
-        them, and of "confidence", as `confidence_map`.
-    """
-    views = [prepare_view(canvas, quantiles, size=size, reference=member.reference) for member in members]
-    maps = defaultdict(list)
-    for member, view in zip(members, views, strict=True):
-        probability, agreement = predict(member.nets, view, precision=precision, tta=tta)
-        maps["probability"].append(probability)
-        maps["agreement"].append(agreement)
+    def maps(
+        self, canvas: torch.Tensor, quantiles: torch.Tensor, partners: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Predict canvases (B, 1, C, C), whose quantile curves are (B, 256).
+
+        Args:
+            partners: other canvases, whose amplitude makes the Fourier views of "confidence"; None: without it.
+
+        Returns:
+            The view (B, 1, s, s), and by name "probability" (B, K, s, s) and "agreement" (B, s, s), as `predict` gives
+            them, and "confidence" (B, s, s): exp(-V), V the KL variance between plain and Fourier view.
+        """
+        view = self.view(canvas, quantiles)
+        probability, agreement = predict(self.nets, view, autocast=self.autocast, tta=self.tta)
+        maps = {"probability": probability, "agreement": agreement}
         if partners is not None:
-            plain = predict(member.nets, view, precision=precision)[0] if tta else probability
-            other = canvas_to_view(partners, size)
-            maps["confidence"].append(confidence_map(member, view, plain, other, precision=precision))
-    return views, {name: sum(of) / len(members) for name, of in maps.items()}
+            plain = predict(self.nets, view, autocast=self.autocast)[0] if self.tta else probability
+            other = canvas_to_view(partners, self.config.image_size)
+            fourier, _ = predict(self.nets, repeatable_fourier_view(view, other, self.config), autocast=self.autocast)
+            maps["confidence"] = torch.exp(-kl_variance(*(p.clamp_min(1e-12).log() for p in (plain, fourier))))
+        return view, maps
+
+
+class ScanPrediction(NamedTuple):
+    """One scan (patient and phase) as the networks see it: S slices."""
+
+    patient: str
+    phase: str
+    rows: np.ndarray  # (S,) of the index
+    image: torch.Tensor  # (S, s, s) input
+    probability: torch.Tensor  # (S, K, s, s) mean softmax of the networks
+    agreement: torch.Tensor  # (S, s, s) exp(-KL) between the networks, in [0, 1]
+    confidence: torch.Tensor | None  # (S, s, s) exp(-V), in [0, 1], where wanted
+    truth: torch.Tensor  # (S, s, s) labels
+    slice_dice: np.ndarray  # (S,) paper protocol, in [0, 1], at FIELD_PX
 
 
 def predict_scans(
-    members: Sequence[Member], loader: DataLoader, data: PreparedData, *, device: torch.device, precision: str,
-    tta: bool = False, confidence: bool = False,
-) -> Iterator[ScanPrediction]:  # fmt: skip
-    """Predict every scan of a loader that yields one scan per batch, by the mean of several runs.
+    predictor: Predictor, loader: DataLoader, data: PreparedData, confidence: bool = False
+) -> Iterator[ScanPrediction]:
+    """Predict every scan of a loader that yields one scan per batch.
 
     With `confidence`, which takes one more pass (with `tta` two), a slice's partner is the one half the scan away.
     """
-    size = members[0].config.image_size
     for batch in loader:
-        canvas, quantiles, mask = (batch[name].to(device) for name in ("image", "quantiles", "mask"))
+        canvas, quantiles, mask = (batch[name].to(predictor.device) for name in ("image", "quantiles", "mask"))
         partners = canvas.roll(len(canvas) // 2, 0) if confidence else None
-        how = {"size": size, "precision": precision, "tta": tta, "partners": partners}
-        views, maps = predict_mean(members, canvas, quantiles, **how)
-        probability = maps["probability"]
+        view, maps = predictor.maps(canvas, quantiles, partners)
+        probability, size = maps["probability"], view.shape[-1]
         # Images of every size are scored on the same grid.
         on_grid = F.interpolate(probability, size=FIELD_PX, mode="bilinear") if size != FIELD_PX else probability
         dice = paper_dice(on_grid, canvas_to_view(mask, FIELD_PX)[:, 0])
         truth = canvas_to_view(mask, size)[:, 0]
         rows = batch["row"].numpy()
-        patient, phase = data.index["patient"][rows[0]], data.index["phase"][rows[0]]
-        seen = views[0][:, 0], probability, maps["agreement"], maps.get("confidence"), truth
-        yield ScanPrediction(str(patient), str(phase), rows, *seen, dice.cpu().numpy())
+        patient, phase = str(data.index["patient"][rows[0]]), str(data.index["phase"][rows[0]])
+        seen = view[:, 0], probability, maps["agreement"], maps.get("confidence"), truth
+        yield ScanPrediction(patient, phase, rows, *seen, dice.cpu().numpy())
 
 
 def mean_dice(scans: Iterable[tuple[str, str, Sequence[float]]]) -> dict[str, float]:

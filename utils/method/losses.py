@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from config import Config
+
 
 def dice_loss(probability: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Return the soft Dice loss per class, sums taken over the whole batch (the supervised loss).
@@ -39,7 +41,13 @@ def kl_variance(logits: torch.Tensor, augmented_logits: torch.Tensor) -> torch.T
 
 
 def cross_pseudo_loss(
-    logits: torch.Tensor, pseudo_label: torch.Tensor, variance: torch.Tensor | None, mode: str
+    logits: torch.Tensor,
+    pseudo_label: torch.Tensor,
+    variance: torch.Tensor | None,
+    mode: str,
+    *,
+    teacher_logits: torch.Tensor | None = None,
+    cfg: Config | None = None,
 ) -> torch.Tensor:
     """Return the loss of one network on the other's pseudo label, a scalar (L_a, section 3.2).
 
@@ -49,6 +57,8 @@ def cross_pseudo_loss(
         variance: (B, H, W), the other network's uncertainty V; not read in mode "plain".
         mode: "pixel": mean(exp(-V) * CE + V), the paper's equation; "scalar": the same with CE averaged before
             it is weighted, as in the released code; "plain": mean(CE), cross pseudo supervision alone.
+        teacher_logits: (B, K, H, W), whose argmax the pseudo label is, without gradient; no mode reads them so far.
+        cfg: the run's settings, for a mode with settings of its own (docs/new_idea.md).
     """
     cross_entropy = F.cross_entropy(logits.float(), pseudo_label, reduction="none")  # (B, H, W)
     if mode == "plain":

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from config import Config
 from utils.method.losses import cross_pseudo_loss, dice_loss, kl_variance
 
 Network = Callable[[torch.Tensor], torch.Tensor]  # image (B, 1, H, W) -> logits (B, K, H, W)
@@ -36,16 +37,24 @@ class UnlabeledViews(NamedTuple):
 
 
 @torch.no_grad()
-def pseudo_label(net: Network, views: UnlabeledViews) -> torch.Tensor:
-    """Return the pseudo label Y of the mixed batch, (B, H, W) int64: mean logits of both views, CutMix, argmax."""
+def pseudo_label(net: Network, views: UnlabeledViews) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the pseudo label Y of the mixed batch, (B, H, W) int64, and the logits (B, K, H, W) that it is argmax of.
+
+    The logits are the mean of both views' logits, as released, mixed by CutMix.
+    """
     logits = [net(image).float() for image in views.plain]
     if views.fourier is not None:
         logits = [(plain + net(image)) / 2 for plain, image in zip(logits, views.fourier, strict=True)]
-    return views.mix(logits).argmax(1)
+    mixed = views.mix(logits)
+    return mixed.argmax(1), mixed
 
 
 def cross_pseudo_supervision(
-    nets: Sequence[Network], views: UnlabeledViews, mode: str, autocast: Callable[[], AbstractContextManager]
+    nets: Sequence[Network],
+    views: UnlabeledViews,
+    mode: str,
+    autocast: Callable[[], AbstractContextManager],
+    cfg: Config | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return L_cacps and the mean variance: each network learns the other's pseudo labels, weighed by its confidence.
 
@@ -54,19 +63,20 @@ def cross_pseudo_supervision(
         views: of the unlabelled batch.
         mode: of `cross_pseudo_loss`. In mode "plain" there is no variance: 0.
         autocast: makes the context of the forward passes.
+        cfg: handed on to the loss.
     """
     with autocast():
-        labels = [pseudo_label(net, views) for net in nets]
+        lessons = [pseudo_label(net, views) for net in nets]
     with autocast():  # a context of its own: the teachers' bf16 copies of the weights carry no gradient
         plain = [net(views.mix(views.plain)).float() for net in nets]
         variances = [None, None]
         if mode != "plain":
             fourier = [net(views.mix(views.fourier)).float() for net in nets]
             variances = [kl_variance(*pair) for pair in zip(plain, fourier, strict=True)]
-    loss = sum(
-        cross_pseudo_loss(plain[student], labels[teacher], variances[teacher], mode)
-        for student, teacher in ((1, 0), (0, 1))
-    )
+    loss = 0
+    for student, teacher in ((1, 0), (0, 1)):
+        label, logits = lessons[teacher]
+        loss += cross_pseudo_loss(plain[student], label, variances[teacher], mode, teacher_logits=logits, cfg=cfg)
     return loss, torch.zeros_like(loss) if mode == "plain" else torch.stack(variances).mean().detach()
 
 
@@ -81,6 +91,7 @@ def training_step(
     cps_weight: float,
     autocast: Callable[[], AbstractContextManager],
     loss_scale: float = 1.0,
+    cfg: Config | None = None,
 ) -> dict[str, torch.Tensor]:
     """Add the gradient of L = L_s + beta L_cacps to the networks' parameters.
 
@@ -96,13 +107,14 @@ def training_step(
         cps_weight: beta at this step.
         autocast: makes the context of the forward passes; losses are float32.
         loss_scale: factor of the gradient, for a step that averages several batches.
+        cfg: the run's settings, for what a loss of your own needs (docs/new_idea.md).
 
     Returns:
         Detached scalars for the log: loss (the whole objective), supervised, cps, variance.
     """
     cps = variance = torch.zeros((), device=image.device)
     if views is not None:
-        cps, variance = cross_pseudo_supervision(nets, views, cps_loss, autocast)
+        cps, variance = cross_pseudo_supervision(nets, views, cps_loss, autocast, cfg)
         (loss_scale * cps_weight * cps).backward()
         cps = cps.detach()
     supervised = torch.zeros((), device=image.device)

@@ -1,4 +1,4 @@
-"""Saving and loading what a run must not lose: atomically, and never by unpickling code."""
+"""Saving and loading what a run must not lose: atomically, sealed by a checksum, and never by unpickling code."""
 
 import hashlib
 import json
@@ -6,8 +6,6 @@ import mmap
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from utils.errors import UserError, first_line
+from utils.errors import UserError, naming
 from utils.files import atomic_write
 
 DIGEST_SIZE = 32  # bytes of a SHA-256
+NOT_OURS = "is damaged or not of this project"
+PACKAGES = ("torch", "torchvision", "timm", "monai", "numpy", "nibabel", "scikit-image")
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -68,18 +68,13 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         UserError: there are checkpoints, but none can be read.
     """
     problems = []
-    for path in (folder / "last.pt", folder / "previous.pt"):
-        if not path.exists():
-            continue
+    for path in filter(Path.exists, (folder / "last.pt", folder / "previous.pt")):
         try:
-            _check_seal(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except PermissionError as error:
-            raise UserError(
-                f"{path} cannot be read ({error.strerror}): ask its owner for the right to read it"
-            ) from error
-        except Exception as error:  # damaged files raise a dozen kinds
-            problems.append(f"{path} is damaged or no checkpoint ({first_line(error)})")
+            with naming(path, "is damaged or no checkpoint"):  # damaged files raise a dozen kinds
+                _check_seal(path)
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        except UserError as error:
+            problems.append(str(error))
             continue
         for problem in problems:
             print(f"warning: {problem}; resuming from {path}")
@@ -96,75 +91,58 @@ def save_networks(path: Path, nets: list[nn.Module], metadata: dict[str, Any]) -
         for i, net in enumerate(nets)
         for key, value in net.state_dict().items()
     }
-    text, digest = json.dumps(metadata), _digest(tensors)
-    seal = hashlib.sha256((text + digest).encode()).hexdigest()
+    text = json.dumps(metadata)
     with atomic_write(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata={"semidg": text, "tensors_sha256": digest, "sha256": seal})
+            save_file(tensors, temporary, metadata={"semidg": text, "sha256": _digest(text, tensors)})
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
-    """Return what was saved beside the weights; raise UserError when the file is missing, damaged or not ours."""
+def read_networks(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the metadata and the tensors that `save_networks` wrote.
+
+    Raises:
+        UserError: the file is missing, damaged or not ours.
+    """
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; the run has not ended its first epoch (train on; --checkpoint last), or --run "
             "names no run's folder"
         )
-    with _naming(path):
-        return json.loads(_sealed_metadata(path)["semidg"])
+    with naming(path, NOT_OURS):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        if metadata["sha256"] != _digest(metadata["semidg"], tensors):
+            raise ValueError("its checksum is wrong")
+        return json.loads(metadata["semidg"]), tensors
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Return what was saved beside the weights; raises as `read_networks`."""
+    return read_networks(path)[0]
 
 
 def is_intact(path: Path) -> bool:
-    """Return True when `load_networks` would find the file whole."""
+    """Return True when `read_networks` finds the file whole."""
     try:
-        _load_tensors(path)
-    except (UserError, OSError):
+        return bool(read_networks(path))
+    except UserError:
         return False
-    return True
 
 
 def load_networks(path: Path, nets: list[nn.Module]) -> None:
-    """Load the weights that `save_networks` wrote; raise UserError when the file is damaged or holds other networks."""
-    tensors = _load_tensors(path)
-    with _naming(path):
+    """Load the weights that `save_networks` wrote; raises as `read_networks`, and when they are of other networks."""
+    _, tensors = read_networks(path)
+    with naming(path, NOT_OURS):
         for i, net in enumerate(nets):
             net.load_state_dict({key[2:]: value for key, value in tensors.items() if key.startswith(f"{i}.")})
 
 
-def _load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    with _naming(path):
-        expected, tensors = _sealed_metadata(path)["tensors_sha256"], load_file(path)
-        if expected != _digest(tensors):
-            raise ValueError("its checksum is wrong")
-        return tensors
-
-
-def _sealed_metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, "pt") as file:
-        found = file.metadata()
-    if "tensors_sha256" not in found:
-        raise ValueError("written by an earlier version: evaluate it with the code that wrote it, or train anew")
-    if hashlib.sha256((found["semidg"] + found["tensors_sha256"]).encode()).hexdigest() != found["sha256"]:
-        raise ValueError("its checksum is wrong")
-    return found
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Turn what a file of weights raises into a UserError that names it."""
-    try:
-        yield
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): ask its owner for the right to read it") from error
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged or not of this project ({first_line(error)})") from error
-
-
-def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of names, types, shapes and values."""
-    digest = hashlib.sha256()
+def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of a text and of the tensors' names, types, shapes and values."""
+    digest = hashlib.sha256(text.encode())
     for key in sorted(tensors):
         digest.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}".encode())
         digest.update(tensors[key].reshape(-1).numpy())
@@ -179,8 +157,7 @@ def provenance() -> dict[str, Any]:
         commit = git.stdout.strip() or None
     except FileNotFoundError:  # no git here
         commit = None
-    packages = ("torch", "torchvision", "timm", "monai", "numpy", "nibabel", "scikit-image")
-    return {"git_commit": commit, "versions": {name: version(name) for name in packages}}
+    return {"git_commit": commit, "versions": {name: version(name) for name in PACKAGES}}
 
 
 def run_metadata(
@@ -188,10 +165,7 @@ def run_metadata(
     config: dict[str, Any],
     reference: torch.Tensor | None,
     data_info: dict[str, Any],
-    *,
-    selection: str,
-    step: int | str,
-    cps_weight: float,
+    **facts: Any,
 ) -> dict[str, Any]:
     """Return what is saved beside the weights of a run.
 
@@ -200,9 +174,8 @@ def run_metadata(
         config: the run's settings.
         reference: (256,) quantile curve that histograms are matched to, or None.
         data_info: of the prepared data, or {} where they are unknown.
-        selection: rule by which the weights were chosen.
-        step: number of steps behind the weights.
-        cps_weight: beta of the last step.
+        facts: "selection", the rule by which the weights were chosen, "step", the number of steps behind them,
+            "cps_weight", beta of the last one, and "seen_before", the patients that --init-from brought in.
     """
     return {
         "dataset": dataset.key,
@@ -210,10 +183,8 @@ def run_metadata(
         "spacing_mm": dataset.spacing,
         "reference": None if reference is None else reference.tolist(),
         "config": config,
-        "selection": selection,
-        "step": step,
-        "cps_weight": cps_weight,
         "content_hash": data_info.get("content_hash"),
         "phantom": data_info.get("phantom", False),
+        **facts,
         **provenance(),
     }

@@ -25,40 +25,37 @@ DEFAULTS = {field.name: field.default for field in fields(Config) if field.defau
 
 
 @contextmanager
-def open_run(folder: Path, cfg: Config, world_size: int) -> Iterator[None]:
+def hold_run(folder: Path, cfg: Config, world_size: int) -> Iterator[None]:
     """Hold the folder of a run while it is resumed or begun by `cfg`.
 
     Raises:
-        UserError: another process holds it, it cannot be written, it holds files of another program or of an earlier
-            version of this one, or a run with other settings (unless `cfg.restart`).
+        UserError: another process holds it, it cannot be written, it holds files of another program, or a run with
+            other settings (unless `cfg.restart`).
     """
     with folder_lock(folder):
-        if not (folder / RECORD).exists() and (folder / "last.pt").exists():
-            raise UserError(
-                f"{folder} holds a run of an earlier version of this project, or files of another program: finish it "
-                "with the code that began it, or choose another --run-name"
-            )
         OutputFolder(folder).require_free(*RUN_FILES)
         if not cfg.restart and any((folder / name).exists() for name in CHECKPOINTS):
-            require_same_settings(folder, settings_of(cfg, world_size))
+            _require_same_settings(folder, _settings(cfg, world_size))
         yield
 
 
-def settings_of(cfg: Config, world_size: int) -> dict[str, Any]:
+def _settings(cfg: Config, world_size: int) -> dict[str, Any]:
     """Return what config.json says of a run: its settings and its number of processes."""
     return json.loads(json.dumps(asdict(cfg))) | {"processes": world_size}
 
 
-def require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raise UserError, naming what differs, where `folder` holds a run with other settings."""
+def _require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
     try:
-        began = DEFAULTS | read_json(folder / "config.json")  # a setting that is new in the code had its default
+        begun = DEFAULTS | read_json(folder / "config.json")  # a setting that is new in the code had its default
     except UserError as error:
         raise UserError(f"{error}: restore it, or begin anew with --restart") from error
-    keys = sorted({*began, *settings} - FREE_ON_RESUME)
-    differing = [key for key in keys if began.get(key) != settings.get(key)]
-    if differing:
-        lines = [f"  {key}: {began.get(key)!r} there, {settings.get(key)!r} now\n" for key in differing]
+    keys = sorted({*begun, *settings} - FREE_ON_RESUME)
+    lines = [
+        f"  {key}: {begun.get(key)!r} there, {settings.get(key)!r} now\n"
+        for key in keys
+        if begun.get(key) != settings.get(key)
+    ]
+    if lines:
         raise UserError(
             f"{folder} holds a run with other settings:\n{''.join(lines)}"
             "Choose another --run-name, or begin anew with --restart"
@@ -87,7 +84,7 @@ def begin_run(
     outputs = OutputFolder(folder)
     for name in RUN_FILES:
         outputs.claim(name)
-    write_json(folder / "config.json", settings_of(cfg, world_size))
+    write_json(folder / "config.json", _settings(cfg, world_size))
     write_json(folder / "split.json", split)
     return outputs
 

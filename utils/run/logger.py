@@ -1,4 +1,4 @@
-"""The run's log: a JSON line per epoch in log.jsonl, mirrored to wandb when that is wanted and there; steps.jsonl."""
+"""What a run writes as it goes: its log, mirrored to wandb where that is wanted, its weights and its pictures."""
 
 import json
 import os
@@ -10,10 +10,108 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import nn
+from tqdm import tqdm
+
 from utils.errors import first_line
-from utils.files import atomic_write
+from utils.files import OutputFolder, atomic_write
+from utils.run.checkpoint import save_checkpoint, save_networks
 
 WANDB_PATIENCE = 60  # seconds that a run waits for wandb, whose service may be stopped or dead
+
+
+class NullLogger:
+    """Takes every call that a Logger takes and does nothing: for all processes but the main one."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+class Logger:
+    """Writes into the folder of a run: log.jsonl (a line per epoch), steps.jsonl, checkpoints, weights, pictures."""
+
+    def __init__(self, outputs: OutputFolder, *, since: int, total: int, use_wandb: bool, config: dict[str, Any]):
+        """Go on after step `since` of `total`; later lines of the logs are cut off, as they will be written again."""
+        self.outputs, self.folder = outputs, outputs.folder
+        self.lines, self.points = (JsonLines(self.folder / f"{name}.jsonl", since) for name in ("log", "steps"))
+        self.progress = tqdm(total=total, initial=since, unit="step", desc="train", smoothing=0.1)
+        self.wandb_run = None
+        if use_wandb:
+            self.wandb_run = self._guarded(lambda: _start_wandb(self.folder, config))
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar."""
+        self.progress.write(text)
+
+    def step(self, **values: str) -> None:
+        """Count a step; `values` stand beside the progress bar."""
+        self.progress.set_postfix(values, refresh=False) if values else None
+        self.progress.update()
+
+    def point(self, point: dict[str, Any]) -> None:
+        """Write a point of the curves."""
+        self.points.append(point)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Write the line of an epoch, to wandb, too."""
+        self.lines.append(line)
+        self._to_wandb(line, line["step"])
+
+    def picture(self, name: str, draw: Callable[[Path], None]) -> None:
+        """Let `draw` write a picture of the last line; one that fails is a warning, as no picture is worth a run."""
+        path = self.outputs.claim(name)
+        try:
+            draw(path)
+        except Exception as error:  # whatever a drawing library raises
+            self.say(f"warning: {path} could not be drawn ({type(error).__name__}: {first_line(error)})")
+            return
+        if self.wandb_run:
+            image = import_module("wandb").Image(str(path))
+            self._to_wandb({path.parent.name: image}, self.lines[-1]["step"])
+
+    def save_best(self, nets: list[nn.Module], metadata: dict[str, Any]) -> None:
+        """Save the networks for inference."""
+        save_networks(self.folder / "best.safetensors", nets, metadata)
+
+    def keep_epoch(self, epoch: int, count: int, nets: list[nn.Module], metadata: dict[str, Any]) -> None:
+        """Keep the networks of the last `count` epochs, this one among them."""
+        if count:
+            name = "epochs/epoch_{:03d}.safetensors"
+            save_networks(self.outputs.claim(name.format(epoch)), nets, metadata)
+            for old in {name.format(number) for number in range(epoch - count + 1)} & self.outputs.made:
+                (self.folder / old).unlink(missing_ok=True)
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Save all that resuming needs."""
+        save_checkpoint(self.folder, state)
+
+    def finish(self, text: str) -> None:
+        """Free the disk of what only an unfinished run needs, and print the last line."""
+        (self.folder / "previous.pt").unlink(missing_ok=True)
+        self.say(text)
+
+    def __enter__(self) -> "Logger":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.close()
+        if self.wandb_run:
+            self._guarded(lambda: self.wandb_run.finish(exit_code=0 if kind is None else 1))
+
+    def _to_wandb(self, content: dict[str, Any], step: int) -> None:
+        if self.wandb_run:
+            self._guarded(lambda: self.wandb_run.log(content, step=step))
+
+    def _guarded(self, call: Callable[[], Any]) -> Any:
+        """Return what `call` returns; when it fails or hangs, warn and go on without wandb, which costs no run."""
+        outcome = _within(WANDB_PATIENCE, call)
+        if not isinstance(outcome, Exception):
+            return outcome
+        self.say(f"warning: wandb failed ({first_line(outcome)}); from here on the log is in {self.lines.path} only")
+        self.wandb_run = None
+        # It has registered work for the end of the program, which would wait for its service for ever.
+        _within(1, lambda: import_module("wandb").teardown())
+        return None
 
 
 class JsonLines(list):
@@ -34,41 +132,18 @@ class JsonLines(list):
             os.fsync(file.fileno())
 
 
-class Logger:
-    """The lines of log.jsonl, one per epoch, and the points of steps.jsonl, which several steps share."""
-
-    def __init__(self, folder: Path, *, since: int, use_wandb: bool, config: dict[str, Any]):
-        self.lines, self.points = JsonLines(folder / "log.jsonl", since), JsonLines(folder / "steps.jsonl", since)
-        self.wandb_run = None
-        if use_wandb:
-            self.wandb_run = self._guarded(lambda: _start_wandb(folder, config))
-
-    def log(self, line: dict[str, Any], pictures: dict[str, Path] | None = None) -> None:
-        """Write the line of an epoch, to wandb, too; pictures go there only."""
-        self.lines.append(line)
-        if self.wandb_run:
-            import wandb
-
-            images = {name: wandb.Image(str(path)) for name, path in (pictures or {}).items()}
-            self._guarded(lambda: self.wandb_run.log({**line, **images}, step=line["step"]))
-
-    def __enter__(self) -> "Logger":
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.wandb_run:
-            self._guarded(lambda: self.wandb_run.finish(exit_code=0 if kind is None else 1))
-
-    def _guarded(self, call: Callable[[], Any]) -> Any:
-        """Return what `call` returns; when it fails or hangs, warn and go on without wandb, which costs no run."""
-        outcome = _within(WANDB_PATIENCE, call)
-        if not isinstance(outcome, Exception):
-            return outcome
-        print(f"warning: wandb failed ({first_line(outcome)}); from here on the log is in {self.lines.path} only")
-        self.wandb_run = None
-        # It has registered work for the end of the program, which would wait for its service for ever.
-        _within(1, lambda: import_module("wandb").teardown())
-        return None
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a log; a last line that a killed process left unfinished is dropped, other bad ones named."""
+    lines = []
+    texts = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+            lines.append({**line, "step": int(line["step"])})
+        except (ValueError, TypeError, KeyError):
+            if number < len(texts):
+                print(f"warning: {path}: line {number} is damaged and left out")
+    return lines
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
@@ -87,25 +162,11 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
     return outcome[0] if outcome else TimeoutError(f"no answer within {seconds:g} s")
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a log; a last line that a killed process left unfinished is dropped, other bad ones named."""
-    lines = []
-    texts = path.read_text(errors="replace").splitlines() if path.exists() else []
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-            lines.append({**line, "step": int(line["step"])})
-        except (ValueError, TypeError, KeyError):
-            if number < len(texts):
-                print(f"warning: {path}: line {number} is damaged and left out")
-    return lines
-
-
 def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
     """Start or continue the wandb run of this folder: online with an account, else offline, never with a prompt."""
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes"):
         return None
-    import wandb  # imported here: it takes seconds, and only rank 0 of a run that wants it needs it
+    import wandb  # imported here: it takes seconds, and only the main process of a run that wants it needs it
 
     mode = os.environ.get("WANDB_MODE", "online")
     if mode == "online" and not wandb.login(prompt=False):

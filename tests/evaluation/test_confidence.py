@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
-
 from utils.evaluation.calibration import (
     BINS,
     Reliability,

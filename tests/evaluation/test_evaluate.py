@@ -3,9 +3,9 @@
 import csv
 import json
 import os
-import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,15 +22,11 @@ from utils.data.prepared import PreparedData
 from utils.device import Process
 from utils.engine import fit
 from utils.errors import UserError
-from utils.evaluation.commands import write_comparison
-from utils.evaluation.domains import by_method
-from utils.evaluation.predict import Member, mean_dice, predict_scans, to_native, volumetric_rows
-from utils.evaluation.results import evaluate_run
-from utils.evaluation.runs import load_run, open_data, runs_table
-from utils.evaluation.selection import selection_cost
-from utils.evaluation.tables import to_markdown
+from utils.evaluation.compare import by_method, write_comparison
+from utils.evaluation.evaluate import SLICES_DRAWN, evaluate_run, scan_picture
+from utils.evaluation.predict import Predictor, mean_dice, predict_scans, to_native, volumetric_rows
+from utils.evaluation.runs import load_run, open_data
 from utils.run.checkpoint import load_networks, read_metadata, save_networks
-from utils.run.logger import read_log
 
 MMS = mms_dataloader.DATASET
 CPU = torch.device("cpu")
@@ -42,17 +38,15 @@ def trained(mms_config, build_tiny):
     return Path(mms_config.out_root) / "run"
 
 
-def evaluate(run, build_tiny, **options):
-    defaults = {"save_predictions": False, "precision": "fp32", "tta": False, "keep_largest": False}
-    options = defaults | {"out": run / "results/D"} | options
-    trained = load_run(run, options.pop("checkpoint", "best"), MMS, build_tiny, CPU)
-    data, _, title = open_data(trained, options.pop("data_root", None), MMS)
-    return evaluate_run(trained, MMS, data=data, domain=trained.config.test_domain, title=title, **options)
+def load(run, build_tiny, checkpoint="best"):
+    return load_run(run, checkpoint, MMS, build_tiny, CPU, autocast=nullcontext)
 
 
-def listed(folder):
-    """The rows of the run list."""
-    return [line for line in to_markdown([runs_table(folder, MMS)]).splitlines() if line.startswith("| ")][2:]
+def evaluate(run, build_tiny, checkpoint="best", out=None, **options):
+    trained = load(run, build_tiny, checkpoint)
+    data, _, title = open_data(trained, None, MMS)
+    options |= {"domain": trained.config.test_domain, "title": title}
+    return evaluate_run(trained, MMS, data, out or run / "results/D", **options)
 
 
 def triples(scans):
@@ -64,6 +58,7 @@ class Oracle(nn.Module):
 
     def __init__(self, masks):
         super().__init__()
+        self.device_of = nn.Parameter(torch.zeros(1))
         self.masks = iter(masks)
         self.current = None
 
@@ -85,8 +80,8 @@ def test_perfect_prediction_scores_perfectly(mms_config, mms_root):
     loader = scan_loader(data, loaders.split.held_out)
     masks = [data.masks[index["mask"][loader.dataset.rows[batch]]][:, 6:-6, 6:-6] for batch in loader.sampler]
     oracle = Oracle(masks)
-    members = [Member([oracle, oracle], None, replace(mms_config, image_size=288))]
-    scans = list(predict_scans(members, loader, data, device=CPU, precision="fp32"))
+    predictor = Predictor([oracle, oracle], None, replace(mms_config, image_size=288), nullcontext)
+    scans = list(predict_scans(predictor, loader, data))
     assert len(scans) == 8
     dice = mean_dice(triples(scans))
     assert set(dice) == set(loaders.split.held_out) and min(dice.values()) > 99.999
@@ -97,6 +92,10 @@ def test_perfect_prediction_scores_perfectly(mms_config, mms_root):
         assert native.labels.shape[:2] == (index["rows"][scan.rows[0]], index["columns"][scan.rows[0]])
         for row in volumetric_rows(scan, native, MMS.class_names):
             assert row["dice"] > 95 and row["hd95"] < 1.6 and row["missed"] == 0
+        picture = scan_picture(scan, native.grid)
+        assert len(picture.slices) <= SLICES_DRAWN and picture.slices[-1] == len(scan.rows) - 1
+        assert (picture.arrays["truth"] == picture.arrays["prediction"]).all() and picture.arrays["truth"].max() == 3
+        assert sum(array.nbytes for array in picture.arrays.values()) < 1e6  # of every scan it stays in memory
 
 
 def test_patients_average_over_all_their_slices(mms_config, build_tiny):
@@ -104,8 +103,7 @@ def test_patients_average_over_all_their_slices(mms_config, build_tiny):
     loaders = build_loaders(mms_config, MMS)
     nets = [build_tiny(4).eval() for _ in range(2)]
     loader = scan_loader(loaders.data, loaders.split.held_out)
-    members = [Member(nets, None, mms_config)]
-    scans = list(predict_scans(members, loader, loaders.data, device=CPU, precision="fp32"))
+    scans = list(predict_scans(Predictor(nets, None, mms_config, nullcontext), loader, loaders.data))
     expected = {}
     for scan in scans:
         grid = nn.functional.interpolate(scan.probability, size=288, mode="bilinear").numpy() > 0.5
@@ -124,7 +122,16 @@ def test_evaluation_writes_everything_and_agrees_with_itself(trained, build_tiny
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert list(summary["volumetric"]) == ["LV", "MYO", "RV"] and summary["patients"] == 4
     assert summary["phantom"] and summary["test_domain"] == "D" and "never looked at" in summary["selection"]
-    assert "Phantom data" in (folder / "summary.md").read_text() == capsys.readouterr().out.split("results in")[0][:-1]
+    assert "Phantom data" in (folder / "summary.md").read_text()
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "paper Dice" in line]
+    for text in (
+        f"{trained}, vendor D: ",
+        f"{summary['paper_protocol']['mean']:.2f} ± ",
+        "of 4 patients; ",
+        "LV ",
+        "MYO ",
+    ):
+        assert text in line
     with open(folder / "per_case.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4 * 2 * 3
@@ -173,27 +180,6 @@ def test_evaluation_writes_everything_and_agrees_with_itself(trained, build_tiny
     assert again["paper_protocol"] == summary["paper_protocol"]
 
 
-def test_what_the_selection_cost(mms_config, build_tiny, mms_root):
-    """Against the evaluation of the same weights."""
-    cfg = replace(mms_config, num_epoch=2, max_steps=None, batch_size=16, keep_epochs=9)
-    fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
-    folder = Path(cfg.out_root) / "run"
-    options = {"data_root": None, "precision": "fp32", "tta": False}
-    before = sorted(folder.rglob("*"))
-    table = selection_cost(folder, MMS, build_tiny, CPU, **options)
-    assert sorted(folder.rglob("*")) == before
-    best, last, chosen = ((step, cell.mean) for _, step, cell in table.rows)
-    found = {name: evaluate(folder, build_tiny, checkpoint=name) for name in ("best", "last", "epochs/epoch_001")}
-    means = {name: summary["paper_protocol"]["mean"] for name, summary in found.items()}
-    assert (best[1], last[1]) == (means["best"], means["last"])
-    assert chosen[1] == max(means["last"], means["epochs/epoch_001"])
-    assert table.rows[2][0].startswith("not for reporting: epochs/epoch_00")
-    assert f"{chosen[1] - best[1]:+.2f} points" in table.footnotes[0]
-    shutil.rmtree(folder / "epochs")
-    with pytest.raises(UserError, match="has kept no epochs, or is not finished"):
-        selection_cost(folder, MMS, build_tiny, CPU, **options)
-
-
 def test_one_table_over_the_domains(mms_config, build_tiny, tmp_path):
     summaries = []
     for vendor in "AD":
@@ -205,50 +191,28 @@ def test_one_table_over_the_domains(mms_config, build_tiny, tmp_path):
     means = [summary["paper_protocol"]["mean"] for summary in summaries]
     assert f"{means[0]:.2f}" in text and f"{means[1]:.2f}" in text and f"{np.mean(means):.2f}" in text
     assert "84.52" in text and "phantom" in text  # published beside, and why they do not compare
-    assert {path.suffix for path in (tmp_path / "tables").glob("[!.]*")} == {".md", ".csv", ".tex", ".bib"}
+    assert {path.suffix for path in (tmp_path / "tables").glob("[!.]*")} == {".md", ".csv", ".tex"}
 
 
-def test_runs_are_listed_with_their_best_scores(trained, build_tiny, mms_config):
-    supervised = replace(mms_config, run_name="supervised", cps_weight=0.0, seed=7, max_steps=1)
-    fit(supervised, build_loaders(supervised, MMS), build_tiny, Process(CPU))
-    paper = evaluate(trained, build_tiny)["paper_protocol"]
-    rows = listed(trained.parent)
-    source = read_log(trained / "log.jsonl")[0]["val_dice"]
-    scores = f"{source:.2f} | {paper['mean']:.2f} ± {paper['std']:.2f}"
-    assert rows[0] == f"| run | D | 2 % | full, before its pseudo supervision | 0 | 2 | {scores} |"
-    assert rows[1].startswith("| supervised | D | 2 % | supervised only | 7 | 1 |") and rows[1].endswith("| – |")
-    with pytest.raises(UserError, match="no run of M&Ms there"):
-        runs_table(trained, MMS)
-
-
-@pytest.mark.parametrize("odd", ["metadata", "summary", "mode"])
-def test_an_odd_run_costs_only_its_own_row(trained, build_tiny, odd):
-    other = trained.parent / "another"
-    shutil.copytree(trained, other)
+@pytest.mark.parametrize("change", [{"cps_loss": "threshold"}, {"new_setting": 1}])
+def test_runs_of_other_code_are_refused(trained, build_tiny, change):
     metadata = read_metadata(trained / "best.safetensors")
-    if odd == "summary":
-        (other / "results/D").mkdir(parents=True)
-        (other / "results/D/summary.json").write_text("{}")
-    else:
-        config = metadata["config"] | {"cps_loss": "threshold"}
-        metadata |= {"config": config} if odd == "mode" else {"config": {}}
-        save_networks(other / "best.safetensors", [build_tiny(4), build_tiny(4)], metadata)
-    found, whole = listed(trained.parent)
-    if odd == "mode":  # of other code: it goes by its own name here, and its evaluation is refused at once
-        assert "| threshold, before its pseudo supervision |" in found
-        with pytest.raises(UserError, match=r"--cps-loss must be one of .*; evaluate it with the code that trained it"):
-            evaluate(other, build_tiny, out=other / "results/D")
-    else:
-        assert found.startswith("| another | cannot be read (KeyError: ") and found.count("|") == whole.count("|")
-    assert whole.startswith("| run | D | 2 % |")
+    config = metadata["config"] | change
+    save_networks(trained / "best.safetensors", [build_tiny(4), build_tiny(4)], metadata | {"config": config})
+    with pytest.raises(UserError, match=r"best\.safetensors: .*; evaluate it with the code that trained it"):
+        load(trained, build_tiny)
 
 
-def test_settings_newer_than_the_run_count_as_their_defaults(trained, build_tiny):
-    metadata = read_metadata(trained / "best.safetensors")
-    del metadata["config"]["fourier_alpha"]
-    save_networks(trained / "best.safetensors", [build_tiny(4), build_tiny(4)], metadata | {"extra": 1})
-    run = load_run(trained, "best", MMS, build_tiny, CPU)
-    assert run.config.fourier_alpha == 0.3 and run.config.image_size == 32
+def test_kept_epochs_are_evaluated(mms_config, build_tiny, tmp_path):
+    cfg = replace(mms_config, num_epoch=2, max_steps=None, batch_size=16, keep_epochs=9)
+    fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
+    run = Path(cfg.out_root) / "run"
+    last = evaluate(run, build_tiny, "last", tmp_path / "last")
+    kept = evaluate(run, build_tiny, "epochs/epoch_002", tmp_path / "kept")
+    assert kept["paper_dice"] == last["paper_dice"] and kept["checkpoint"].startswith("epochs/epoch_002, step ")
+    assert kept["selection"] == "none, a kept epoch"
+    with pytest.raises(UserError, match=r"epoch_007\.safetensors: no such file; kept .*: epochs/epoch_001, epochs/epo"):
+        load(run, build_tiny, "epochs/epoch_007")
 
 
 def test_patients_that_the_training_has_seen_are_not_evaluated(trained, build_tiny, capsys):
@@ -273,9 +237,7 @@ def test_unfinished_training_is_named(trained, build_tiny):
     remark = "(training not finished: epoch 1 of 9)"
     assert evaluate(trained, build_tiny)["checkpoint"] == f"best, step 2 {remark}"
     assert remark in (trained / "results/D/summary.md").read_text()
-    assert f"| 2 {remark} |" in listed(trained.parent)[0]
     (trained / "config.json").write_text("{")
-    assert "config.json is missing or damaged" in listed(trained.parent)[0]  # in its own row
     with pytest.raises(UserError, match=r"config\.json is missing or damaged"):
         evaluate(trained, build_tiny)
     (trained / "log.jsonl").unlink()  # weights without a log: nothing is known
@@ -294,21 +256,21 @@ def test_networks_are_saved_with_what_inference_needs(trained, build_tiny):
 
 def test_missing_and_foreign_runs_are_refused(trained, build_tiny, tmp_path):
     with pytest.raises(UserError, match="no such run"):
-        load_run(tmp_path / "nowhere", "best", MMS, build_tiny, CPU)
+        load(tmp_path / "nowhere", build_tiny, "best")
     with pytest.raises(UserError, match="no such file; the run has not ended its first epoch"):
-        load_run(tmp_path, "best", MMS, build_tiny, CPU)
+        load(tmp_path, build_tiny, "best")
     with pytest.raises(UserError, match="no such file; the run has saved no state"):
-        load_run(tmp_path, "last", MMS, build_tiny, CPU)
+        load(tmp_path, build_tiny, "last")
     metadata = read_metadata(trained / "best.safetensors") | {"dataset": "scgm"}
     save_networks(tmp_path / "best.safetensors", [build_tiny(4), build_tiny(4)], metadata)
     with pytest.raises(UserError, match=r"use inference_scgm\.py"):
-        load_run(tmp_path, "best", MMS, build_tiny, CPU)
+        load(tmp_path, build_tiny, "best")
     save_networks(tmp_path / "best.safetensors", [nn.Linear(1, 1), nn.Linear(1, 1)], metadata | {"dataset": "mms"})
     with pytest.raises(UserError, match="not of this project"):
-        load_run(tmp_path, "best", MMS, build_tiny, CPU)
+        load(tmp_path, build_tiny, "best")
     (tmp_path / "best.safetensors").write_bytes(b"\x08" * 100)
     with pytest.raises(UserError, match="damaged"):
-        load_run(tmp_path, "best", MMS, build_tiny, CPU)
+        load(tmp_path, build_tiny, "best")
 
 
 def run_script(cwd, *arguments, **environment):

@@ -7,14 +7,14 @@ import pytest
 import torch
 from scipy import stats
 from test_tables import DATASETS, summary
+from utils.evaluation.comparison import compare_methods
+from utils.evaluation.domains import by_method
+from utils.evaluation.statistics import holm
 
 from config import MMS as DEFAULTS
 from utils.errors import UserError
 from utils.evaluation import commands, runs
 from utils.evaluation.commands import COMPARISON_FILES, write_comparison
-from utils.evaluation.comparison import compare_methods
-from utils.evaluation.domains import by_method
-from utils.evaluation.statistics import holm
 from utils.run.checkpoint import run_metadata, save_networks
 
 MMS = DATASETS["mms"]
