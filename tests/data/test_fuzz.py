@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mms_dataloader
-import scgm_dataloader
 from utils.data.dataset import RawDataset
 from utils.data.prepare import convert_scan
 from utils.data.volume import Volume, read_header, read_volume
@@ -119,22 +118,6 @@ def test_info_tables(place, header, rows, changes, encoding):
     (raw / "M&Ms Dataset Information.xlsx").write_bytes(edited(content, changes))
     assert isinstance(mms_dataloader.find_cases(raw), RawDataset)
     (raw / "M&Ms Dataset Information.xlsx").unlink()
-
-
-names = st.from_regex(r"site[0-9a-z]{0,3}-sc[0-9]{0,3}-(image|mask-r[0-9]|x)\.nii(\.gz)?", fullmatch=True)
-
-
-@fuzz
-@given(files=st.lists(names, max_size=8))
-def test_scgm_file_names(place, files):
-    raw = place / "scgm"
-    for part in ("train", "test"):
-        (raw / part).mkdir(parents=True, exist_ok=True)
-        for old in (raw / part).iterdir():
-            old.unlink()
-        for name in files:
-            (raw / part / name).touch()
-    assert isinstance(scgm_dataloader.find_cases(raw), RawDataset)
 
 
 @fuzz

@@ -13,7 +13,7 @@ from helpers import ROOT
 
 import mms_dataloader
 from utils.data import loaders as loaders_module
-from utils.data.loaders import batch_loader, build_loaders, usable_cores
+from utils.data.loaders import batch_loader, build_loaders
 
 MMS = mms_dataloader.DATASET
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{ROOT}/tests/data"}
@@ -59,27 +59,6 @@ def test_too_little_shared_memory_is_said_and_avoided(mms_config, small_disk, mo
     assert f"need {need / 1e6:.0f} MB of shared memory" in out and "--shm-size" in out
     build_loaders(cfg, MMS, rank=1, world_size=2)
     assert capsys.readouterr().out == ""  # the main process has said it
-
-
-def test_training_data_arrive_with_1_MB_of_shared_memory(mms_config, tmp_path):
-    """In a mount namespace of its own, as in a container: without the question the reader waits or dies there."""
-    (tmp_path / "read.py").write_text(
-        "import sys; from dataclasses import replace; import config, mms_dataloader\n"
-        "from utils.data import loaders as module\n"
-        "module.usable_cores = lambda: 2\n"
-        f"cfg = replace(config.MMS_DEMO, data_root={mms_config.data_root!r}, ratio=0.02, batch_size=8, workers=2)\n"
-        "loaders = module.build_loaders(cfg, mms_dataloader.DATASET)\n"
-        "for loader in (loaders.labeled, loaders.unlabeled): loader.sampler.stop = 5\n"
-        "print(sum(len(x['row']) for pair in zip(loaders.labeled, loaders.unlabeled) for x in pair))\n"
-    )
-    command = f"mount -t tmpfs -o size=1m tmpfs /dev/shm && exec {sys.executable} {tmp_path / 'read.py'}"
-    if subprocess.run(["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/dev/shm"], capture_output=True).returncode:
-        pytest.skip("no right to mount a file system")
-    done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", command], capture_output=True, text=True, timeout=60, env=ENVIRONMENT
-    )
-    assert done.returncode == 0, done.stderr
-    assert "warning: the data workers need" in done.stdout and done.stdout.split()[-1] == str(5 * (8 + 16))
 
 
 @pytest.mark.slow
@@ -133,14 +112,3 @@ def test_workers_end_with_a_killed_parent(tmp_path):
     parent.kill()
     assert wait_until_gone(pids, 20)
     parent.wait()
-
-
-def test_only_the_cores_of_this_process_count():
-    if not hasattr(os, "sched_setaffinity"):
-        pytest.skip("no affinity on this system")
-    code = (
-        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "from utils.data.loaders import usable_cores; print(usable_cores())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "1" and usable_cores() == len(os.sched_getaffinity(0))

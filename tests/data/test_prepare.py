@@ -89,32 +89,24 @@ def test_prepare_is_deterministic_and_hashes_what_it_wrote(mms_raw, mms_root, tm
 
 
 def test_content_hash_covers_table_truth_and_geometry(raw, tmp_path):
-    def hashed(name):
+    def content_hash(name):
         prepare_dataset(raw, tmp_path / name, MMS, workers=2)
         return PreparedData.open(tmp_path / name, MMS).info["content_hash"]
 
-    table, hashes = table_of(raw), [hashed("as it is")]
-    rows = table.read_text()
-    mask = next((raw / "OpenDataset/Testing").glob("*/*_gt.nii.gz"))
+    for part in ("Training", "Validation"):  # fewer are enough
+        shutil.rmtree(raw / "OpenDataset" / part)
+    table, hashes = table_of(raw), [content_hash("as it is")]
+    rows, mask = table.read_text(), next((raw / "OpenDataset/Testing").glob("*/*_gt.nii.gz"))
     patient = next(line for line in rows.splitlines() if mask.parent.name in line)
-    vendor = patient.split(",")[3]
-    table.write_text(rows.replace(patient, patient.replace(f",{vendor},", f",{'A' if vendor != 'A' else 'C'},")))
-    hashes.append(hashed("another vendor"))
     cells = patient.split(",")
     cells[5], cells[6] = cells[6], cells[5]
     table.write_text(rows.replace(patient, ",".join(cells)))
-    hashes.append(hashed("ED and ES exchanged"))
-    table.write_text(rows)
-    image = nib.load(mask)
-    for name, labels, affine in (
-        ("fewer labels", np.where(np.asarray(image.dataobj) == 3, 0, image.dataobj), image.affine),
-        ("moved", np.asarray(image.dataobj), nib.affines.from_matvec(np.eye(3), [5, 0, 0]) @ image.affine),
-    ):
-        nib.save(nib.Nifti1Image(labels.astype(np.uint8), affine), mask)
-        scan = mask.with_name(mask.name.replace("_gt", ""))
-        voxels = nib.load(scan)
-        nib.save(nib.Nifti1Image(np.asarray(voxels.dataobj), affine), scan)
-        hashes.append(hashed(name))
+    hashes.append(content_hash("ED and ES exchanged"))
+    rewrite(mask, np.where(np.asarray(nib.load(mask).dataobj) == 3, 0, nib.load(mask).dataobj).astype(np.uint8))
+    hashes.append(content_hash("fewer labels"))
+    for path in (mask, mask.with_name(mask.name.replace("_gt", ""))):
+        rewrite(path, affine=nib.affines.from_matvec(np.eye(3), [5, 0, 0]) @ nib.load(path).affine)
+    hashes.append(content_hash("moved"))
     assert len(set(hashes)) == len(hashes)
 
 
@@ -179,7 +171,7 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
         f"error: {image(2, '_sa_gt')}: shape",
         f"error: {image(3, '_sa_gt')}: shape",
         f"error: {image(4)}: 1 voxels are NaN",
-        f"error: {image(5, '_sa_gt')}: labels [7] outside 0..3",
+        f"error: {image(5, '_sa_gt')}: labels [7] beside 0, 1, 2, 3;",
         f"error: patient {codes[6]} is there 2 times",
         "error: " + str(folders[7].with_name("Z9Z9Z9")) + ": patient Z9Z9Z9 is not in the info table",
         "unknown vendor 'X', expected one of A, B, C, D",
@@ -241,7 +233,7 @@ def test_changed_description_is_refused(mms_root, tmp_path):
         with pytest.raises(UserError):
             PreparedData.open(root, MMS)
     for before, after, said in ((b'"spacing_mm": 1.1', b'"spacing_mm": 1.3', changed_said),
-                                (b'"format": 5', b'"format": 4', "is of format 4, not 5: remove it")):  # fmt: skip
+                                (b'"format": 5', b'"format": 4', "prepared: format 4, not 5: remove it")):  # fmt: skip
         (root / "dataset.json").write_bytes(content.replace(before, after))
         with pytest.raises(UserError, match=said):
             PreparedData.open(root, MMS)
@@ -304,20 +296,6 @@ def rewrite(path, array=None, affine=None):
     nib.save(nib.Nifti1Image(array, image.affine if affine is None else affine, image.header), path)
 
 
-def test_odd_geometry_is_counted_and_named_and_work_goes_on(raw, capsys):
-    masks = [folder / f"{folder.name}_sa_gt.nii.gz" for folder in labeled_folders(raw)[:2]]
-    rewrite(masks[0], affine=nib.load(masks[0]).affine + 0.01 * np.eye(4, k=3))  # moved by 0.01 mm
-    scan = labeled_folders(raw)[2] / f"{labeled_folders(raw)[2].name}_sa.nii.gz"
-    image = nib.load(scan)
-    image.header["pixdim"][1:3] *= 1.5
-    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), None, image.header), scan)
-    assert check_dataset(raw, MMS, workers=2)
-    out = capsys.readouterr().out
-    assert f"warning: {masks[0]}: its affine differs from the image's" in out
-    assert f"warning: {scan}: voxel size by the affine" in out
-    assert "0 errors, 2 warnings" in out
-
-
 def test_extreme_slices_are_prepared_and_trained_on(raw, tmp_path, mms_config, build_tiny):
     """Constant and empty slices, 512 px and 24 px matrices: valid input all the way through a training."""
     constant, large, small = labeled_folders(raw)
@@ -359,32 +337,6 @@ def test_consensus_of_four_raters_by_hand():
         ]
     )
     assert scgm_dataloader.majority(list(raters)).tolist() == [1, 1, 0, 2, 2, 0, 2, 0]
-
-
-def write_subject(raw, site, shape, zooms, center_mm=(0, 0)):
-    """A subject whose GM is a disc of 4 mm radius, off the image centre by `center_mm`."""
-    position = [(np.arange(n) - (n - 1) / 2) * z for n, z in zip(shape[:2], zooms, strict=False)]
-    distance = np.hypot(position[0][:, None] - center_mm[0], position[1][None] - center_mm[1])
-    mask = np.repeat((distance < 4).astype(np.uint8)[..., None], shape[2], 2)
-    for kind in ("image", *(f"mask-r{rater}" for rater in range(1, 5))):
-        array = mask if kind != "image" else mask.astype(np.int16) * 500 + 100
-        nib.save(nib.Nifti1Image(array, np.diag([*zooms, 1])), raw / "train" / f"site{site}-sc01-{kind}.nii.gz")
-
-
-def test_sites_of_every_size_come_out_on_one_canvas(tmp_path):
-    raw = tmp_path / "raw"
-    (raw / "train").mkdir(parents=True)
-    write_subject(raw, 1, (100, 100, 3), (0.5, 0.5, 5), (3, -2))
-    write_subject(raw, 2, (650, 600, 4), (0.25, 0.25, 7.5), (3, -2))
-    write_subject(raw, 3, (200, 180, 28), (0.25, 0.25, 2.5), (3, -2))
-    prepare_dataset(raw, tmp_path / "out", SCGM, workers=2)
-    data = PreparedData.open(tmp_path / "out", SCGM)
-    assert data.images.shape == (35, 300, 300)
-    axis = (np.arange(300) - 149.5) * 0.175
-    for mask in data.masks:
-        rows, columns = np.nonzero(mask)
-        assert abs(axis[rows].mean() - 3) < 0.15 and abs(axis[columns].mean() + 2) < 0.15  # mm
-        assert abs(len(rows) * 0.175**2 / (np.pi * 16) - 1) < 0.05  # area
 
 
 def test_scgm_faults_are_named_all_at_once(scgm_raw, tmp_path, capsys):

@@ -50,14 +50,14 @@ def write_open_data(
         raise UserError(f"--from {source}: no such folder or zip file")
     raw.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{raw.name}_", dir=raw.parent) as folder:
-        root, new, archive = source, Path(folder) / "raw", source
+        new, unpacked, archive = Path(folder) / "raw", Path(folder) / "bids", source or Path(folder) / "data.zip"
         if not source:
-            archive = Path(folder) / "data.zip"
             with naming(URL, "cannot be downloaded", remedy=". Try again, or give a copy of it by --from"):
                 download_url(URL, folder, archive.name)
         if archive.is_file():
-            with naming(archive if source else URL, "is no whole zip file", remedy=": download it again"):
-                root = extract_archive(archive, Path(folder) / "bids")
+            with naming(source or URL, "is no whole zip file", remedy=": download it again"):
+                extract_archive(archive, unpacked)
+        root = unpacked if archive.is_file() else archive
         known = {session for sessions in SESSIONS.values() for session in sessions}
         around = [root, *root.glob("*/")]  # GitHub makes a folder around the files
         root = next((place for place in around if known & {path.name for path in place.glob("*/")}), root)
@@ -82,21 +82,17 @@ def _write_session(root: Path, session: str, prefix: str, number: int, raw: Path
     for path in (*runs, *masks):
         if path.exists() and path.stat().st_size < 1000:
             raise UserError(f"{path}: only a pointer of git-annex or git-lfs: get the file itself")
-    rng = np.random.default_rng([seed, *session.encode()])
-    first = read_volume(runs[0], 3)
+    rng, first = np.random.default_rng([seed, *session.encode()]), read_volume(runs[0], 3)
     middle = first.affine @ [*(np.array(first.array.shape) - 1) / 2, 1]  # mm
     labeled = all(mask.exists() for mask in masks)
     if labeled:
         grey, cord = (mask_in_grid(whole_numbers(read_volume(mask, 3)), first).array > 0 for mask in masks)
         middle = first.affine @ [*np.argwhere(cord).mean(0), 1]
         label = np.where(grey, 1, np.where(cord, 2, 0)).astype(np.uint8)
-    for run, path in enumerate(runs):
-        if not path.exists():
-            continue
+    for run, path in enumerate(path for path in runs if path.exists()):
         volume = read_volume(path, 3)
         place, affine = _window(volume, middle, rng)
-        part = "train" if labeled and run == 0 else "test"
-        name = f"{prefix}{number + 10 * run:02d}"
+        part, name = "train" if labeled and run == 0 else "test", f"{prefix}{number + 10 * run:02d}"
         save_scan(raw / part / f"{name}-image.nii.gz", volume.array[place], affine)
         for rater in range(1, 5) if part == "train" else ():
             save_scan(raw / part / f"{name}-mask-r{rater}.nii.gz", label[place], affine)

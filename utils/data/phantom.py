@@ -136,8 +136,6 @@ def acquire(image: np.ndarray, scanner: Scanner, field, rng: np.random.Generator
     return (scanner.gain * image**scanner.gamma).astype(np.int16)
 
 
-
-
 def chest(x, y, depth, spacing, tissue, field, rng) -> np.ndarray:
     """Paint the signal (X, Y, Z) around a heart at the origin; `depth` (Z,) is 0 at its base and 1 at its apex."""
     image = np.full(x.shape, 0.02, np.float32)
@@ -325,8 +323,6 @@ def write_scgm(out: Positional[Path], *, patients: int = 4, seed: int = 0) -> No
         labeled = number <= patients
         folder, stem = Path(out) / ("train" if labeled else "test"), f"site{site}-sc{number:02d}"
         save_scan(folder / f"{stem}-image.nii.gz", acquire(image[..., None], scanner, field, rng)[..., 0], affine)
-        levels = [f"{k},{2 + int(k * scanner.thickness // 15)}\n" for k in range(image.shape[2])]
-        (folder / f"{stem}-levels.txt").write_text("".join(levels))  # slice, vertebra
         for rater in range(1, 5) if labeled else ():  # each follows the boundary a little differently
             seen = [axis[inside] + 0.1 * field(4)[inside] for axis in (x, y)]
             grey, whole = cord(*seen, size * rng.uniform(0.98, 1.02))

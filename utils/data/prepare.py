@@ -207,18 +207,14 @@ def convert_scan(case: Case, dataset: DatasetInfo, target: Target | None) -> Sca
 
 def _labels(mask: Volume, dataset: DatasetInfo) -> Volume:
     """Return a mask with labels of the data set, uint8; raise UserError, which names no file, for other values."""
-    mask, last = whole_numbers(mask), dataset.num_raw_labels - 1
-    label_of = dataset.label_values or {label: label for label in range(last + 1)}
-    labels, known = np.zeros(mask.array.shape, np.uint8), np.zeros(mask.array.shape, bool)
-    for value, label in label_of.items():
-        here = mask.array == value
-        labels[here] = label
-        known |= here
-    if not known.all():
-        unknown = np.unique(mask.array[~known])[:5].tolist()
-        if dataset.label_values:
-            raise UserError(f"--labels do not name its values {unknown}: add VALUE=STRUCTURE, or VALUE=background")
-        raise UserError(f"labels {unknown} outside 0..{last}; for scans of your own, --labels says what they mean")
+    mask = whole_numbers(mask)
+    label_of = dataset.label_values or {label: label for label in range(dataset.num_raw_labels)}
+    labels, drawn = np.zeros(mask.array.shape, np.uint8), mask.array != 0
+    values, position = np.unique(mask.array[drawn], return_inverse=True)
+    if unknown := [value for value in values.tolist() if value not in label_of]:
+        named = ", ".join(map(str, label_of))
+        raise UserError(f"labels {unknown[:5]} beside {named}; of your own scans, --labels VALUE=STRUCTURE names them")
+    labels[drawn] = np.array([label_of[value] for value in values], np.uint8)[position]
     return mask._replace(array=labels)
 
 

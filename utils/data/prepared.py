@@ -53,18 +53,16 @@ class PreparedData:
         root = Path(root)
         if not (root / "dataset.json").is_file():
             place = "" if root.is_absolute() else f" of {Path.cwd()}: if they lie elsewhere, name them by --data-root"
-            demo = f"Or try the demo, which needs no data: python {dataset.key}_train.py --demo"
-            raise UserError(
-                f"no prepared {dataset.name} data in the folder {root}{place}\n{dataset.download_help}\n{demo}"
+            demo = (
+                f"{dataset.download_help}\nOr try the demo, which needs no data: python {dataset.key}_train.py --demo"
             )
+            raise UserError(f"no prepared {dataset.name} data in the folder {root}{place}\n{demo}")
         with naming(root, "is damaged", remedy=": prepare the data again"):
             info = json.loads((root / "dataset.json").read_text())
             if info["dataset"] != dataset.key:
                 raise UserError(f"{root} holds {info['dataset']} data: use its scripts, or name {dataset.key} data")
             if info["format"] != FORMAT_VERSION:
-                raise UserError(
-                    f"{root} is of format {info['format']}, not {FORMAT_VERSION}: remove it, prepare it again"
-                )
+                raise UserError(f"{root}: format {info['format']}, not {FORMAT_VERSION}: remove it, prepare it again")
             text = (root / "index.csv").read_bytes()
             if info.pop("sha256") != description_digest(info, text):  # rows in another order are other images
                 raise ValueError("dataset.json or index.csv was changed")
@@ -88,9 +86,8 @@ class PreparedData:
 
     def patients_with_masks(self, domain: str) -> list[str]:
         """Return the patients of a domain, or of all for NO_DOMAIN, that can be evaluated."""
-        index = self.index
-        chosen = (index["domain"] == domain) | (domain == NO_DOMAIN)
-        return sorted({str(p) for p in index["patient"][chosen & (index["mask"] >= 0)]})
+        chosen = (self.index["domain"] == domain) | (domain == NO_DOMAIN)
+        return sorted({str(patient) for patient in self.index["patient"][chosen & (self.index["mask"] >= 0)]})
 
     def checksums(self, patients: list[str]) -> dict[str, str]:
         """Return the patients by the checksums of their frames' voxels: they tell a scan under any name."""

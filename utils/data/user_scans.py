@@ -137,21 +137,20 @@ def _pair(inputs: Sequence[Path], truths: Sequence[Path], warnings: list[str]) -
             places = ", ".join(map(str, truths))
             errors.append(f"{path}: no mask of that name in {places}: leave it out, or name the pairs in a table")
             continue
-        of_kind = [mask for mask in masks_of[path] if _kind(mask) == _kind(first)]
-        likeness = max((_equal_folders(path, mask) for mask in of_kind), default=0)
-        chosen = [mask for mask in of_kind if _equal_folders(path, mask) == likeness]
-        others = [mask for mask in masks_of[path] if mask not in chosen]
-        if not chosen:
-            errors.append(
-                f"{path}: has {others[0].name}, but no mask of the kind of {first}: name the pairs in a table"
-            )
+        order = {mask: (_kind(mask), -_equal_folders(path, mask)) for mask in masks_of[path]}
+        best = min(order.values())
+        chosen = [mask for mask in order if order[mask] == best]
+        if best[0] != _kind(first):
+            problem = f"{path}: has {chosen[0].name}, but no mask of the kind of {first}"
+            errors.append(f"{problem}: name the pairs in a table")
             continue
-        warnings += [f"{mask}: left out: {chosen[0].name} is the mask of {path.name}" for mask in others]
+        warnings += [f"{mask}: left out: {chosen[0].name} is the mask of {path.name}"
+                     for mask in order if mask not in chosen]  # fmt: skip
         if len(chosen) > 1 and not all(RATER.search(file_stem(mask)) for mask in chosen):
             errors.append(f"{path}: several masks: {', '.join(map(str, chosen))}")
         if patient in shared:  # files of one name are told apart by their folders
-            folder = path.parent.relative_to(os.path.commonpath([other.parent for other in identities]))
-            patient = plain_name("_".join(folder.parts)) or patient
+            top = os.path.commonpath([other.absolute().parent for other in identities])
+            patient = plain_name("_".join(path.absolute().parent.relative_to(top).parts)) or patient
         phases = {phase: 0} if phase else {}
         cases.append(Case(patient, domain, domain, path, tuple(chosen), phases, own=True))
     return cases, errors
@@ -191,9 +190,8 @@ def _read_pairs(path: Path) -> tuple[list[Case], list[str]]:
         image, mask = (path.parent / row[name] for name in ("image", "truth"))
         errors += [f"{path}: {file}: no such file" for file in (image, mask) if not file.is_file()]
         patient, phase = scan_identity(image)
-        phase = plain_name(row["phase"]) or phase
+        patient, phase = plain_name(row["patient"]) or patient, plain_name(row["phase"]) or phase
         phases = {phase.upper() if phase.upper() in ("ED", "ES") else phase: 0} if phase else {}
-        patient = plain_name(row["patient"]) or patient
         cases.append(Case(patient, domain, row["group"] or domain, image, (mask,), phases, own=True))
     return cases, errors
 
