@@ -7,17 +7,21 @@ a translucent fill; `title` stands above all. Figures are built without pyplot, 
 
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import nibabel as nib
 import numpy as np
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
-from matplotlib.text import Text
 
 from utils.files import OutputFolder
+
+# A notebook's backend, which its scripts inherit, is refused outside of it; pictures here need none.
+with patch.dict("os.environ", MPLBACKEND="agg"):
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.patheffects import withStroke
+    from matplotlib.text import Text
 
 # Colours of the labels 1, 2, 3. To colour-blind eyes, too, these three as fills on whatever grey, white blood among
 # it, look neither grey nor like each other.

@@ -5,11 +5,8 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
-from utils.plots import legend_below, save, structures_of
+from utils.plots import Figure, Line2D, Patch, legend_below, save, structures_of
 
 MARKERS = "o^sDvP*X"  # of phases; further ones begin anew
 SCORE_STYLES = {  # Okabe-Ito colours; lines that are told apart without colour, too
