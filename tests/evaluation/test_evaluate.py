@@ -23,7 +23,7 @@ from utils.device import Process
 from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluation.compare import by_method, write_comparison
-from utils.evaluation.evaluate import SLICES_DRAWN, evaluate_run, scan_picture
+from utils.evaluation.evaluate import SLICES_DRAWN, case_drawing, evaluate_run
 from utils.evaluation.predict import Predictor, mean_dice, predict_scans, to_native, volumetric_rows
 from utils.evaluation.runs import load_run, open_data
 from utils.run.checkpoint import load_networks, read_metadata, save_networks
@@ -92,10 +92,10 @@ def test_perfect_prediction_scores_perfectly(mms_config, mms_root):
         assert native.labels.shape[:2] == (index["rows"][scan.rows[0]], index["columns"][scan.rows[0]])
         for row in volumetric_rows(scan, native, MMS.class_names):
             assert row["dice"] > 95 and row["hd95"] < 1.6 and row["missed"] == 0
-        picture = scan_picture(scan, native.grid)
-        assert len(picture.slices) <= SLICES_DRAWN and picture.slices[-1] == len(scan.rows) - 1
-        assert (picture.arrays["truth"] == picture.arrays["prediction"]).all() and picture.arrays["truth"].max() == 3
-        assert sum(array.nbytes for array in picture.arrays.values()) < 1e6  # of every scan it stays in memory
+        drawing = case_drawing(scan, native.grid)
+        assert len(drawing["slices"]) <= SLICES_DRAWN and drawing["slices"][-1] == len(scan.rows) - 1
+        assert (drawing["truth"] == drawing["prediction"]).all() and drawing["truth"].max() == 3
+        assert drawing["image"].size < 200**2 * SLICES_DRAWN  # of every scan it stays in memory
 
 
 def test_patients_average_over_all_their_slices(mms_config, build_tiny):

@@ -2,7 +2,7 @@
 
 import io
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
@@ -94,23 +94,24 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
     """Run what the command line asks for."""
     with clear_errors():
         flags = tyro.cli(Inference, config=(tyro.conf.OmitArgPrefixes,))
-        scans, evaluation = flags.scans, flags.evaluation
+        scans = flags.scans
         is_labeled = bool(scans.truth) or [path.suffix.lower() for path in scans.input] == [".csv"]
         check_flags(flags, dataset, is_labeled)
         device = choose_device(flags.device)
-        autocast = partial(autocast_context, device, flags.precision)
-        facts = {"dataset": dataset, "build_network": build_network, "device": device, "autocast": autocast}
-        load = partial(load_run, checkpoint=flags.checkpoint, tta=flags.tta, **facts)
+        load = partial(
+            load_run, checkpoint=flags.checkpoint, dataset=dataset, build_network=build_network, device=device,
+            autocast=partial(autocast_context, device, flags.precision), tta=flags.tta,
+        )  # fmt: skip
         if not scans.input:
-            evaluate_runs(load, flags.run, dataset, flags.checkpoint, evaluation, keep_largest=flags.keep_largest)
+            evaluate_runs(load, dataset, flags)
         elif is_labeled:
-            own = labeled(scans.input, scans.truth, scans.labels, dataset)
-            options = {"save_predictions": evaluation.save_predictions, "keep_largest": flags.keep_largest}
-            evaluate_user_scans(load(flags.run[0]), own, scans.input[0], scans.output, **options)
+            evaluate_user_scans(load(flags.run[0]), dataset, flags)
         else:
-            names = ("overwrite", "volumes", "confidence", "center", "batch_size")
-            options = {name: getattr(scans, name) for name in names} | {"keep_largest": flags.keep_largest}
-            segment_files(load(flags.run[0]), dataset, scans.input, scans.output, **options)
+            segment_files(
+                load(flags.run[0]), dataset, scans.input, scans.output, overwrite=scans.overwrite,
+                volumes=scans.volumes, confidence=scans.confidence, center=scans.center,
+                keep_largest=flags.keep_largest, batch_size=scans.batch_size,
+            )  # fmt: skip
 
 
 def check_flags(flags: Inference, dataset: DatasetInfo, is_labeled: bool) -> None:
@@ -148,44 +149,36 @@ def check_flags(flags: Inference, dataset: DatasetInfo, is_labeled: bool) -> Non
         raise UserError("\n".join(made))
 
 
-def evaluate_runs(
-    load: Callable[[Path], TrainedRun], folders: Sequence[Path], dataset: DatasetInfo, checkpoint: str,
-    flags: Evaluation, *, keep_largest: bool,
-) -> None:  # fmt: skip
+def evaluate_runs(load: Callable[[Path], TrainedRun], dataset: DatasetInfo, flags: Inference) -> None:
     """Evaluate runs on their held-out domains; of several, write and print the tables over them, too."""
+    folders, root, out = flags.run, flags.evaluation.data_root, flags.evaluation.out
     several = len(folders) > 1
     if several:  # before the first of them is evaluated
-        metadata = [read_run(folder, checkpoint, dataset)[1] for folder in folders]
-        names = name_rows(folders, metadata, dataset, labels=flags.label, one_data=flags.data_root is not None)
-        facts = (sorted(map(str, folders)), checkpoint, keep_largest, flags.data_root)
-        tables_at = flags.out or comparison_folder(folders[0].parent, names, facts)
+        metadata = [read_run(folder, flags.checkpoint, dataset)[1] for folder in folders]
+        names = name_rows(folders, metadata, dataset, labels=flags.evaluation.label, one_data=root is not None)
+        facts = (sorted(map(str, folders)), flags.checkpoint, flags.tta, flags.keep_largest, root)
+        tables_at = out or comparison_folder(folders[0].parent, names, facts)
         OutputFolder(tables_at).require_free(*COMPARISON_FILES)
     summaries = []
     for folder in folders:
         run = load(folder)
-        data, name, title = open_data(run, flags.data_root, dataset)
-        out = flags.out if flags.out and not several else folder / "results" / name
-        options = {"save_predictions": flags.save_predictions, "keep_largest": keep_largest}
+        data, name, title = open_data(run, root, dataset)
+        results = out if out and not several else folder / "results" / name
         with memory_errors(folder):
-            summaries.append(
-                evaluate_run(run, dataset, data, out, domain=run.config.test_domain, title=title, **options)
-            )
+            summaries.append(evaluate_run(
+                run, dataset, data, results, domain=run.config.test_domain, title=title,
+                save_predictions=flags.evaluation.save_predictions, keep_largest=flags.keep_largest,
+            ))  # fmt: skip
     if several:
         write_comparison(by_method(summaries, names, dataset), dataset, tables_at)
 
 
-def evaluate_user_scans(
-    run: TrainedRun, dataset: DatasetInfo, source: Path, output: Path, *, save_predictions: bool, keep_largest: bool
-) -> None:
-    """Evaluate a run on the user's labelled scans, which are prepared for it as those of a data set are.
-
-    Args:
-        dataset: that of `utils.data.user_scans.labeled`.
-        source: its first file or folder, whose name the results bear.
-    """
-    name = source.resolve().name
+def evaluate_user_scans(run: TrainedRun, dataset: DatasetInfo, flags: Inference) -> None:
+    """Evaluate a run on the user's labelled scans, which are prepared for it as those of a data set are."""
+    dataset = labeled(flags.scans.input, flags.scans.truth, flags.scans.labels, dataset)
+    source = flags.scans.input[0]  # whose name the results bear
     with tempfile.TemporaryDirectory(prefix="semidg_") as folder, memory_errors(source):  # in the folder TMPDIR
-        prepared, said = Path(folder) / name, io.StringIO()
+        prepared, said = Path(folder) / source.resolve().name, io.StringIO()
         try:
             with redirect_stdout(said):
                 raw = source if source.is_dir() else source.parent
@@ -193,6 +186,8 @@ def evaluate_user_scans(
         finally:
             print("\n".join(line for line in said.getvalue().splitlines() if folder not in line))
         data = PreparedData.open(prepared, dataset)
-        facts = {"domain": str(data.index["domain"][0]), "title": f"{dataset.name}, scans of one's own"}
-        options = {"save_predictions": save_predictions, "keep_largest": keep_largest}
-        evaluate_run(run, dataset, data, output, **facts, **options)
+        evaluate_run(
+            run, dataset, data, flags.scans.output, domain=str(data.index["domain"][0]),
+            title=f"{dataset.name}, scans of one's own", save_predictions=flags.evaluation.save_predictions,
+            keep_largest=flags.keep_largest,
+        )  # fmt: skip

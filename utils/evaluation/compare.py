@@ -2,8 +2,10 @@
 
 import csv
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from hashlib import sha256
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
 from typing import Any, NamedTuple
@@ -52,10 +54,13 @@ def name_rows(
     Raises:
         UserError: the runs cannot stand in one table, or there are not as many labels as runs.
     """
-    settings = []
-    for run in metadata:  # which run it began with differs by seed and domain, but not whether it began so
-        begun = "with another run" if run["config"]["init_from"] else "anew"
-        settings.append(run["config"] | {"data": (run["content_hash"] or "unknown")[:8], "begun": begun})
+    # Which run it began with differs by seed and domain, but not whether it began so.
+    settings = [
+        run["config"]
+        | {"data": (run["content_hash"] or "unknown")[:8]}
+        | {"begun": "with another run" if run["config"]["init_from"] else "anew"}
+        for run in metadata
+    ]
     names = list(labels) or _names_by_settings([method_name(run) for run in metadata], settings)
     if len(names) != len(folders):
         raise UserError(f"--label gives {len(labels)} names for {len(folders)} runs: give one per --run, in that order")
@@ -92,28 +97,24 @@ def _names_by_settings(methods: Sequence[str], settings: Sequence[dict[str, Any]
     return names
 
 
-class Published(NamedTuple):
-    """A published row: Dice in percent per held-out domain and their average, as printed there."""
+def published_rows(dataset: str) -> dict[float, tuple[list[list[Any]], str]]:
+    """Return, by share of labelled patients, the published rows (published.csv) and where the later ones come from.
 
-    method: str
-    dice: list[float]
-    average: float
-    std: list[float | None]  # sample standard deviation over patients
-    later: str  # where a row later than this method is taken from
-    note: str  # what to know about it
-
-
-def published_rows(dataset: str) -> dict[float, list[Published]]:
-    """Return the published rows of a data set (published.csv) by share of labelled patients."""
-    rows: dict[float, list[Published]] = {}
+    Dice in percent per held-out domain, with the sample standard deviation over patients, and their average, as
+    printed there.
+    """
+    rows: dict[float, list[list[Any]]] = defaultdict(list)
+    later: dict[float, list[str]] = defaultdict(list)
     with open(Path(__file__).with_name("published.csv"), newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             if line["dataset"] == dataset:
-                dice, std = ([float(value) for value in line[key].split()] for key in ("dice", "std"))
-                texts = {key: line[key] for key in ("method", "later", "note")}
-                row = Published(dice=dice, std=std or [None] * len(dice), average=float(line["average"]), **texts)
-                rows.setdefault(float(line["ratio"]), []).append(row)
-    return rows
+                ratio, dice, std = float(line["ratio"]), line["dice"].split(), line["std"].split()
+                cells = [Cell(float(d), float(s) if s else None) for d, s in zip_longest(dice, std)]
+                rows[ratio].append([line["method"], *cells, Cell(float(line["average"]))])
+                later[ratio] += [f"{line['method']} ({line['later']})"] if line["later"] else []
+    return {
+        ratio: (rows[ratio], f"Published later: {', '.join(later[ratio])}." if later[ratio] else "") for ratio in rows
+    }
 
 
 def by_method(summaries: Sequence[Summary], names: Sequence[str], dataset: DatasetInfo) -> dict[str, Runs]:
@@ -150,8 +151,9 @@ def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list
     if published:
         nearest = min(published, key=lambda share: abs(share - ratio))
         beside = f" Published rows: {_percent(nearest)} labelled."
-        rows += [[row.method, *map(Cell, row.dice, row.std), Cell(row.average)] for row in published[nearest]]
-        remarks = [_not_comparable(methods, dataset, published), SELECTION_NOTE, _published_later(published[nearest])]
+        printed, later = published[nearest]
+        rows += printed
+        remarks = [_not_comparable(methods, dataset, list(published)), SELECTION_NOTE, later]
     note = f"Dice (%) of all structures pooled per slice, softmax > 0.5, on a {FIELD_PX} px grid. {setting}{beside}"
     rules = [len(methods)] if published else []
     tables = [Table("Paper protocol", note, header, rows, [*sources, *filter(None, remarks)], rules)]
@@ -211,7 +213,7 @@ def _sources(method: str, runs: Runs) -> str:
     return f"{text} They differ in {', '.join(unequal)}." if unequal else text
 
 
-def _not_comparable(methods: dict[str, Runs], dataset: DatasetInfo, published: dict[float, list[Published]]) -> str:
+def _not_comparable(methods: dict[str, Runs], dataset: DatasetInfo, published: Sequence[float]) -> str:
     """Say which results cannot stand beside the published numbers, and why; empty where all can."""
     texts = []
     for method, runs in methods.items():
@@ -227,16 +229,6 @@ def _not_comparable(methods: dict[str, Runs], dataset: DatasetInfo, published: d
         texts += [f"{method}, {', '.join(domains)} ({reasons})" for reasons, domains in domains_of.items()]
     facts = f"{dataset.name}, {' or '.join(map(_percent, published))} labelled, {FIELD_PX} px"
     return f"Not comparable with the published rows ({facts}): {'; '.join(texts)}." if texts else ""
-
-
-def _published_later(rows: Sequence[Published]) -> str:
-    """Name the rows later than this method, by their source."""
-    names: dict[str, list[str]] = {}
-    for row in rows:
-        if row.later:
-            names.setdefault(row.later, []).append(f"{row.method} ({row.note})" if row.note else row.method)
-    texts = [f"{', '.join(methods)} as in {source}" for source, methods in names.items()]
-    return f"Published later: {'; '.join(texts)}." if texts else ""
 
 
 def _percent(share: float) -> str:

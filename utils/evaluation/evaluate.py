@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,16 +37,6 @@ SLICES_DRAWN = 6  # of a scan, at most
 Case = dict[str, Any]  # a line of per_case.csv
 
 
-class ScanPicture(NamedTuple):
-    """What the picture of a scan needs: few slices, cropped, so that those of a whole domain fit into memory."""
-
-    patient: str
-    phase: str
-    slices: list[int]
-    arrays: dict[str, np.ndarray]  # "image", "truth", "prediction", "agreement": (S, H, W)
-    letters: str
-
-
 def evaluate_run(
     run: TrainedRun, dataset: DatasetInfo, data: PreparedData, out: Path, *, domain: str, title: str,
     save_predictions: bool = False, keep_largest: bool = False,
@@ -65,7 +55,7 @@ def evaluate_run(
     outputs.require_free(*RESULT_FILES)  # before the work
     slice_dice: list[tuple[str, str, list[float]]] = []
     cases: list[Case] = []
-    scan_pictures: list[ScanPicture] = []
+    drawings: dict[tuple[str, str], dict[str, Any]] = {}  # by patient and phase
     outside, uncertainty, loader = np.zeros(2, int), Uncertainty(), scan_loader(data, patients)
     scans = predict_scans(run.predictor, loader, data, confidence=True)
     for scan in tqdm(scans, total=len(loader), unit="scan", desc=f"evaluate {run.folder.name}", leave=False):
@@ -74,7 +64,7 @@ def evaluate_run(
         cases += volumetric_rows(scan, native, dataset.class_names)
         outside += native.outside
         uncertainty.add(scan)
-        scan_pictures.append(scan_picture(scan, native.grid))
+        drawings[scan.patient, scan.phase] = case_drawing(scan, native.grid)
         if save_predictions:
             path = outputs.claim(f"predictions/{scan.patient}_{scan.phase}.nii.gz")
             write_volume(path, native.labels, native.grid)
@@ -126,7 +116,7 @@ def evaluate_run(
         writer.writeheader()
         writer.writerows(cases)
     heading = f"{title}: run {summary['run']}, data {data.name}"
-    pictures = draw_pictures(outputs, dataset, summary, cases, scan_pictures, clinical, uncertainty, heading)
+    pictures = draw_pictures(outputs, dataset, summary, cases, drawings, clinical, uncertainty, heading)
     if (run.folder / "curves.png").is_file():
         epochs = count(len(read_log(run.folder / "log.jsonl")), "epoch")
         pictures.append((f"Training, {epochs}", run.folder / "curves.png"))
@@ -186,32 +176,31 @@ def _clinical(
 
     They need both phases: a patient with one of them is left out.
     """
-    scans_of: dict[str, list[Case]] = defaultdict(list)
+    volumes: dict[str, dict[str, dict[tuple[str, str], float]]] = defaultdict(lambda: defaultdict(dict))
     for case in cases if dataset.clinical else ():
-        scans_of[case["patient"]].append(case)
+        for kind in ("truth_ml", "predicted_ml"):
+            volumes[case["patient"]][kind][case["phase"], case["structure"]] = case[kind]
     units: dict[str, str] = {}
     values: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
-    for scans in scans_of.values():
-        if {"ED", "ES"} <= {case["phase"] for case in scans}:
+    for of_patient in volumes.values():
+        if {"ED", "ES"} <= {phase for phase, _ in of_patient["truth_ml"]}:
             for column, kind in enumerate(("truth_ml", "predicted_ml")):
-                quantities = dataset.clinical({(case["phase"], case["structure"]): case[kind] for case in scans})
-                for name, (value, unit) in quantities.items():
+                for name, (value, unit) in dataset.clinical(of_patient[kind]).items():
                     units[name] = unit
                     values[name][column].append(value)
     return units, values
 
 
-def scan_picture(scan: ScanPrediction, grid: Volume) -> ScanPicture:
-    """Return what `plot_case` needs of a scan, turned as a radiologist looks at it."""
+def case_drawing(scan: ScanPrediction, grid: Volume) -> dict[str, Any]:
+    """Return what `plot_case` draws of a scan: few slices, cropped, so that those of a whole domain fit into memory."""
     depth = len(scan.rows)
     slices = np.unique(np.linspace(0, depth - 1, min(depth, SLICES_DRAWN)).round().astype(int)).tolist()
     label = scan.probability.argmax(1)
     maps = {"image": scan.image, "truth": scan.truth, "prediction": label, "agreement": scan.agreement}
-    kinds = {"image": np.float16, "truth": np.uint8, "prediction": np.uint8, "agreement": np.float16}
     arrays = {name: radiological(values[slices].float().cpu().numpy(), grid) for name, values in maps.items()}
     window = structure_window(np.maximum(arrays["truth"], arrays["prediction"]))
-    arrays = {name: array[(..., *window)].astype(kinds[name]) for name, array in arrays.items()}
-    return ScanPicture(scan.patient, scan.phase, slices, arrays, edge_letters(grid))
+    arrays = {name: array[(..., *window)].astype(np.float16) for name, array in arrays.items()}
+    return {**arrays, "slices": slices, "letters": edge_letters(grid)}
 
 
 def structure_window(labels: np.ndarray, margin: float = 0.35) -> tuple[slice, slice]:
@@ -228,16 +217,14 @@ def structure_window(labels: np.ndarray, margin: float = 0.35) -> tuple[slice, s
 
 def draw_pictures(
     outputs: OutputFolder, dataset: DatasetInfo, summary: Mapping[str, Any], cases: Sequence[Case],
-    scan_pictures: Sequence[ScanPicture], clinical: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    drawings: Mapping[tuple[str, str], dict[str, Any]], clinical: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     uncertainty: Uncertainty, title: str,
 ) -> list[tuple[str, Path]]:  # fmt: skip
-    """Draw Dice of all cases, clinical agreement, worst, median and best patient, and risk.
+    """Draw Dice of all cases, clinical agreement, worst, median and best patient, and risk; return captions and files.
 
     Args:
+        drawings: `case_drawing` by patient and phase.
         clinical: truths and predictions by quantity; empty for a data set without any.
-
-    Returns:
-        Captions and files, for the report.
     """
     pictures: list[tuple[str, Path]] = []
 
@@ -253,20 +240,16 @@ def draw_pictures(
         plot_bland_altman(path, clinical, summary["clinical"], title=title)
     ranked = sorted(paper_dice, key=paper_dice.__getitem__)
     ranks: dict[str, list[str]] = defaultdict(list)  # of a patient: with few patients, it may have several
-    for rank, patient in zip(
-        ("worst", "median", "best"), (ranked[0], ranked[len(ranked) // 2], ranked[-1]), strict=True
-    ):
-        ranks[patient].append(rank)
+    for rank, position in (("worst", 0), ("median", len(ranked) // 2), ("best", -1)):
+        ranks[ranked[position]].append(rank)
     spacing = pixel_mm(dataset.spacing, summary["image_size"])
-    for patient, names in ranks.items():
-        rank = " and ".join(names)
-        for scan in (scan for scan in scan_pictures if scan.patient == patient):
-            name = f"{patient} {scan.phase}"
-            file = f"overlays/{'_'.join(rank.split())}_{patient}_{scan.phase}.png"
-            path = picture(f"{rank} patient by the paper's Dice: {name}", file)
-            text = f"{rank} patient: {name}; paper Dice of the patient {paper_dice[patient]:.1f} %\n{title}"
-            plot_case(path, **scan.arrays, slices=scan.slices, letters=scan.letters, spacing=spacing,
-                      class_names=structures, title=text)  # fmt: skip
+    chosen = sorted((key for key in drawings if key[0] in ranks), key=lambda key: paper_dice[key[0]])
+    for patient, phase in chosen:
+        rank, name = " and ".join(ranks[patient]), f"{patient} {phase}"
+        file = f"overlays/{rank.replace(' ', '_')}_{patient}_{phase}.png"
+        path = picture(f"{rank} patient by the paper's Dice: {name}", file)
+        text = f"{rank} patient: {name}; paper Dice of the patient {paper_dice[patient]:.1f} %\n{title}"
+        plot_case(path, **drawings[patient, phase], spacing=spacing, class_names=structures, title=text)
     path = picture("Risk when slices or patients are kept by a score (risk-coverage curves)", "risk_coverage.png")
     plot_risk_coverage(path, uncertainty.curves(), title=title)
     return pictures

@@ -144,14 +144,9 @@ def agreement_limits(truth: Sequence[float], predicted: Sequence[float]) -> dict
     truth, predicted = truth[known], predicted[known]
     difference, error = mean_std_interval(predicted - truth), mean_std_interval(np.abs(predicted - truth))
     bias, sd = difference["mean"], difference["std"]
-    return {
-        "bias": bias,
-        "bias_ci95": difference["ci95"],
-        "sd": sd,
-        "limits": None if sd is None else [bias - 1.96 * sd, bias + 1.96 * sd],
-        "mae": error["mean"],
-        "mae_ci95": error["ci95"],
-        "truth_mean": mean_and_std(truth)["mean"],
-        "predicted_mean": mean_and_std(predicted)["mean"],
-        "n": len(truth),
+    limits = None if sd is None else [bias - 1.96 * sd, bias + 1.96 * sd]
+    means = {
+        f"{name}_mean": mean_and_std(values)["mean"] for name, values in (("truth", truth), ("predicted", predicted))
     }
+    intervals = {"bias_ci95": difference["ci95"], "mae_ci95": error["ci95"]}
+    return {"bias": bias, "sd": sd, "limits": limits, "mae": error["mean"], "n": len(truth)} | means | intervals
