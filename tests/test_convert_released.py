@@ -13,6 +13,7 @@ import types
 import warnings
 import zipfile
 from collections import OrderedDict
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from utils import convert_released as converter
 from utils.data.loaders import build_loaders
 from utils.device import Process
 from utils.errors import UserError
-from utils.evaluation.commands import load_run
+from utils.evaluation.runs import load_run
 from utils.run.checkpoint import read_metadata
 from utils.trainer import Trainer
 
@@ -123,8 +124,8 @@ def test_run_folder_says_what_a_trained_one_does(save, build_tiny, mms_config, m
     assert len(metadata["reference"]) == 256 and "released weights" in metadata["selection"]
     assert metadata["config"] == asdict(cfg) | {"run_name": "released", "out_root": str(tmp_path / "runs")}
     assert json.loads((run / "config.json").read_text()) == metadata["config"]
-    loaded = load_run(run, "best", mms_dataloader.DATASET, build_tiny, CPU)
-    for each in loaded.nets:
+    loaded = load_run(run, "best", mms_dataloader.DATASET, build_tiny, CPU, autocast=nullcontext)
+    for each in loaded.predictor.nets:
         assert all(torch.equal(value, net.state_dict()[key]) for key, value in each.state_dict().items())
     before = {path: path.read_bytes() for path in run.iterdir()}
     with pytest.raises(UserError, match="holds a run: choose another --out"):
@@ -142,7 +143,7 @@ def test_without_data_there_is_no_histogram_matching(save, build_tiny, tmp_path,
     scgm = {"dataset": "scgm", "test_domain": "3"}
     convert(save(build_tiny(2), tmp_path / "scgm.pt"), tmp_path / "scgm", **scgm)
     assert "histogram matching" not in capsys.readouterr().out  # SCGM has none
-    run = load_run(tmp_path / "scgm", "best", scgm_dataloader.DATASET, build_tiny, CPU)
+    run = load_run(tmp_path / "scgm", "best", scgm_dataloader.DATASET, build_tiny, CPU, autocast=nullcontext)
     assert run.metadata["config"]["ratio"] == 0.2 and run.metadata["class_names"] == ["background", "GM"]
 
 
@@ -158,12 +159,12 @@ def test_the_real_network_by_the_command_line(save, tmp_path):
     done = subprocess.run([*command, "--out", run], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "inference_mms.py --run" in done.stdout, done.stderr
     path.unlink()
-    loaded = load_run(run, "best", mms_dataloader.DATASET, build_network, CPU)
+    loaded = load_run(run, "best", mms_dataloader.DATASET, build_network, CPU, autocast=nullcontext)
     (run / "best.safetensors").unlink()
     image = torch.rand(1, 1, 64, 64)
     net = net.to(memory_format=torch.channels_last)  # as inference has them, for the same rounding
     with torch.no_grad():
-        assert all(torch.equal(each(image), net(image)) for each in loaded.nets)
+        assert all(torch.equal(each(image), net(image)) for each in loaded.predictor.nets)
     torch.save(Call(os.system, f"touch {tmp_path}/pwned"), path)
     done = subprocess.run([*command, "--out", tmp_path / "none"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr

@@ -161,7 +161,7 @@ def measure(
     image = trainer.unlabeled_views(batches[0][1]).plain[0]
     for net in trainer.nets:
         net.eval()
-    inference = median(lambda: predict(trainer.nets, image, precision=cfg.precision), device, steps, "inference")
+    inference = median(lambda: predict(trainer.nets, image, autocast=trainer.autocast), device, steps, "inference")
     return figures | {
         "input pipeline, unlabelled images/s": cfg.accumulate * len(batches[0][1]["image"]) / views,
         "inference of both networks, slices/s": len(image) / inference,

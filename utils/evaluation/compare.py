@@ -31,7 +31,7 @@ COMPARISON_FILES = (
 )
 
 VARYING = {"seed", "test_domain", "init_from"}  # settings in which the runs of a table differ by design
-METHOD_SETTINGS = {"cps_weight", "cps_loss", "fourier_aug", "fourier_mode", "cutmix"}  # those that name the method
+METHOD_SETTINGS = {"cps_loss", "fourier_aug", "fourier_mode", "cutmix"}  # those that name the method
 MISSED = {"missed": "scans", "missed_slices": "slices"}  # counts in a summary, and there what they are shares of
 FEW_PATIENTS = 6  # with fewer, no signed-rank test reaches p < 0.05
 SELECTION_NOTE = (
@@ -82,19 +82,17 @@ def name_rows(
 
 
 def _names_by_settings(methods: Sequence[str], settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Return each run's method with the settings in which two of the runs differ.
-
-    A setting that makes the method is named only between runs of one method.
-    """
-    keys = sorted(set().union(*settings) - RUNTIME_SETTINGS - VARYING)
-    texts = [{key: str(s.get(key)).removesuffix(".0") for key in keys} for s in settings]
-    names = []
-    for method, own in zip(methods, texts, strict=True):
-        same_method = [text for other, text in zip(methods, texts, strict=True) if other == method]
-        beside = {key: same_method if key in METHOD_SETTINGS else texts for key in keys}
-        told_apart = [key for key in keys if any(text[key] != own[key] for text in beside[key])]
-        names.append(", ".join([method, *(f"{key} {own[key]}" for key in told_apart)]))
-    return names
+    """Return each run's method with the settings in which two of the runs differ, but those that the method names."""
+    hidden = RUNTIME_SETTINGS | VARYING | METHOD_SETTINGS
+    texts = [{key: str(value).removesuffix(".0") for key, value in s.items() if key not in hidden} for s in settings]
+    for text in texts:
+        if text["cps_weight"] == "0":  # "supervised only" says so
+            del text["cps_weight"]
+    keys = [key for key in sorted(set().union(*texts)) if len({text[key] for text in texts if key in text}) > 1]
+    return [
+        ", ".join([method, *(f"{key} {text[key]}" for key in keys if key in text)])
+        for method, text in zip(methods, texts, strict=True)
+    ]
 
 
 def published_rows(dataset: str) -> dict[float, tuple[list[list[Any]], str]]:
@@ -178,18 +176,19 @@ def _cells(runs: Runs, figures: Callable[[Summary], dict[str, Any]], mean: str, 
     cells = []
     for seeds in runs.values():
         numbers = [figures(summary) for summary in seeds]
-        means = [number[mean] for number in numbers if number[mean] is not None]
         if len(numbers) == 1:
             cells.append(Cell(numbers[0][mean], numbers[0].get(std)))
         else:
-            cells.append(_over(means, stdev, count(len(means), "seed") if numbers else ""))
-    means = [cell.mean for cell in cells if cell.mean is not None]
-    return [*cells, _over(means, pstdev, count(len(means), "domain") if len(means) < len(cells) else "")]
+            cells.append(_average([number[mean] for number in numbers], stdev, "seed" if numbers else ""))
+    means = [cell.mean for cell in cells]
+    return [*cells, _average(means, pstdev, "domain" if None in means else "")]
 
 
-def _over(means: list[float], deviation: Callable[[list[float]], float], remark: str) -> Cell:
-    std = deviation(means) if len(means) > 1 else None
-    return Cell(fmean(means) if means else None, std, remark=remark)
+def _average(means: Sequence[float | None], deviation: Callable[[list[float]], float], noun: str) -> Cell:
+    """Return the mean and deviation of those that there are, with their number where `noun` names them."""
+    known = [mean for mean in means if mean is not None]
+    std = deviation(known) if len(known) > 1 else None
+    return Cell(fmean(known) if known else None, std, remark=count(len(known), noun) if noun else "")
 
 
 def _volumetric(summary: Summary, structure: str) -> dict[str, Any]:
