@@ -134,7 +134,7 @@ def test_no_mean_and_no_deviation():
         ({"ratio": 0.1}, "10 % labelled"),
         ({"image_size": 64}, "64 px"),
         ({"tta": True}, "test-time augmentation"),
-        ({"method": "supervised only"}, "supervised only"),
+        ({"method": "supervised only"}, "another method"),
         ({"phantom": True, "image_size": 144}, "phantom data, 144 px"),
     ],
 )
@@ -151,7 +151,7 @@ def test_what_is_not_comparable_is_said_once_below_the_table(changes, reason):
 
 def test_what_is_not_comparable_names_its_domain():
     runs = [summary("A"), summary("B", image_size=64), summary("B", seed=1), summary("A", method="new", phantom=True)]
-    assert "288 px): full, B (64 px); new, A (phantom data, new)." in combine(runs)[0].footnotes[2]
+    assert "288 px): full, B (64 px); new, A (phantom data, another method)." in combine(runs)[0].footnotes[2]
 
 
 def test_comparable_runs_carry_no_note():
@@ -166,7 +166,7 @@ def test_published_rows_are_those_of_the_ratio():
     scgm = combine([summary("3", dataset="scgm", ratio=0.2, structures=["GM"])])
     assert scgm[0].header == ["", "1", "2", "3", "4", "average"]
     assert str(cells(scgm[0], "this method, as published")["3"]) == "78.75 ± 9.44"
-    assert scgm[0].footnotes[-1] == "Published later: VDPL (as in its own paper; U-Net)."
+    assert scgm[0].footnotes[-1] == "Published later: VDPL (U-Net) as in its own paper."
     assert labels(scgm[1])[:2] == ["Dice (%), full", "HD95 (mm), full"]
     assert "each site held out in turn, 20 % of the patients labelled" in scgm[0].note
 
@@ -308,10 +308,7 @@ def test_published_rows_are_complete_and_say_how_they_may_be_chosen():
     assert SELECTION_NOTE in paper.footnotes
     at_5 = combine(all_domains(ratio=0.05))[0]
     assert "its domains" in at_5.footnotes[-1] and "its domains" not in paper.footnotes[-1]
-    assert (
-        paper.footnotes[-1].startswith("Published later: BCP (as in the S&D Messenger paper), vMFNet (")
-        and "VDPL" not in at_5.footnotes[-1]
-    )
+    assert paper.footnotes[-1].startswith("Published later: BCP, vMFNet, ") and "VDPL" not in at_5.footnotes[-1]
 
 
 def test_markdown_and_csv_of_any_table():

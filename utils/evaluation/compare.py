@@ -102,17 +102,20 @@ def published_rows(dataset: str) -> dict[float, tuple[list[list[Any]], str]]:
     printed there.
     """
     rows: dict[float, list[list[Any]]] = defaultdict(list)
-    later: dict[float, list[str]] = defaultdict(list)
+    sources: dict[float, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     with open(Path(__file__).with_name("published.csv"), newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             if line["dataset"] == dataset:
                 ratio, dice, std = float(line["ratio"]), line["dice"].split(), line["std"].split()
                 cells = [Cell(float(d), float(s) if s else None) for d, s in zip_longest(dice, std)]
                 rows[ratio].append([line["method"], *cells, Cell(float(line["average"]))])
-                later[ratio] += [f"{line['method']} ({line['later']})"] if line["later"] else []
-    return {
-        ratio: (rows[ratio], f"Published later: {', '.join(later[ratio])}." if later[ratio] else "") for ratio in rows
-    }
+                note = f" ({line['note']})" if line["note"] else ""
+                sources[ratio][line["later"]].append(line["method"] + note)
+    published = {}
+    for ratio, by_source in sources.items():
+        later = [f"{', '.join(names)} as in {source}" for source, names in by_source.items() if source]
+        published[ratio] = (rows[ratio], f"Published later: {'; '.join(later)}." if later else "")
+    return published
 
 
 def by_method(summaries: Sequence[Summary], names: Sequence[str], dataset: DatasetInfo) -> dict[str, Runs]:
@@ -220,7 +223,7 @@ def _not_comparable(methods: dict[str, Runs], dataset: DatasetInfo, published: S
         for domain, seeds in runs.items():
             reasons = [text for key, text in (("phantom", "phantom data"), ("tta", "test-time augmentation"))
                        if any(summary[key] for summary in seeds)]  # fmt: skip
-            reasons += sorted({s["method"] for s in seeds} - {"full"})
+            reasons += ["another method"] if {s["method"] for s in seeds} - {"full"} else []
             reasons += [f"{_percent(ratio)} labelled" for ratio in {s["ratio"] for s in seeds} - set(published)]
             reasons += [f"{px} px" for px in sorted({s["image_size"] for s in seeds} - {FIELD_PX})]
             if reasons:
