@@ -1,8 +1,9 @@
 """Pictures of a run, each written as one PNG: curves, training samples, previews, overlays, result plots.
 
-Conventions shared by all: images are arrays as stored, (H, W) with H along NIfTI axis 0; structures are the
-labels 1..K, named by `class_names` (label 1 first, no background); the truth is a line, a prediction or pseudo label
-a translucent fill; `title` stands above all. Figures are built without pyplot, so no display is needed.
+Conventions shared by all: images are arrays as stored, (H, W) with H along NIfTI axis 0; structures
+are the labels 1..K, named by `class_names` (label 1 first, no background); the truth is a line, a
+prediction or pseudo label a translucent fill; `title` stands above all. Figures are built without
+pyplot, so no display is needed.
 """
 
 from collections.abc import Sequence
@@ -37,8 +38,10 @@ def plot_curves(
 ) -> None:
     """Losses, variance and confidence, and Dice on the images that selected the weights, over the steps.
 
-    points: dicts with `step` and any of loss, supervised, variance (mean KL, >= 0), means over the steps since the
-    point before; a missing, None or NaN value is a gap in its curve. Of many, the means of neighbours are drawn;
+    points: dicts with `step` and any of loss, supervised, variance (mean KL, >= 0), means over the
+        steps since the
+    point before; a missing, None or NaN value is a gap in its curve. Of many, the means of
+    neighbours are drawn;
     epochs: dicts with `step` and `val_dice` (percent), of the images that `validated` names;
     selected_step: the step whose weights were kept.
     """
@@ -90,9 +93,10 @@ def plot_training_samples(
 ) -> None:
     """What one unlabelled training step works with, a row per image (the first 4).
 
-    plain, fourier, mixed: (N, H, W) in about [0, 1], `mixed` after CutMix; mask_box: (N, H, W), 1 where the
-    other image was pasted; pseudo_labels: (2, N, H, W) int, for the mixed image, and confidence: (2, N, H, W)
-    exp(-V) in [0, 1], both per network.
+    plain, fourier, mixed: (N, H, W) in about [0, 1], `mixed` after CutMix; mask_box: (N, H, W), 1
+        where the
+    other image was pasted; pseudo_labels: (2, N, H, W) int, for the mixed image, and confidence:
+    (2, N, H, W) exp(-V) in [0, 1], both per network.
     """
     name = "CutMix image" if mask_box.any() else "plain image"  # the one that is pseudo-labelled
     titles = ["plain image", "Fourier view", name]
@@ -114,7 +118,8 @@ def plot_preview(path, *, images, masks, fourier, mixed, letters, spacing, title
     """What the networks see, a row per image.
 
     images, fourier, mixed: (N, H, W) in about [0, 1]; masks: N label maps (H, W);
-    letters: N texts as in `plot_case`; spacing: mm per px; titles: N row names, such as "vendor A, P012 ED slice 4".
+    letters: N texts as in `plot_case`; spacing: mm per px; titles: N row names, such as "vendor A,
+        P012 ED slice 4".
     """
     difference = np.asarray(fourier, dtype=float) - images
     limit = max(np.abs(difference).max(), 1e-6)
@@ -135,8 +140,10 @@ def plot_preview(path, *, images, masks, fourier, mixed, letters, spacing, title
 def plot_case(path, *, image, truth, prediction, agreement, slices, letters, spacing, class_names, title) -> None:
     """One held-out scan, a column per drawn slice.
 
-    image: (S, H, W), any intensity scale; truth, prediction: (S, H, W) int; agreement: (S, H, W) in [0, 1];
-    slices: the S numbers of the slices; letters: of the left, right, upper and lower edge, such as "RLAP", or "";
+    image: (S, H, W), any intensity scale; truth, prediction: (S, H, W) int; agreement: (S, H, W) in
+        [0, 1];
+    slices: the S numbers of the slices; letters: of the left, right, upper and lower edge, such as
+        "RLAP", or "";
     spacing: mm per px.
     """
     limits = np.percentile(image.astype(float), (1, 99))  # one grey scale, so that slices can be compared
@@ -237,8 +244,8 @@ def save(figure, path, title) -> None:
 def radiological(array: np.ndarray, like) -> np.ndarray:
     """Turn slices as a radiologist looks at them, if the scan says how its axes lie.
 
-    (..., X, Y) in the voxel grid of `like` -> (..., X', Y'): X' from the patient's right to left (or front to back),
-    Y' from front to back (or head to feet).
+    (..., X, Y) in the voxel grid of `like` -> (..., X', Y'): X' from the patient's right to left
+    (or front to back), Y' from front to back (or head to feet).
     """
     if not (like.header["sform_code"] or like.header["qform_code"]):
         return array

@@ -125,7 +125,7 @@ def test_evaluation_writes_everything_and_agrees_with_itself(trained, build_tiny
     assert "Phantom data" in (folder / "summary.md").read_text()
     [line] = [line for line in capsys.readouterr().out.splitlines() if "paper Dice" in line]
     for text in (
-        f"{trained}, vendor D: ",
+        f"{trained}: M&Ms, held-out vendor D: ",
         f"{summary['paper_protocol']['mean']:.2f} ± ",
         "of 4 patients; ",
         "LV ",

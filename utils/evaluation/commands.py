@@ -31,13 +31,16 @@ class HeldOut:
     """Without --input, every run is evaluated on the domain that its training never saw.
 
     Args:
-        data_root: Evaluate on the prepared data in this folder; by default on the data of the training.
-        out: Write the results into this folder; by default into RUN/results/DOMAIN, and the table over several runs
-            into a folder in "comparisons", beside the runs, that is named by what is compared.
-        label: Name the rows of the table over several runs, one name for each --run; by default their methods and the
-            settings in which they differ. Runs of one name are the seeds and domains of one row.
-        save_predictions: Write every prediction of an evaluation, also of --truth, as a NIfTI label map in its scan's
-            own grid.
+        data_root: Evaluate on the prepared data in this folder; by default on the data of the
+            training.
+        out: Write the results into this folder; by default into RUN/results/DOMAIN, and the table
+            over several runs into a folder in "comparisons", beside the runs, that is named by what
+            is compared.
+        label: Name the rows of the table over several runs, one name for each --run; by default
+            their methods and the settings in which they differ. Runs of one name are the seeds and
+            domains of one row.
+        save_predictions: Write every prediction of an evaluation, also of --truth, as a NIfTI label
+            map in its scan's own grid.
     """
 
     data_root: Path | None = None
@@ -51,18 +54,23 @@ class OwnScans:
     """With --input, one run segments new scans; with --truth as well, it is evaluated on labelled scans.
 
     Args:
-        input: Read these scans: 3D or 4D NIfTI files, or folders of them; or, for labelled scans, one CSV file with the
-            columns image, truth and, if known, patient, phase and group.
-        output: Write the label maps of new scans, or the results on labelled ones, into this folder.
+        input: Read these scans: 3D or 4D NIfTI files, or folders of them; or, for labelled scans,
+            one CSV file with the columns image, truth and, if known, patient, phase and group.
+        output: Write the label maps of new scans, or the results on labelled ones, into this
+            folder.
         truth: Evaluate the scans in --input by these label maps, or folders of them.
-        labels: Say what the values in the truth mean, as 1=RV 2=MYO 3=LV; by default they are those of the data set.
+        labels: Say what the values in the truth mean, as 1=RV 2=MYO 3=LV; by default they are those
+            of the data set.
         overwrite: Replace label maps of new scans that are in the output folder already.
-        volumes: Write volumes.csv, the clinical quantities of new 4D scans of the heart; ED and ES are the frames with
-            the largest and the smallest left ventricle.
-        confidence: Write two maps in [0, 1] beside each label map: the confidence exp(-V), and the networks' agreement.
-        center: Look at the organ around this voxel of the two axes of a slice, counted from 0; "auto" lets the networks
-            find it, in up to twice the time; by default the image's centre is taken.
-        batch_size: Predict this many slices of new scans at a time, at least 1; fewer take less memory.
+        volumes: Write volumes.csv, the clinical quantities of new 4D scans of the heart; ED and ES
+            are the frames with the largest and the smallest left ventricle.
+        confidence: Write two maps in [0, 1] beside each label map: the confidence exp(-V), and the
+            networks' agreement.
+        center: Look at the organ around this voxel of the two axes of a slice, counted from 0;
+            "auto" lets the networks find it, in up to twice the time; by default the image's centre
+            is taken.
+        batch_size: Predict this many slices of new scans at a time, at least 1; fewer take less
+            memory.
     """
 
     input: tuple[Path, ...] = ()
@@ -81,14 +89,16 @@ class Inference:
     """Evaluate trained runs on the domains that their training never saw, or segment new scans.
 
     Args:
-        run: Load these folders of trained runs; several also give one table over their held-out domains, and several
-            methods a comparison with the method of the first.
-        checkpoint: Load these weights: "best" by source validation, "last" of the training, or a kept epoch, as
-            epochs/epoch_007.
+        run: Load these folders of trained runs; several also give one table over their held-out
+            domains, and several methods a comparison with the method of the first.
+        checkpoint: Load these weights: "best" by source validation, "last" of the training, or a
+            kept epoch, as epochs/epoch_007.
         tta: Average the prediction over the 8 flips and right-angle rotations, in 8 times the time.
-        keep_largest: Keep only the largest connected component of every structure, in the scan's own grid.
+        keep_largest: Keep only the largest connected component of every structure, in the scan's
+            own grid.
         device: Compute on "cpu", "cuda", "cuda:NUMBER", or with "auto" on a GPU where there is one.
-        precision: Compute in float32 ("fp32"), by bf16 autocast ("bf16"), or with "auto" in bf16 where it is faster.
+        precision: Compute in float32 ("fp32"), by bf16 autocast ("bf16"), or with "auto" in bf16
+            where it is faster.
     """
 
     run: tuple[Path, ...]

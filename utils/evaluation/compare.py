@@ -98,8 +98,8 @@ def _names_by_settings(methods: Sequence[str], settings: Sequence[dict[str, Any]
 def published_rows(dataset: str) -> dict[float, tuple[list[list[Any]], str]]:
     """Return, by share of labelled patients, the published rows (published.csv) and where the later ones come from.
 
-    Dice in percent per held-out domain, with the sample standard deviation over patients, and their average, as
-    printed there.
+    Dice in percent per held-out domain, with the sample standard deviation over patients, and their
+    average, as printed there.
     """
     rows: dict[float, list[list[Any]]] = defaultdict(list)
     sources: dict[float, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
@@ -129,10 +129,10 @@ def by_method(summaries: Sequence[Summary], names: Sequence[str], dataset: Datas
 def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list[Table]:
     """Put the summaries of several runs, one or more seeds per held-out domain and method, into tables.
 
-    The first table has a row per method and the published ones, by the paper's protocol; a volumetric table per
-    structure follows. A domain's cell holds the mean and sample standard deviation over patients or, of several seeds,
-    over the seeds' means. The average is that of the domains' means, with their population standard deviation, as in
-    the paper.
+    The first table has a row per method and the published ones, by the paper's protocol; a
+    volumetric table per structure follows. A domain's cell holds the mean and sample standard
+    deviation over patients or, of several seeds, over the seeds' means. The average is that of the
+    domains' means, with their population standard deviation, as in the paper.
     """
     summaries = [summary for runs in methods.values() for seeds in runs.values() for summary in seeds]
     ratio, kind, published = summaries[0]["ratio"], dataset.domain_kind, published_rows(dataset.key)
@@ -140,9 +140,10 @@ def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list
     of_data = f" of other data than the training's, {summaries[0]['data']}," if other else ""
     checkpoints = dict.fromkeys(f"{s['checkpoint'].split(',')[0]}, selection: {s['selection']}" for s in summaries)
     setting = (
-        f"{dataset.name}, each {kind}{of_data} held out in turn, {_percent(ratio)} of the patients labelled. Mean ± "
-        "standard deviation over patients, of several seeds over their means; average ± population standard deviation "
-        f"of the {kind}s' means. Checkpoint: {'; '.join(checkpoints)}."
+        f"{dataset.name}, each {kind}{of_data} held out in turn, {_percent(ratio)} of the patients "
+        "labelled. Mean ± standard deviation over patients, of several seeds over their means; "
+        f"average ± population standard deviation of the {kind}s' means. Checkpoint: "
+        f"{'; '.join(checkpoints)}."
     )
     sources = [_sources(method, runs) for method, runs in methods.items()]
     header = ["", *dataset.domains, "average"]
@@ -159,8 +160,8 @@ def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list
     rules = [len(methods)] if published else []
     tables = [Table("Paper protocol", note, header, rows, [*sources, *filter(None, remarks)], rules)]
     note = (
-        "In the scans' own grid; a miss counts as Dice 0 and as distances of the image diagonal. In-plane: by the "
-        f"contours of each slice. {MISSED_SLICES} {setting}"
+        "In the scans' own grid; a miss counts as Dice 0 and as distances of the image diagonal. "
+        f"In-plane: by the contours of each slice. {MISSED_SLICES} {setting}"
     )
     metrics = METRICS | {key: f"missed (% of {whole})" for key, whole in MISSED.items()}
     for structure in summaries[0]["volumetric"]:
@@ -249,7 +250,8 @@ def compare_methods(methods: dict[str, Runs]) -> tuple[Table, list[Difference]]:
     """Compare every method with the first, on the patients and in the domains that both have.
 
     Returns:
-        A table with a row per method and domain, whose footnotes are warnings; and the differences behind its rows.
+        A table with a row per method and domain, whose footnotes are warnings; and the differences
+        behind its rows.
     """
     reference, *others = methods
     differences, warnings = [], []
@@ -281,10 +283,11 @@ def compare_methods(methods: dict[str, Runs]) -> tuple[Table, list[Difference]]:
         cell = Cell(spread["mean"], ci95=spread["ci95"])
         rows.append([f"{d.method}, {d.domain}", len(d.values), cell, *(f"{p:.3g}" for p in p_values)])
     note = (
-        f"Reference: {reference}. Mean difference from it in points of the paper's Dice (positive: better than the "
-        "reference), paired by patient, whose Dice is the mean over a method's seeds; 95 % bootstrap interval over "
-        "patients; two-sided Wilcoxon signed-rank p, and by Holm for the number of methods compared. The patients "
-        "vary, not the trainings: another seed may give another difference. All: the patients of all domains."
+        f"Reference: {reference}. Mean difference from it in points of the paper's Dice (positive: "
+        "better than the reference), paired by patient, whose Dice is the mean over a method's "
+        "seeds; 95 % bootstrap interval over patients; two-sided Wilcoxon signed-rank p, and by "
+        "Holm for the number of methods compared. The patients vary, not the trainings: another "
+        "seed may give another difference. All: the patients of all domains."
     )
     header = ["", "patients", "difference [95 % CI]", "p", "p (Holm)"]
     rules = [i for i, d in enumerate(differences) if i and d.method != differences[i - 1].method]

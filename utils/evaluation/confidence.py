@@ -1,7 +1,8 @@
 """Calibration of the networks, and whether a score knows their errors: it is high where the risk is low.
 
-An evaluation asks this of its scans (`Uncertainty`), a training of its pseudo labels (`monitor_pseudo_labels`), on
-unlabelled source scans whose hidden masks neither loss nor selection sees.
+An evaluation asks this of its scans (`Uncertainty`), a training of its pseudo labels
+(`monitor_pseudo_labels`), on unlabelled source scans whose hidden masks neither loss nor selection
+sees.
 """
 
 from collections.abc import Mapping
@@ -124,8 +125,8 @@ def hidden_rows(data: PreparedData, split: Split) -> np.ndarray:
     rows = data.rows(sorted(set(split.unlabeled) - set(split.labeled)), with_mask=True)
     if len(rows) < 2:
         raise UserError(
-            f"--monitor-pseudo-labels needs masks of source patients that are not labelled, and {data.root} has none: "
-            "leave it out, or label fewer by --ratio"
+            "--monitor-pseudo-labels needs masks of source patients that are not labelled, and "
+            f"{data.root} has none: leave it out, or label fewer by --ratio"
         )
     domain = data.index["domain"]
     order = np.random.default_rng(0).permutation(rows)  # the same in every run on these patients
@@ -137,14 +138,16 @@ def hidden_rows(data: PreparedData, split: Split) -> np.ndarray:
 def monitor_pseudo_labels(predictor: Predictor, data: PreparedData, split: Split) -> dict[str, Any]:
     """Compare the pseudo labels of a fixed sample with the truth.
 
-    The views are plain ones without augmentation and, where the training has them, Fourier views with a fixed partner.
+    The views are plain ones without augmentation and, where the training has them, Fourier views
+    with a fixed partner.
 
     Args:
         predictor: its networks in eval mode, so that nothing of theirs changes.
 
     Returns:
-        "dice" (percent, paper protocol) by domain, "error" (percent of pixels), and "scores": by score "auroc" and
-        "auroc_foreground", the probability that a right pixel scores higher than a wrong one.
+        "dice" (percent, paper protocol) by domain, "error" (percent of pixels), and "scores": by
+        score "auroc" and "auroc_foreground", the probability that a right pixel scores higher than
+        a wrong one.
     """
     cfg, rows = predictor.config, hidden_rows(data, split)
     batch = SliceDataset(data, rows, with_mask=True)[list(range(len(rows)))]

@@ -44,7 +44,8 @@ def evaluate_run(
     """Evaluate a run on a domain of prepared data; write tables, pictures, predictions and the report to `out`.
 
     Args:
-        domain: of which all patients with masks are evaluated; the training must not have seen them.
+        domain: of which all patients with masks are evaluated; the training must not have seen
+            them.
         title: heading of the report.
 
     Returns:
@@ -126,8 +127,9 @@ def evaluate_run(
     volumetric = ", ".join(f"{name} {metrics['dice']:.2f}" for name, metrics in summary["volumetric"].items()
                            if metrics["dice"] is not None)  # fmt: skip
     print(
-        f"{run.folder}, {dataset.domain_kind} {domain}: paper Dice {paper_dice_cell(summary)._replace(ci95=None)} % of "
-        f"{count(len(paper_dice), 'patient')}; volumetric Dice (%) {volumetric}; report in {out / 'report.html'}"
+        f"{run.folder}: {title}: paper Dice {paper_dice_cell(summary)._replace(ci95=None)} % of "
+        f"{count(len(paper_dice), 'patient')}; volumetric Dice (%) {volumetric}; "
+        f"report in {out / 'report.html'}"
     )
     return summary
 

@@ -14,8 +14,8 @@ VOLUMETRIC = {"dice": "Dice (%)", "hd95": "HD95 (mm)", "assd": "ASSD (mm)"}
 IN_PLANE = {"hd95_2d": "in-plane HD95 (mm)", "assd_2d": "in-plane ASSD (mm)"}
 METRICS = VOLUMETRIC | IN_PLANE
 MISSED_SLICES = (
-    "A slice that has the structure on one side only is counted as missed and has no in-plane distance; where every "
-    "slice is missed, it is the plane's diagonal."
+    "A slice that has the structure on one side only is counted as missed and has no in-plane "
+    "distance; where every slice is missed, it is the plane's diagonal."
 )
 
 
@@ -27,7 +27,8 @@ def paper_dice(probability: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         labels: (B, H, W) integer.
 
     Returns:
-        (B,) in [0, 1]; 1 where truth and prediction are both empty (eps 1e-4 in numerator and denominator).
+        (B,) in [0, 1]; 1 where truth and prediction are both empty (eps 1e-4 in numerator and
+        denominator).
     """
     predicted = probability[:, 1:] > 0.5
     classes = torch.arange(1, probability.shape[1], device=labels.device)[:, None, None]
@@ -44,8 +45,9 @@ def structure_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequen
         spacing: mm per voxel.
 
     Returns:
-        dict with dice, hd95, assd and missed (0 or 1); None when both are empty. When one of the two is empty, the
-        structure is missed: its Dice is 0 and both distances are the image diagonal in mm.
+        dict with dice, hd95, assd and missed (0 or 1); None when both are empty. When one of the
+        two is empty, the structure is missed: its Dice is 0 and both distances are the image
+        diagonal in mm.
     """
     if not prediction.any() and not truth.any():
         return None
@@ -65,9 +67,10 @@ def plane_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[f
         spacing: mm per voxel.
 
     Returns:
-        dict with hd95_2d, assd_2d, slices (that have the structure in either) and missed_slices (that have it in only
-        one); None when both are empty. A missed slice has no distance of its own, as the plane's diagonal would drown
-        those of all others: it is counted. Where every slice is missed, both distances are the diagonal.
+        dict with hd95_2d, assd_2d, slices (that have the structure in either) and missed_slices
+        (that have it in only one); None when both are empty. A missed slice has no distance of its
+        own, as the plane's diagonal would drown those of all others: it is counted. Where every
+        slice is missed, both distances are the diagonal.
     """
     in_prediction, in_truth = prediction.any((0, 1)), truth.any((0, 1))
     in_both, slices = np.flatnonzero(in_prediction & in_truth), int((in_prediction | in_truth).sum())
@@ -135,9 +138,9 @@ def agreement_limits(truth: Sequence[float], predicted: Sequence[float]) -> dict
     """Compare predictions with their truths as Bland and Altman do.
 
     Returns:
-        Bias and mean absolute error "mae" with their bootstrap intervals, standard deviation "sd" of the differences,
-        95 % "limits", both means and the number "n" of pairs. Pairs with a NaN are left out; a value that needs more
-        pairs than there are is None.
+        Bias and mean absolute error "mae" with their bootstrap intervals, standard deviation "sd"
+        of the differences, 95 % "limits", both means and the number "n" of pairs. Pairs with a NaN
+        are left out; a value that needs more pairs than there are is None.
     """
     truth, predicted = np.asarray(truth, float), np.asarray(predicted, float)
     known = np.isfinite(truth) & np.isfinite(predicted)

@@ -28,7 +28,8 @@ def predict(
     """Predict with both networks (in eval mode); with `tta`, the mean over the 8 flips and right-angle rotations.
 
     Returns:
-        (B, K, H, W) mean softmax and (B, H, W) agreement of the networks, exp(-KL(first || second)).
+        (B, K, H, W) mean softmax and (B, H, W) agreement of the networks, exp(-KL(first ||
+        second)).
     """
 
     def softmax(turns: int, flip: bool) -> torch.Tensor:
@@ -73,11 +74,13 @@ class Predictor(NamedTuple):
         """Predict canvases (B, 1, C, C), whose quantile curves are (B, 256).
 
         Args:
-            partners: other canvases, whose amplitude makes the Fourier views of "confidence"; None: without it.
+            partners: other canvases, whose amplitude makes the Fourier views of "confidence"; None:
+                without it.
 
         Returns:
-            The view (B, 1, s, s), and by name "probability" (B, K, s, s) and "agreement" (B, s, s), as `predict` gives
-            them, and "confidence" (B, s, s): exp(-V), V the KL variance between plain and Fourier view.
+            The view (B, 1, s, s), and by name "probability" (B, K, s, s) and "agreement" (B, s, s),
+            as `predict` gives them, and "confidence" (B, s, s): exp(-V), V the KL variance between
+            plain and Fourier view.
         """
         view = self.view(canvas, quantiles)
         probability, agreement = predict(self.nets, view, autocast=self.autocast, tta=self.tta)
@@ -109,7 +112,8 @@ def predict_scans(
 ) -> Iterator[ScanPrediction]:
     """Predict every scan of a loader that yields one scan per batch.
 
-    With `confidence`, which takes one more pass (with `tta` two), a slice's partner is the one half the scan away.
+    With `confidence`, which takes one more pass (with `tta` two), a slice's partner is the one half
+    the scan away.
     """
     for batch in loader:
         canvas, quantiles, mask = (batch[name].to(predictor.device) for name in ("image", "quantiles", "mask"))

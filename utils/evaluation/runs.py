@@ -83,18 +83,19 @@ def open_data(run: TrainedRun, data_root: Path | None, dataset: DatasetInfo) -> 
     """Open the data to evaluate a run on, by default those of its training.
 
     Returns:
-        The data, the name of the results' folder, and their title; both name data other than those of the training.
+        The data, the name of the results' folder, and their title; both name data other than those
+        of the training.
     """
     domain = run.config.test_domain
     if domain == NO_DOMAIN and not data_root:
         raise UserError(
-            f"{run.folder} was trained on all domains: name labelled data that it has not seen by --data-root, or "
-            "scans of your own by --input"
+            f"{run.folder} was trained on all domains: name labelled data that it has not seen by "
+            "--data-root, or scans of your own by --input"
         )
     if not data_root and not Path(run.config.data_root).exists():
         raise UserError(
-            f"{run.folder} was trained on the data in {run.config.data_root}, which is not there (seen from "
-            f"{Path.cwd()}): --data-root names the folder where these data lie now"
+            f"{run.folder} was trained on the data in {run.config.data_root}, which is not there "
+            f"(seen from {Path.cwd()}): --data-root names the folder where these data lie now"
         )
     data = PreparedData.open(data_root or run.config.data_root, dataset)
     held_out = "all domains" if domain == NO_DOMAIN else f"{dataset.domain_kind} {domain}"
@@ -122,8 +123,9 @@ def patients_to_evaluate(run: TrainedRun, data: PreparedData, domain: str, datas
         )
     if seen := sorted({*patients} & patients_seen(run.folder, run.metadata)):
         raise UserError(
-            f"{run.folder} was trained with {len(seen)} of the patients of {data.root} to evaluate on: "
-            f"{', '.join(seen[:5])}. Evaluate on others, or rename these if they only share their names"
+            f"{run.folder} was trained with {len(seen)} of the patients of {data.root} to evaluate "
+            f"on: {', '.join(seen[:5])}. Evaluate on others, or rename these if they only share "
+            "their names"
         )
     return patients
 
