@@ -75,13 +75,6 @@ def ours(summaries):
     return cells(combine(summaries)[0], "this implementation, full")
 
 
-def test_other_data_than_the_trainings_are_named():
-    other = {"content_hash": "xyz", "data": "hospital"}
-    note = combine(all_domains(**other))[0].note
-    assert "of other data than the training's, hospital, held out" in note
-    assert "other data" not in combine(all_domains())[0].note
-
-
 def test_average_has_the_population_deviation_of_the_domain_means():
     paper, left, myocardium, right = combine(all_domains())
     found = cells(paper, "this implementation, full")
@@ -108,67 +101,44 @@ def test_seeds_are_averaged_with_their_sample_deviation():
     assert "A 50 patients, seed 0; B 50 patients, seed 0, 1, 2" in table[0].footnotes[0]
 
 
-def test_missing_domains_are_shown():
-    found = ours([summary("A", 70.0), summary("D", 80.0)])
-    assert str(found["B"]) == "–"
-    assert str(found["average"]) == "75.00 ± 5.00 (2 domains)"
-    alone = ours([summary("C", 70.0)])["average"]
-    assert str(alone) == "70.00 (1 domain)"  # one domain has no spread
-
-
 def test_no_mean_and_no_deviation():
     empty = summary("A", None, None)
     paper, volumetric, *_ = combine([empty, summary("B", 70.0, None), summary("B", None, None, seed=1)])
     found = cells(paper, "this implementation, full")
     assert (str(found["A"]), str(found["B"]), str(found["average"])) == ("–", "70.00 (1 seed)", "70.00 (1 domain)")
     assert str(cells(volumetric, "Dice (%), full")["A"]) == "–"
+    assert str(ours([summary("A", 70.0), summary("D", 80.0)])["average"]) == "75.00 ± 5.00 (2 domains)"
     nothing = combine([empty])
     assert "| this implementation, full | – | – | – | – | – |" in to_markdown(nothing)
     assert "None" not in to_markdown(nothing) + to_csv(nothing) + to_latex(nothing)
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"phantom": True}, "phantom data"),
-        ({"ratio": 0.1}, "10 % labelled"),
-        ({"image_size": 64}, "64 px"),
-        ({"tta": True}, "test-time augmentation"),
-        ({"method": "supervised only"}, "another method"),
-        ({"phantom": True, "image_size": 144}, "phantom data, 144 px"),
-    ],
-)
-def test_what_is_not_comparable_is_said_once_below_the_table(changes, reason):
-    paper, *_ = tables = combine(all_domains(**changes))
-    [note] = [note for note in paper.footnotes if note.startswith("Not comparable with the published rows")]
-    assert note.endswith(
-        f"(M&Ms, 2 % or 5 % labelled, 288 px): {changes.get('method', 'full')}, A, B, C, D ({reason})."
-    )
-    assert cells(paper, "this method, as published")["average"].mean in (84.52, 85.72)  # still beside ours
-    for text in (to_markdown(tables), to_latex(tables).replace("\\", "")):
-        assert text.count("Not comparable") == 1 and reason in text
-
-
-def test_what_is_not_comparable_names_its_domain():
-    runs = [summary("A"), summary("B", image_size=64), summary("B", seed=1), summary("A", method="new", phantom=True)]
-    assert "288 px): full, B (64 px); new, A (phantom data, another method)." in combine(runs)[0].footnotes[2]
-
-
-def test_comparable_runs_carry_no_note():
+def test_what_is_not_comparable_is_said_once_below_the_table():
+    runs = [summary("A"), summary("B", image_size=64), summary("B", seed=1)]
+    runs += [summary(d, method="new", phantom=True, tta=True, ratio=0.1) for d in "AB"]
+    tables = combine(runs)
+    reasons = "new, A, B (phantom data, test-time augmentation, another method, 10 % labelled)"
+    note = f"Not comparable with the published rows (M&Ms, 2 % or 5 % labelled, 288 px): full, B (64 px); {reasons}."
+    assert tables[0].footnotes[2] == note and to_markdown(tables).count("Not comparable") == 1
+    assert cells(tables[0], "this method, as published")["average"].mean == 84.52  # still beside ours
     assert "Not comparable" not in to_markdown(combine(all_domains(checkpoint="last, step 9")))
 
 
-def test_published_rows_are_those_of_the_ratio():
-    at_5 = combine(all_domains(ratio=0.05))[0]
+def test_published_rows_are_complete_and_those_of_the_ratio():
+    """The numbers of rows by the papers, one of them by hand, and the sentence beside every comparison."""
+    assert [len(rows) for rows, _ in published_rows("mms").values()] == [14, 13]
+    assert [len(rows) for rows, _ in published_rows("scgm").values()] == [7]
+    at_2, at_5 = (combine(all_domains(ratio=ratio))[0] for ratio in (0.02, 0.05))
+    assert [str(cell) for cell in cells(at_2, "IS2Net").values()] == ["84.72", "84.97", "87.96", "89.01", "86.67"]
     assert str(cells(at_5, "this method, as published")["A"]) == "83.30 ± 5.83"
-    assert cells(at_5, "S&D Messenger")["average"].mean == 88.47
-    assert "VDPL" not in labels(at_5)
-    scgm = combine([summary("3", dataset="scgm", ratio=0.2, structures=["GM"])])
-    assert scgm[0].header == ["", "1", "2", "3", "4", "average"]
-    assert str(cells(scgm[0], "this method, as published")["3"]) == "78.75 ± 9.44"
-    assert scgm[0].footnotes[-1] == "Published later: VDPL (U-Net) as in its own paper."
-    assert labels(scgm[1])[:2] == ["Dice (%), full", "HD95 (mm), full"]
-    assert "each site held out in turn, 20 % of the patients labelled" in scgm[0].note
+    assert cells(at_5, "S&D Messenger")["average"].mean == 88.47 and "VDPL" not in labels(at_5)
+    assert SELECTION_NOTE in at_2.footnotes and at_2.footnotes[-1].startswith("Published later: BCP, vMFNet, ")
+    assert "its domains" in at_5.footnotes[-1] and "its domains" not in at_2.footnotes[-1]
+    scgm, structure = combine([summary("3", dataset="scgm", ratio=0.2, structures=["GM"])])
+    assert scgm.header == ["", "1", "2", "3", "4", "average"]
+    assert str(cells(scgm, "this method, as published")["3"]) == "78.75 ± 9.44"
+    assert scgm.footnotes[-1] == "Published later: VDPL (U-Net) as in its own paper."
+    assert labels(structure)[:2] == ["Dice (%), full", "HD95 (mm), full"]
 
 
 def test_data_set_without_published_numbers():
@@ -218,48 +188,29 @@ def test_methods_stand_in_rows_of_their_own():
     assert cells(table[1], "Dice (%), plain CPS")["A"].mean == 60 and list(table[1].rules) == [2, 4, 6, 8, 10, 12]
 
 
-def test_unfinished_runs_are_announced():
+def test_what_stands_behind_the_numbers_is_said():
     remark = " (training not finished: epoch 12 of 50)"
-    notes = combine([summary("A"), summary("B", seed=3, unfinished=remark)])[0].footnotes
-    assert notes[0].endswith("A 50 patients, seed 0; B 50 patients, seed 3 (training not finished: epoch 12 of 50).")
-
-
-def test_runs_of_unequal_settings_are_announced():
-    runs = [summary("A"), summary("A", seed=1, settings={"seed": 1, "num_epoch": 8}), summary("B")]
-    for grid in combine(runs):
-        assert "They differ in num_epoch (50, 8)." in grid.footnotes[0]
-    assert "differ" not in combine(runs[::2])[0].footnotes[0]
-
-
-def test_caption_says_how_the_checkpoint_was_selected():
-    for grid in combine(all_domains()):
-        assert "2 % of the patients labelled. Mean ± standard deviation over patients" in grid.note
-        assert f"Checkpoint: best, selection: {RULE}." in grid.note
-    last = summary(checkpoint="last, step 9", selection="none, the last state of the training")
-    assert "Checkpoint: last, selection: none, the last state of the training." in combine([last])[0].note
-
-
-def test_markdown_tables_are_regular():
-    blocks = re.findall(r"(?:^\|.*\n)+", to_markdown(combine(all_domains(phantom=True))), re.MULTILINE)
-    assert len(blocks) == 4
-    for block in blocks:
-        assert {line.count("|") for line in block.splitlines()} == {7}
+    other = {"seed": 3, "unfinished": remark, "settings": {"seed": 3, "num_epoch": 8}}
+    for table in combine([summary("A"), summary("B", **other)]):
+        assert table.footnotes[0].endswith(
+            f"A 50 patients, seed 0; B 50 patients, seed 3{remark}. They differ in num_epoch (50, 8)."
+        )
+        assert "2 % of the patients labelled. Mean ± standard deviation over patients" in table.note
+        assert f"Checkpoint: best, selection: {RULE}." in table.note and "other data" not in table.note
+    note = combine(all_domains(content_hash="xyz", data="hospital"))[0].note
+    assert "of other data than the training's, hospital, held out" in note
 
 
 def test_csv_holds_the_same_numbers():
     table = combine([*all_domains(), summary("D", 81.3333333333, seed=1)])
     lines = list(csv.DictReader(io.StringIO(to_csv(table))))
     assert len(lines) == sum(5 * len(grid.rows) for grid in table)
-    read = {
-        (line["table"], line["row"], line["column"]): tuple(
-            float(line[key]) if line[key] else None for key in ("mean", "sd")
-        )
-        for line in lines
-    }
+    read = {(line["table"], line["row"], line["column"]): (line["mean"], line["sd"]) for line in lines}
     for grid in table:
         for label in labels(grid):
             for domain, cell in cells(grid, label).items():
-                assert read[grid.title, label, domain] == (cell.mean, cell.std)
+                numbers = tuple(float(text) if text else None for text in read[grid.title, label, domain])
+                assert numbers == (cell.mean, cell.std)
     assert [line["remark"] for line in lines[:5]] == ["", "", "", "2 seeds", ""]
 
 
@@ -297,18 +248,6 @@ def test_latex_compiles_and_fits_the_page(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:]
     for complaint in ("Overfull", "Missing character", "Float too large"):
         assert complaint not in done.stdout
-
-
-def test_published_rows_are_complete_and_say_how_they_may_be_chosen():
-    """The numbers of rows by the papers, one of them by hand, and the sentence beside every comparison."""
-    assert [len(rows) for rows, _ in published_rows("mms").values()] == [14, 13]
-    assert [len(rows) for rows, _ in published_rows("scgm").values()] == [7]
-    paper = combine(all_domains())[0]
-    assert [str(cell) for cell in cells(paper, "IS2Net").values()] == ["84.72", "84.97", "87.96", "89.01", "86.67"]
-    assert SELECTION_NOTE in paper.footnotes
-    at_5 = combine(all_domains(ratio=0.05))[0]
-    assert "its domains" in at_5.footnotes[-1] and "its domains" not in paper.footnotes[-1]
-    assert paper.footnotes[-1].startswith("Published later: BCP, vMFNet, ") and "VDPL" not in at_5.footnotes[-1]
 
 
 def test_markdown_and_csv_of_any_table():
