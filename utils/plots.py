@@ -1,4 +1,4 @@
-"""Pictures of a run, each written as one PNG: curves, training samples, previews, overlays, result plots.
+"""Pictures of a run, each one PNG: curves, training samples, previews, overlays.
 
 Conventions shared by all: images are arrays as stored, (H, W) with H along NIfTI axis 0; structures
 are the labels 1..K, named by `class_names` (label 1 first, no background); the truth is a line, a
@@ -36,7 +36,7 @@ CASING = [withStroke(linewidth=2.4, foreground="black")]  # makes what is white 
 def plot_curves(
     path, *, points: list[dict], epochs: list[dict], validated: str, title: str, selected_step: int | None = None
 ) -> None:
-    """Losses, variance and confidence, and Dice on the images that selected the weights, over the steps.
+    """Losses, variance, confidence, and Dice on the images that selected the weights.
 
     points: dicts with `step` and any of loss, supervised, variance (mean KL, >= 0), means over the
         steps since the
@@ -167,7 +167,7 @@ def structures_of(class_names):
 
 
 def _upright(array):
-    """(H, W, ...) as stored -> (rows, columns, ...) as drawn: NIfTI axis 0 runs from left to right."""
+    """(H, W, ...) as stored -> (rows, columns, ...): NIfTI axis 0 runs from left to right."""
     return array.swapaxes(0, 1)
 
 
@@ -182,7 +182,7 @@ def _contour(ax, mask, colour, path_effects=None) -> None:
 
 
 def _orient(ax, letters, spacing) -> None:
-    """Write the letters of the edges and a scale bar into a picture of the upright image that `_show` has drawn."""
+    """Write the letters of the edges and a scale bar into an image that `_show` has drawn."""
     style = {"color": "white", "path_effects": CASING, "transform": ax.transAxes}
     for x, y, letter in zip((0.05, 0.95, 0.5, 0.5), (0.5, 0.5, 0.94, 0.05), letters, strict=False):
         ax.text(x, y, letter, ha="center", va="center", fontsize=8, **style)
@@ -225,7 +225,7 @@ def _finish(figure, path, title, handles) -> None:
 
 
 def legend_below(figure, handles=None, ncols=None, **style) -> None:
-    """Put a legend below the axes: of `handles`, else of the lines that have a label, each label once."""
+    """Put a legend below the axes: of `handles`, else of all labelled lines."""
     if handles is None:
         by_label = {line.get_label(): line for ax in figure.axes for line in ax.lines}
         handles = [line for label, line in by_label.items() if not label.startswith("_")]  # matplotlib's own
@@ -233,7 +233,7 @@ def legend_below(figure, handles=None, ncols=None, **style) -> None:
 
 
 def save(figure, path, title) -> None:
-    """Write the PNG file with `title` above all; no text is read as a formula, whatever names hold."""
+    """Write the PNG file with `title` above all; no text is read as a formula."""
     figure.suptitle(title, fontsize=10)
     for text in figure.findobj(Text):
         text.set_parse_math(False)
@@ -256,7 +256,7 @@ def radiological(array: np.ndarray, like) -> np.ndarray:
 
 
 def edge_letters(like) -> str:
-    """Return what the left, right, upper and lower edge of a `radiological` slice face, such as "RLAP".
+    """Return what the left, right, upper, lower edge of a `radiological` slice face: "RLAP".
 
     Oblique planes get the closest directions. Empty if the scan does not say how its axes lie.
     """

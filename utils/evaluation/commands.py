@@ -1,4 +1,4 @@
-"""The inference command: trained runs on the held-out domain, on new scans, on labelled scans of one's own."""
+"""The inference command: runs on the held-out domain, on new and on labelled scans."""
 
 import io
 import tempfile
@@ -51,7 +51,7 @@ class HeldOut:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnScans:
-    """With --input, one run segments new scans; with --truth as well, it is evaluated on labelled scans.
+    """With --input, one run segments new scans; with --truth as well, it is evaluated on them.
 
     Args:
         input: Read these scans: 3D or 4D NIfTI files, or folders of them; or, for labelled scans,
@@ -171,7 +171,7 @@ def check_flags(flags: Inference, dataset: DatasetInfo, is_labeled: bool) -> Non
 
 
 def evaluate_runs(load: Callable[[Path], TrainedRun], dataset: DatasetInfo, flags: Inference) -> None:
-    """Evaluate runs on their held-out domains; of several, write and print the tables over them, too."""
+    """Evaluate runs on their held-out domains; of several, write the tables over them, too."""
     folders, root, out = flags.run, flags.held_out.data_root, flags.held_out.out
     several = len(folders) > 1
     if several:  # before the first of them is evaluated
@@ -195,7 +195,7 @@ def evaluate_runs(load: Callable[[Path], TrainedRun], dataset: DatasetInfo, flag
 
 
 def evaluate_user_scans(run: TrainedRun, dataset: DatasetInfo, flags: Inference) -> None:
-    """Evaluate a run on the user's labelled scans, which are prepared for it as those of a data set are."""
+    """Evaluate a run on the user's labelled scans, prepared as those of a data set are."""
     dataset = labeled(flags.own_scans.input, flags.own_scans.truth, flags.own_scans.labels, dataset)
     source = flags.own_scans.input[0]  # whose name the results bear
     with tempfile.TemporaryDirectory(prefix="semidg_") as folder, memory_errors(source):  # in the folder TMPDIR

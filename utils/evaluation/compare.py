@@ -1,4 +1,4 @@
-"""Several runs side by side: one table over their held-out domains, and methods compared patient by patient."""
+"""Several runs in one table over their held-out domains; methods compared by patient."""
 
 import csv
 import re
@@ -45,7 +45,7 @@ def name_rows(
     folders: Sequence[Path], metadata: Sequence[dict[str, Any]], dataset: DatasetInfo, *,
     labels: Sequence[str], one_data: bool,
 ) -> list[str]:  # fmt: skip
-    """Return the names of several runs in one table: their labels, or their methods and the settings that tell apart.
+    """Return the rows' names of several runs: labels, or methods and settings that differ.
 
     Args:
         metadata: what was saved beside the weights of each.
@@ -82,7 +82,7 @@ def name_rows(
 
 
 def _names_by_settings(methods: Sequence[str], settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Return each run's method with the settings in which two of the runs differ, but those that the method names."""
+    """Return each run's method, with the settings beside it in which the runs differ."""
     hidden = RUNTIME_SETTINGS | VARYING | METHOD_SETTINGS
     texts = [{key: str(value).removesuffix(".0") for key, value in s.items() if key not in hidden} for s in settings]
     for text in texts:
@@ -96,7 +96,7 @@ def _names_by_settings(methods: Sequence[str], settings: Sequence[dict[str, Any]
 
 
 def published_rows(dataset: str) -> dict[float, tuple[list[list[Any]], str]]:
-    """Return, by share of labelled patients, the published rows (published.csv) and where the later ones come from.
+    """Return the published rows, and the sources of later ones, by share of labelled patients.
 
     Dice in percent per held-out domain, with the sample standard deviation over patients, and their
     average, as printed there.
@@ -119,7 +119,7 @@ def published_rows(dataset: str) -> dict[float, tuple[list[list[Any]], str]]:
 
 
 def by_method(summaries: Sequence[Summary], names: Sequence[str], dataset: DatasetInfo) -> dict[str, Runs]:
-    """Return the summaries of several runs by the names of their rows and by held-out domain, in order of seeds."""
+    """Return summaries by the names of their rows and by held-out domain, in order of seeds."""
     methods: dict[str, Runs] = {name: {domain: [] for domain in dataset.domains} for name in names}
     for name, summary in sorted(zip(names, summaries, strict=True), key=lambda pair: pair[1]["seed"]):
         methods[name][summary["test_domain"]].append(summary)
@@ -127,7 +127,7 @@ def by_method(summaries: Sequence[Summary], names: Sequence[str], dataset: Datas
 
 
 def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list[Table]:
-    """Put the summaries of several runs, one or more seeds per held-out domain and method, into tables.
+    """Put summaries, of one or more seeds per held-out domain and method, into tables.
 
     The first table has a row per method and the published ones, by the paper's protocol; a
     volumetric table per structure follows. A domain's cell holds the mean and sample standard
@@ -176,7 +176,7 @@ def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list
 
 
 def _cells(runs: Runs, figures: Callable[[Summary], dict[str, Any]], mean: str, std: str) -> list[Cell]:
-    """Return one cell per domain, of two keys in the figures of its summaries, and the average of the domains."""
+    """Return a cell per domain, of two keys in its summaries' figures, and their average."""
     cells = []
     for seeds in runs.values():
         numbers = [figures(summary) for summary in seeds]
@@ -189,7 +189,7 @@ def _cells(runs: Runs, figures: Callable[[Summary], dict[str, Any]], mean: str, 
 
 
 def _average(means: Sequence[float | None], deviation: Callable[[list[float]], float], noun: str) -> Cell:
-    """Return the mean and deviation of those that there are, with their number where `noun` names them."""
+    """Return mean and deviation of the known means, with their number if `noun` names them."""
     known = [mean for mean in means if mean is not None]
     std = deviation(known) if len(known) > 1 else None
     return Cell(fmean(known) if known else None, std, remark=count(len(known), noun) if noun else "")
@@ -203,7 +203,7 @@ def _volumetric(summary: Summary, structure: str) -> dict[str, Any]:
 
 
 def _sources(method: str, runs: Runs) -> str:
-    """Say what stands behind a method's cells, and in which settings its runs differ other than by design."""
+    """Say what stands behind a method's cells, and which settings of its runs differ."""
     sources = []
     for domain, seeds in runs.items():
         if seeds:
@@ -295,19 +295,19 @@ def compare_methods(methods: dict[str, Runs]) -> tuple[Table, list[Difference]]:
 
 
 def _patient_dice(runs: list[Summary]) -> dict[str, float]:
-    """Return the Dice of every patient, averaged over the seeds; of the patients that every seed has."""
+    """Return the mean Dice over the seeds, of every patient that all seeds have."""
     patients = set.intersection(*(set(run["paper_dice"]) for run in runs))
     return {patient: fmean(run["paper_dice"][patient] for run in runs) for patient in patients}
 
 
 def comparison_folder(parent: Path, names: Sequence[str], facts: Any) -> Path:
-    """Return the folder for the tables over runs: named by their rows, and by a hash of `facts` that tells apart."""
+    """Return the folder for tables over runs, named by their rows and a hash of `facts`."""
     title = re.sub(r"[^\w.]+", "-", "_vs_".join(dict.fromkeys(names)))[:80]
     return parent / "comparisons" / f"{title}_{sha256(repr((facts, names)).encode()).hexdigest()[:6]}"
 
 
 def write_comparison(methods: dict[str, Runs], dataset: DatasetInfo, folder: Path) -> None:
-    """Write the leave-one-domain-out tables and, of several methods, their comparison with the first.
+    """Write the leave-one-domain-out tables and the methods' comparison with the first.
 
     The table by the paper's protocol and the comparison are printed.
     """

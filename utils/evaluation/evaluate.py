@@ -1,4 +1,4 @@
-"""The evaluation of a run on its held-out domain: metrics, tables, pictures, predictions and the report."""
+"""The evaluation of a run on a domain: metrics, tables, pictures, predictions, report."""
 
 import csv
 from collections import defaultdict
@@ -41,7 +41,7 @@ def evaluate_run(
     run: TrainedRun, dataset: DatasetInfo, data: PreparedData, out: Path, *, domain: str, title: str,
     save_predictions: bool = False, keep_largest: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluate a run on a domain of prepared data; write tables, pictures, predictions and the report to `out`.
+    """Evaluate a run on a domain of prepared data, and write the results to `out`.
 
     Args:
         domain: of which all patients with masks are evaluated; the training must not have seen
@@ -135,7 +135,7 @@ def evaluate_run(
 
 
 def _volumetric(cases: Sequence[Case], structure: str) -> dict[str, Any]:
-    """Return the means over patients of one structure's metrics, each patient's phases averaged first."""
+    """Return one structure's metrics: means over patients, of the means over their phases."""
     scans = [case for case in cases if case["structure"] == structure]
     result: dict[str, Any] = {}
     for metric in METRICS:
@@ -156,7 +156,7 @@ def _by_patient(scans: Sequence[Case], metric: str) -> list[float]:
 
 
 def _groups(cases: Sequence[Case], data: PreparedData) -> dict[str, dict[str, Any]]:
-    """Return the number of patients, the paper's Dice and every structure's Dice by group of patients."""
+    """Return number, paper Dice and every structure's Dice by group of patients."""
     group_of = dict(zip(data.index["patient"], data.index["group"], strict=True))
     groups = {}
     for group in sorted({group_of[case["patient"]] for case in cases}):
@@ -174,7 +174,7 @@ def _groups(cases: Sequence[Case], data: PreparedData) -> dict[str, dict[str, An
 def _clinical(
     cases: Sequence[Case], dataset: DatasetInfo
 ) -> tuple[dict[str, str], dict[str, tuple[list[float], list[float]]]]:
-    """Return the unit, and truths and predictions, of every clinical quantity; empty where there are none.
+    """Return the unit, and truths and predictions, of every clinical quantity there is.
 
     They need both phases: a patient with one of them is left out.
     """
@@ -194,7 +194,7 @@ def _clinical(
 
 
 def case_drawing(scan: ScanPrediction, grid: Volume) -> dict[str, Any]:
-    """Return what `plot_case` draws of a scan: few slices, cropped, so that those of a whole domain fit into memory."""
+    """Return what `plot_case` draws: few slices, cropped, so that all scans' fit into memory."""
     depth = len(scan.rows)
     slices = np.unique(np.linspace(0, depth - 1, min(depth, SLICES_DRAWN)).round().astype(int)).tolist()
     label = scan.probability.argmax(1)
@@ -206,7 +206,7 @@ def case_drawing(scan: ScanPrediction, grid: Volume) -> dict[str, Any]:
 
 
 def structure_window(labels: np.ndarray, margin: float = 0.35) -> tuple[slice, slice]:
-    """Return the index into (H, W) of a square around the structures of labels (S, H, W); of all without any."""
+    """Return the square around the structures of labels (S, H, W), or all of (H, W)."""
     places = np.argwhere(labels.any(axis=0))
     if len(places) == 0:
         return np.s_[:, :]
@@ -222,7 +222,7 @@ def draw_pictures(
     drawings: Mapping[tuple[str, str], dict[str, Any]], clinical: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     uncertainty: Uncertainty, title: str,
 ) -> list[tuple[str, Path]]:  # fmt: skip
-    """Draw Dice of all cases, clinical agreement, worst, median and best patient, and risk; return captions and files.
+    """Draw the pictures of an evaluation; return captions and files, for the report.
 
     Args:
         drawings: `case_drawing` by patient and phase.

@@ -20,7 +20,7 @@ MISSED_SLICES = (
 
 
 def paper_dice(probability: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the paper's Dice: one per slice, pooled over all structures of the thresholded ensemble softmax.
+    """Return the paper's Dice of slices: all structures pooled, mean softmax above 0.5.
 
     Args:
         probability: (B, K, H, W), class 0 is the background.
@@ -60,7 +60,7 @@ def structure_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequen
 
 
 def plane_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> dict[str, float] | None:
-    """Return HD95 and ASSD (mm) of one structure's contours in the planes of the slices, as the mean over slices.
+    """Return HD95 and ASSD (mm) of one structure's contours in the slices' planes.
 
     Args:
         prediction, truth: (X, Y, Z) bool.
@@ -97,7 +97,7 @@ def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing: Sequen
 
 
 def largest_components(labels: np.ndarray) -> np.ndarray:
-    """Return a label map (X, Y, Z) with the largest connected component (26 neighbours) of every structure."""
+    """Return labels (X, Y, Z) with each structure's largest component (26 neighbours) only."""
     kept = np.zeros_like(labels)
     for value, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is not None:
@@ -113,7 +113,7 @@ def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def bootstrap_interval(values: Sequence[float], *, repeats: int = 2000, seed: int = 0) -> tuple[float, float] | None:
-    """Return the 95 % percentile bootstrap interval of the mean over patients; None for fewer than 2 values."""
+    """Return the 95 % percentile bootstrap interval of the mean; None below 2 values."""
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return None

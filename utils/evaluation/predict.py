@@ -25,7 +25,7 @@ Autocast = Callable[[], AbstractContextManager]  # makes the context of forward 
 def predict(
     nets: Sequence[nn.Module], image: torch.Tensor, *, autocast: Autocast, tta: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predict with both networks (in eval mode); with `tta`, the mean over the 8 flips and right-angle rotations.
+    """Predict with both networks in eval mode; with `tta` over 8 flips and rotations.
 
     Returns:
         (B, K, H, W) mean softmax and (B, H, W) agreement of the networks, exp(-KL(first ||
@@ -60,7 +60,7 @@ class Predictor(NamedTuple):
         return next(self.nets[0].parameters()).device
 
     def view(self, canvas: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
-        """Return the networks' input without augmentation: canvases (B, 1, C, C) -> (B, 1, s, s), s the image size.
+        """Return the networks' input, not augmented: canvases (B, 1, C, C) -> (B, 1, s, s).
 
         Args:
             quantiles: (B, 256) curve of each canvas.
@@ -131,7 +131,7 @@ def predict_scans(
 
 
 def mean_dice(scans: Iterable[tuple[str, str, Sequence[float]]]) -> dict[str, float]:
-    """Return the paper's Dice (percent) by patient: the mean over the slices of all the patient's scans.
+    """Return the paper's Dice (percent) by patient: the mean over all slices of its scans.
 
     Args:
         scans: patient, phase and Dice of the slices, in [0, 1], of each.
@@ -152,7 +152,7 @@ class NativeScan(NamedTuple):
 
 
 def to_native(scan: ScanPrediction, data: PreparedData, *, keep_largest: bool = False) -> NativeScan:
-    """Map a prediction back to its scan's grid: bilinear softmax, argmax, largest components on request."""
+    """Map a prediction to its scan's grid: bilinear softmax, argmax, largest components."""
     classes, size = scan.probability.shape[1:3]
     truth = read_volume(data.truth_path(scan.patient, scan.phase), 3)
     center = tuple(float(data.index[f"center_{axis}"][scan.rows[0]]) for axis in ("row", "column"))
@@ -166,7 +166,7 @@ def to_native(scan: ScanPrediction, data: PreparedData, *, keep_largest: bool = 
 
 
 def volumetric_rows(scan: ScanPrediction, native: NativeScan, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return metrics and volumes (ml) of every structure of one scan; one empty on both sides has no metrics."""
+    """Return metrics and volumes (ml) of a scan's structures; empty on both sides has none."""
     rows = []
     for label, name in enumerate(class_names[1:], start=1):
         pair, zooms = (native.labels == label, native.truth == label), native.grid.zooms

@@ -1,4 +1,4 @@
-"""An evaluation as Markdown, and as one HTML page that can be mailed and printed: nothing is loaded from elsewhere."""
+"""An evaluation as Markdown, and as one HTML page that loads nothing from elsewhere."""
 
 import json
 from base64 import b64encode

@@ -33,7 +33,7 @@ def load_run(
     folder: Path, checkpoint: str, dataset: DatasetInfo, build_network: Callable[..., nn.Module], device: torch.device,
     *, autocast: Autocast, tta: bool = False,
 ) -> TrainedRun:  # fmt: skip
-    """Load the networks of a run's "best" or "last" checkpoint, or of a kept one such as "epochs/epoch_007".
+    """Load the networks of a checkpoint: "best", "last" or as "epochs/epoch_007".
 
     Args:
         autocast, tta: of the `Predictor`.
@@ -106,7 +106,7 @@ def open_data(run: TrainedRun, data_root: Path | None, dataset: DatasetInfo) -> 
 
 
 def is_other(training: dict[str, Any], data: dict[str, Any]) -> bool:
-    """Return True if data are not those of a training, by their content hashes; converted weights know none."""
+    """Return True if data are not the training's, by content hash; converted weights know none."""
     return training["content_hash"] not in (None, data["content_hash"])
 
 
@@ -131,7 +131,7 @@ def patients_to_evaluate(run: TrainedRun, data: PreparedData, domain: str, datas
 
 
 def method_name(metadata: dict[str, Any]) -> str:
-    """Return the name of a run's method: the full one, a step of its ablation, or an unknown mode's own name."""
+    """Return the name of a run's method; an unknown mode goes by its own name."""
     config = metadata["config"]
     if config["cps_weight"] == 0:
         return "supervised only"
