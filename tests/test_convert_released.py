@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from utils import convert_released as converter
 from utils.data.loaders import build_loaders
 from utils.device import Process
 from utils.errors import UserError
-from utils.evaluation.commands import load_run
+from utils.evaluation.runs import load_run
 from utils.files import read_json
 from utils.run.checkpoint import read_metadata
 from utils.trainer import Trainer
@@ -101,8 +102,8 @@ def test_run_folder_says_what_a_trained_one_does(save, build_tiny, mms_config, m
     assert len(metadata["reference"]) == 256 and "released weights" in metadata["selection"]
     assert metadata["config"] == asdict(cfg) | {"run_name": "released", "out_root": str(tmp_path / "runs")}
     assert read_json(run / "config.json") == metadata["config"]
-    loaded = load_run(run, "best", mms_dataloader.DATASET, build_tiny, CPU)
-    for each in loaded.nets:
+    loaded = load_run(run, "best", mms_dataloader.DATASET, build_tiny, CPU, autocast=nullcontext)
+    for each in loaded.predictor.nets:
         assert all(torch.equal(value, net.state_dict()[key]) for key, value in each.state_dict().items())
     with pytest.raises(UserError, match="holds a run: choose another --out"):
         convert(path, run)
@@ -117,7 +118,7 @@ def test_without_data_there_is_no_histogram_matching(save, build_tiny, tmp_path,
     assert metadata["config"]["histogram_matching"] is False
     convert(save(build_tiny(2), tmp_path / "scgm.pt"), tmp_path / "scgm", dataset="scgm", test_domain="3")
     assert "histogram matching" not in capsys.readouterr().out  # SCGM has none
-    run = load_run(tmp_path / "scgm", "best", scgm_dataloader.DATASET, build_tiny, CPU)
+    run = load_run(tmp_path / "scgm", "best", scgm_dataloader.DATASET, build_tiny, CPU, autocast=nullcontext)
     assert run.metadata["config"]["ratio"] == 0.2 and run.metadata["class_names"] == ["background", "GM"]
 
 
@@ -128,11 +129,11 @@ def test_the_real_network_by_the_command_line(save, tmp_path):
     command = [sys.executable, "-m", "utils.convert_released", path, path, "--dataset", "mms", "--test-domain", "D"]
     done = subprocess.run([*command, "--out", run], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "inference_mms.py --run" in done.stdout, done.stderr
-    loaded = load_run(run, "best", mms_dataloader.DATASET, build_network, CPU)
+    loaded = load_run(run, "best", mms_dataloader.DATASET, build_network, CPU, autocast=nullcontext)
     image = torch.rand(1, 1, 64, 64)
     net = net.to(memory_format=torch.channels_last)  # as inference has them, for the same rounding
     with torch.no_grad():
-        assert all(torch.equal(each(image), net(image)) for each in loaded.nets)
+        assert all(torch.equal(each(image), net(image)) for each in loaded.predictor.nets)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from config import MMS
 from network import build_network
-from utils.evaluation.predict import Member, predict_scans
+from utils.evaluation.predict import Predictor, predict_scans
 from utils.method import augment, losses
 from utils.method.objective import UnlabeledViews, cross_pseudo_supervision, pseudo_label
 
@@ -76,8 +76,9 @@ def test_evaluation(nets, tta, monkeypatch):
     read = {"image": canvases(3).cpu(), "quantiles": torch.zeros(3, 256), "mask": canvases(3, torch.uint8).cpu()}
     read["row"] = torch.zeros(3).long()
     data = SimpleNamespace(index={"patient": ["A"], "phase": ["ED"]})
-    member = Member([net.eval() for net in nets], torch.zeros(256, device=CUDA), replace(MMS, image_size=SIZE))
-    (scan,) = predict_scans([member], [read], data, device=CUDA, precision="fp32", tta=tta, confidence=True)
+    config, reference = replace(MMS, image_size=SIZE), torch.zeros(256, device=CUDA)
+    predictor = Predictor([net.eval() for net in nets], reference, config, nullcontext, tta)
+    (scan,) = predict_scans(predictor, [read], data, confidence=True)
     assert [x.device for x in (scan.image, scan.probability, scan.agreement, scan.confidence)] == [CUDA] * 4
     assert scan.probability.shape == (3, 4, SIZE, SIZE)
 

@@ -2,13 +2,13 @@
 
 import errno
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from utils.evaluation.results import evaluate_run
 
 import config
 import mms_dataloader
@@ -17,7 +17,8 @@ from utils.data.loaders import build_loaders
 from utils.device import Process
 from utils.engine import fit
 from utils.errors import UserError, clear_errors
-from utils.evaluation.commands import load_run, open_data
+from utils.evaluation.evaluate import evaluate_run
+from utils.evaluation.runs import load_run, open_data
 from utils.files import OutputFolder, folder_lock
 
 MMS = mms_dataloader.DATASET
@@ -85,9 +86,8 @@ def test_results_of_the_user_stay(mms_config, build_tiny, tmp_path):
         (out / name).write_bytes(b"by hand")
 
     def evaluate(**options):
-        trained = load_run(run, "best", MMS, build_tiny, CPU)
-        facts = {"data": open_data(trained, None, MMS)[0], "domain": "D", "title": "D"}
-        evaluate_run(trained, MMS, out=out, precision="fp32", tta=False, keep_largest=False, **facts, **options)
+        trained = load_run(run, "best", MMS, build_tiny, CPU, autocast=nullcontext)
+        evaluate_run(trained, MMS, open_data(trained, None, MMS)[0], out, domain="D", title="D", **options)
 
     evaluate(save_predictions=True)
     maps = sorted((out / "predictions").glob("*_E?.nii.gz"))

@@ -11,9 +11,10 @@ from helpers import ROOT
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from utils.evaluation.statistics import agreement_limits
 
 from utils import plots
+from utils.evaluation import charts
+from utils.evaluation.metrics import agreement_limits
 
 NAMES = ("LV", "MYO", "RV")
 CONTOURS = np.array([to_rgb(colour) for colour in plots.STRUCTURE_COLOURS])
@@ -46,8 +47,8 @@ def figures(monkeypatch):
 def draw_case(path, labels, **changes):
     nothing, half = np.zeros_like(labels), np.full(labels.shape, 0.5)
     arrays = {"image": np.zeros(labels.shape), "truth": nothing, "prediction": labels, "agreement": half}
-    where = {"letters": "RLAP", "spacing": 1.0}
-    plots.plot_case(path, **(arrays | where | changes), slices=[0], class_names=NAMES, title="case")
+    options = {"letters": "RLAP", "spacing": 1.0, "title": "case"}
+    plots.plot_case(path, **(arrays | options | changes), slices=[0], class_names=NAMES)
     return imread(path)
 
 
@@ -107,19 +108,13 @@ def test_colour_blind_readers_tell_the_structures_apart(vision):
         assert np.linalg.norm(one[:, None] - other, axis=-1).min() > 15
 
 
-def test_case_without_structures_or_contrast(tmp_path, labels):
-    picture = draw_case(tmp_path / "empty.png", np.zeros_like(labels), truth=np.zeros_like(labels))
-    assert not any(len(places(picture, fill)) for fill in FILLS)
-
-
 def test_agreement_map_runs_from_zero_to_one(tmp_path, labels):
-    low, middle, high = (
-        draw_case(tmp_path / f"{value}.png", labels, agreement=np.full(labels.shape, value))
-        for value in (0.0, 0.5, 1.0)
-    )
-    viridis_ends = (0.267, 0.005, 0.329), (0.993, 0.906, 0.144)
-    assert len(places(low, viridis_ends[0])) > 10_000 > len(places(middle, viridis_ends[0]))
-    assert len(places(high, viridis_ends[1])) > 10_000 > len(places(middle, viridis_ends[1]))
+    """Here of a case without structures or contrast."""
+    nothing, ends = np.zeros_like(labels), {0.0: (0.267, 0.005, 0.329), 1.0: (0.993, 0.906, 0.144)}
+    for value, colour in ends.items():
+        picture = draw_case(tmp_path / "c.png", nothing, agreement=np.full(labels.shape, value))
+        assert len(places(picture, colour)) > 10_000 > len(places(picture, ends[1 - value]))
+        assert not any(len(places(picture, fill)) for fill in FILLS)
 
 
 def test_training_samples_show_each_networks_label_and_the_box(tmp_path, labels):
@@ -211,14 +206,16 @@ def test_many_points_are_drawn_as_means_of_neighbours(tmp_path, figures):
     assert [text.get_text() for ax in figures[0].axes[2:] for text in ax.texts] == 2 * ["no pseudo supervision so far"]
 
 
-def test_dice_names_the_worst(tmp_path, figures):
-    rows = [{"patient": f"P{i}", "structure": "LV", "phase": "ED", "dice": 90.0 - i} for i in range(9)]
-    plots.plot_dice_per_case(tmp_path / "dice.png", rows, NAMES, title="Dice", num_named=2)
+def test_dice_names_the_worst_and_knows_any_number_of_phases(tmp_path, figures):
+    rows = [{"patient": f"P{i}", "structure": "LV", "phase": f"frame{i:02d}", "dice": 90.0 - i} for i in range(12)]
+    charts.plot_dice_per_case(tmp_path / "dice.png", rows, NAMES, title="Dice", num_named=2)
     (ax,) = figures[0].axes
-    assert {text.get_text() for text in ax.texts} == {"P8 ED", "P7 ED"}
-    points = [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "o"]
+    assert {text.get_text() for text in ax.texts} == {"P11 frame11", "P10 frame10"}
+    points = [line.get_ydata()[0] for line in ax.lines if line.get_marker() in set(charts.MARKERS)]
     assert sorted(points) == [row["dice"] for row in reversed(rows)]
     assert len(places(imread(tmp_path / "dice.png"), CONTOURS[0])) > 100
+    legend = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert legend == [*NAMES, *(row["phase"] for row in rows)]
 
 
 def test_bland_altman_numbers(tmp_path, figures):
@@ -229,11 +226,27 @@ def test_bland_altman_numbers(tmp_path, figures):
     }
     pairs["mass"] = ([np.nan], [3.0])
     agreement["mass"] = agreement_limits(*pairs["mass"]) | {"unit": "g"}
-    plots.plot_bland_altman(tmp_path / "agreement.png", pairs, agreement, title="data")
+    charts.plot_bland_altman(tmp_path / "agreement.png", pairs, agreement, title="data")
     titles = [ax.get_title() for ax in figures[0].axes]
     assert [text.get_text() for ax in figures[0].axes for text in ax.texts] == ["no patient has both"]
     # differences 1, 2, 3: mean 2, sample standard deviation 1, limits 2 -+ 1.96
     assert titles == ["EDV (n = 3)\nbias +2.0 ml, limits +0.0 to +4.0", "EF (n = 1)\nbias -2.0 %", "mass (n = 0)"]
+
+
+def test_names_are_never_read_as_formulas(tmp_path, labels, figures):
+    """Which `$x_{$` would not be."""
+    odd = "$x_{$"
+    draw_case(tmp_path / "case.png", labels, title=odd)
+    rows = [{"patient": odd, "structure": odd, "phase": odd, "dice": 90.0}]
+    charts.plot_dice_per_case(tmp_path / "dice.png", rows, (odd,), title=odd)
+    charts.plot_differences(
+        tmp_path / "differences.png", [(odd, [1.0, 2.0], 1.5, (1.0, 2.0)), ("b", [], None, None)], title=odd
+    )
+    ones = np.ones(1)
+    charts.plot_risk_coverage(
+        tmp_path / "risk.png", {"slices": {"agreement": ones}, "patients": {"random": ones}}, title=odd
+    )
+    assert len(figures) == 4
 
 
 def test_preview_in_a_notebook(mms_root, tmp_path):

@@ -1,23 +1,28 @@
-"""Pictures of a run, each written as one PNG: curves, training samples, previews, overlays, result plots.
+"""Pictures of a run, each one PNG: curves, training samples, previews, overlays.
 
-Conventions shared by all: images are arrays as stored, (H, W) with H along NIfTI axis 0; structures are the
-labels 1..K, named by `class_names` (label 1 first, no background); the truth is a line, a prediction or pseudo label
-a translucent fill; `title` stands above all. Figures are built without pyplot, so no display is needed.
+Conventions shared by all: images are arrays as stored, (H, W) with H along NIfTI axis 0; structures
+are the labels 1..K, named by `class_names` (label 1 first, no background); the truth is a line, a
+prediction or pseudo label a translucent fill; `title` stands above all. Figures are built without
+pyplot, so no display is needed.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import nibabel as nib
 import numpy as np
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
-from matplotlib.patheffects import withStroke
-from matplotlib.text import Text
 
 from utils.files import OutputFolder
+
+# A notebook's backend, which its scripts inherit, is refused outside of it; pictures here need none.
+with patch.dict("os.environ", MPLBACKEND="agg"):
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.patheffects import withStroke
+    from matplotlib.text import Text
 
 # Colours of the labels 1, 2, 3. To colour-blind eyes, too, these three as fills on whatever grey, white blood among
 # it, look neither grey nor like each other.
@@ -31,10 +36,12 @@ CASING = [withStroke(linewidth=2.4, foreground="black")]  # makes what is white 
 def plot_curves(
     path, *, points: list[dict], epochs: list[dict], validated: str, title: str, selected_step: int | None = None
 ) -> None:
-    """Losses, variance and confidence, and Dice on the images that selected the weights, over the steps.
+    """Losses, variance, confidence, and Dice on the images that selected the weights.
 
-    points: dicts with `step` and any of loss, supervised, variance (mean KL, >= 0), means over the steps since the
-    point before; a missing, None or NaN value is a gap in its curve. Of many, the means of neighbours are drawn;
+    points: dicts with `step` and any of loss, supervised, variance (mean KL, >= 0), means over the
+        steps since the
+    point before; a missing, None or NaN value is a gap in its curve. Of many, the means of
+    neighbours are drawn;
     epochs: dicts with `step` and `val_dice` (percent), of the images that `validated` names;
     selected_step: the step whose weights were kept.
     """
@@ -86,9 +93,10 @@ def plot_training_samples(
 ) -> None:
     """What one unlabelled training step works with, a row per image (the first 4).
 
-    plain, fourier, mixed: (N, H, W) in about [0, 1], `mixed` after CutMix; mask_box: (N, H, W), 1 where the
-    other image was pasted; pseudo_labels: (2, N, H, W) int, for the mixed image, and confidence: (2, N, H, W)
-    exp(-V) in [0, 1], both per network.
+    plain, fourier, mixed: (N, H, W) in about [0, 1], `mixed` after CutMix; mask_box: (N, H, W), 1
+        where the
+    other image was pasted; pseudo_labels: (2, N, H, W) int, for the mixed image, and confidence:
+    (2, N, H, W) exp(-V) in [0, 1], both per network.
     """
     name = "CutMix image" if mask_box.any() else "plain image"  # the one that is pseudo-labelled
     titles = ["plain image", "Fourier view", name]
@@ -110,7 +118,8 @@ def plot_preview(path, *, images, masks, fourier, mixed, letters, spacing, title
     """What the networks see, a row per image.
 
     images, fourier, mixed: (N, H, W) in about [0, 1]; masks: N label maps (H, W);
-    letters: N texts as in `plot_case`; spacing: mm per px; titles: N row names, such as "vendor A, P012 ED slice 4".
+    letters: N texts as in `plot_case`; spacing: mm per px; titles: N row names, such as "vendor A,
+        P012 ED slice 4".
     """
     difference = np.asarray(fourier, dtype=float) - images
     limit = max(np.abs(difference).max(), 1e-6)
@@ -131,8 +140,10 @@ def plot_preview(path, *, images, masks, fourier, mixed, letters, spacing, title
 def plot_case(path, *, image, truth, prediction, agreement, slices, letters, spacing, class_names, title) -> None:
     """One held-out scan, a column per drawn slice.
 
-    image: (S, H, W), any intensity scale; truth, prediction: (S, H, W) int; agreement: (S, H, W) in [0, 1];
-    slices: the S numbers of the slices; letters: of the left, right, upper and lower edge, such as "RLAP", or "";
+    image: (S, H, W), any intensity scale; truth, prediction: (S, H, W) int; agreement: (S, H, W) in
+        [0, 1];
+    slices: the S numbers of the slices; letters: of the left, right, upper and lower edge, such as
+        "RLAP", or "";
     spacing: mm per px.
     """
     limits = np.percentile(image.astype(float), (1, 99))  # one grey scale, so that slices can be compared
@@ -156,7 +167,7 @@ def structures_of(class_names):
 
 
 def _upright(array):
-    """(H, W, ...) as stored -> (rows, columns, ...) as drawn: NIfTI axis 0 runs from left to right."""
+    """(H, W, ...) as stored -> (rows, columns, ...): NIfTI axis 0 runs from left to right."""
     return array.swapaxes(0, 1)
 
 
@@ -171,7 +182,7 @@ def _contour(ax, mask, colour, path_effects=None) -> None:
 
 
 def _orient(ax, letters, spacing) -> None:
-    """Write the letters of the edges and a scale bar into a picture of the upright image that `_show` has drawn."""
+    """Write the letters of the edges and a scale bar into an image that `_show` has drawn."""
     style = {"color": "white", "path_effects": CASING, "transform": ax.transAxes}
     for x, y, letter in zip((0.05, 0.95, 0.5, 0.5), (0.5, 0.5, 0.94, 0.05), letters, strict=False):
         ax.text(x, y, letter, ha="center", va="center", fontsize=8, **style)
@@ -214,7 +225,7 @@ def _finish(figure, path, title, handles) -> None:
 
 
 def legend_below(figure, handles=None, ncols=None, **style) -> None:
-    """Put a legend below the axes: of `handles`, else of the lines that have a label, each label once."""
+    """Put a legend below the axes: of `handles`, else of all labelled lines."""
     if handles is None:
         by_label = {line.get_label(): line for ax in figure.axes for line in ax.lines}
         handles = [line for label, line in by_label.items() if not label.startswith("_")]  # matplotlib's own
@@ -222,7 +233,7 @@ def legend_below(figure, handles=None, ncols=None, **style) -> None:
 
 
 def save(figure, path, title) -> None:
-    """Write the PNG file with `title` above all; no text is read as a formula, whatever names hold."""
+    """Write the PNG file with `title` above all; no text is read as a formula."""
     figure.suptitle(title, fontsize=10)
     for text in figure.findobj(Text):
         text.set_parse_math(False)
@@ -233,8 +244,8 @@ def save(figure, path, title) -> None:
 def radiological(array: np.ndarray, like) -> np.ndarray:
     """Turn slices as a radiologist looks at them, if the scan says how its axes lie.
 
-    (..., X, Y) in the voxel grid of `like` -> (..., X', Y'): X' from the patient's right to left (or front to back),
-    Y' from front to back (or head to feet).
+    (..., X, Y) in the voxel grid of `like` -> (..., X', Y'): X' from the patient's right to left
+    (or front to back), Y' from front to back (or head to feet).
     """
     if not (like.header["sform_code"] or like.header["qform_code"]):
         return array
@@ -245,7 +256,7 @@ def radiological(array: np.ndarray, like) -> np.ndarray:
 
 
 def edge_letters(like) -> str:
-    """Return what the left, right, upper and lower edge of a `radiological` slice face, such as "RLAP".
+    """Return what the left, right, upper, lower edge of a `radiological` slice face: "RLAP".
 
     Oblique planes get the closest directions. Empty if the scan does not say how its axes lie.
     """

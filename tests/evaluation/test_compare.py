@@ -1,20 +1,19 @@
 """Paired comparison of methods against scipy and numbers worked out by hand; any runs in one table, or refused."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from test_tables import DATASETS, summary
-from utils.evaluation.comparison import compare_methods
-from utils.evaluation.domains import by_method
-from utils.evaluation.statistics import holm
 
 from config import MMS as DEFAULTS
 from utils.errors import UserError
-from utils.evaluation import commands, runs
-from utils.evaluation.commands import COMPARISON_FILES, write_comparison
+from utils.evaluation import commands
+from utils.evaluation.compare import COMPARISON_FILES, by_method, compare_methods, name_rows, write_comparison
+from utils.evaluation.metrics import holm
 from utils.run.checkpoint import run_metadata, save_networks
 
 MMS = DATASETS["mms"]
@@ -78,7 +77,7 @@ def test_what_limits_a_comparison_is_said():
     assert [(d.domain, len(d.values)) for d in differences] == [("A", 6), ("B", 5), ("all", 11)]
     assert rows(table)["new, A"][2] == "1"  # no difference at all
     assert table.footnotes == [
-        "Warning: new, A: 2 patients are not in both and left out.",
+        "Warning: new, A: 2 patients not in both, left out.",
         "Warning: new, A: its seeds are [1], those of full [0].",
         "Warning: Fewer than 6 patients, too few for p < 0.05: new, B.",
     ]
@@ -99,42 +98,37 @@ def test_files_of_a_comparison(tmp_path):
     assert not list((tmp_path / "one").glob("comparison*"))
 
 
-@pytest.fixture
-def name_rows(monkeypatch, tmp_path):
-    def name(*changes, labels=(), one_data=False):
-        found = [{"cps_weight": 3.0, "config": vars(DEFAULTS) | change} for change in changes]
-        for metadata in found:
-            metadata["content_hash"] = metadata["config"].pop("hash", "1" * 9)
-        monkeypatch.setattr(runs, "_read_run", lambda folder, *_: (None, found[int(folder.name)], None))
-        folders = [tmp_path / str(i) for i in range(len(found))]
-        return runs.name_rows(folders, "best", MMS, labels=labels, one_data=one_data)
-
-    return name
+def names(*changes, labels=(), one_data=False):
+    metadata = [{"cps_weight": 3.0, "config": vars(DEFAULTS) | change} for change in changes]
+    for run in metadata:
+        run["content_hash"] = run["config"].pop("hash", "1" * 9)
+    folders = [Path(f"run{i}") for i in range(len(metadata))]
+    return name_rows(folders, metadata, MMS, labels=labels, one_data=one_data)
 
 
-def test_rows_are_told_apart_by_what_differs(name_rows):
-    assert name_rows({}, {"seed": 1}, {"test_domain": "A", "run_name": "x"}) == ["full"] * 3
-    assert name_rows({}, {"cps_weight": 0.0}, {"cutmix": False}) == ["full", "supervised only", "full, no CutMix"]
-    assert name_rows({}, {"cps_weight": 1.0}) == ["full, cps_weight 3", "full, cps_weight 1"]
+def test_rows_are_told_apart_by_what_differs():
+    assert names({}, {"seed": 1}, {"test_domain": "A", "run_name": "x"}) == ["full"] * 3
+    assert names({}, {"cps_weight": 0.0}, {"cutmix": False}) == ["full", "supervised only", "full, no CutMix"]
+    assert names({}, {"cps_weight": 1.0}) == ["full, cps_weight 3", "full, cps_weight 1"]
     expected = ["full, num_epoch 50", "plain CPS + Fourier, num_epoch 8"]
-    assert name_rows({}, {"cps_loss": "plain", "num_epoch": 8}) == expected
-    begun = name_rows({"init_from": "a"}, {"init_from": "b", "seed": 1}, {"seed": 2})
+    assert names({}, {"cps_loss": "plain", "num_epoch": 8}) == expected
+    begun = names({"init_from": "a"}, {"init_from": "b", "seed": 1}, {"seed": 2})
     assert begun == ["full, begun with another run"] * 2 + ["full, begun anew"]
-    assert name_rows({"init_from": "a"}, {"init_from": "b", "seed": 1}) == ["full"] * 2
-    assert name_rows({}, {"cps_weight": 1.0}, {"seed": 1}, labels=["a", "b", "a"]) == ["a", "b", "a"]
-    assert name_rows({}, {"hash": "2" * 9}, one_data=True) == ["full, data 11111111", "full, data 22222222"]
+    assert names({"init_from": "a"}, {"init_from": "b", "seed": 1}) == ["full"] * 2
+    assert names({}, {"cps_weight": 1.0}, {"seed": 1}, labels=["a", "b", "a"]) == ["a", "b", "a"]
+    assert names({}, {"hash": "2" * 9}, one_data=True) == ["full, data 11111111", "full, data 22222222"]
 
 
-def test_runs_that_do_not_belong_together_are_refused_at_once(name_rows):
+def test_runs_that_do_not_belong_together_are_refused_at_once():
     with pytest.raises(UserError, match=r"not ratio (.|\n)*not data (.|\n)*--data-root") as refused:
-        name_rows({}, {"ratio": 0.05}, {"hash": "2" * 9})
+        names({}, {"ratio": 0.05}, {"hash": "2" * 9})
     assert "0.05" in str(refused.value) and "22222222" in str(refused.value)
-    with pytest.raises(UserError, match=r"/0, .*/2 have the same settings"):
-        name_rows({}, {"seed": 1}, {})
-    with pytest.raises(UserError, match=r"/0, .*/1 have the same settings"):
-        name_rows({}, {"num_epoch": 8}, labels=["a", "a"])
+    with pytest.raises(UserError, match=r"run0, run2 have the same settings"):
+        names({}, {"seed": 1}, {})
+    with pytest.raises(UserError, match=r"run0, run1 have the same settings"):
+        names({}, {"num_epoch": 8}, labels=["a", "a"])
     with pytest.raises(UserError, match="1 names for 2 runs"):
-        name_rows({}, {"seed": 1}, labels=["a"])
+        names({}, {"seed": 1}, labels=["a"])
 
 
 def test_the_command_refuses_first_and_gives_every_comparison_a_folder(monkeypatch, tmp_path, capsys):
@@ -147,7 +141,7 @@ def test_the_command_refuses_first_and_gives_every_comparison_a_folder(monkeypat
         save_networks(tmp_path / name / "best.safetensors", [torch.nn.Linear(1, 1) for _ in range(2)], metadata)
     evaluated = []
 
-    def evaluate(run, *_, **options):
+    def evaluate(run, *_, **__):
         evaluated.append(run.folder.name)
         gain = run.config.cps_weight
         return scored("full", "D", [70 + gain, 80 - run.config.seed, 75, 60 + gain, 90, 85, 82], run.config.seed)

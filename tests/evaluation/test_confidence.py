@@ -1,21 +1,41 @@
-"""Calibration, ranks and risk-coverage curves against slow answers, hand-computed cases and known limits."""
+"""Calibration, risk-coverage curves and the pseudo labels' monitor against slow answers and known limits."""
 
+import json
+import shutil
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import mannwhitneyu
-from utils.evaluation.calibration import (
+from torch import nn
+
+import mms_dataloader
+from config import MMS_DEMO
+from utils.data.loaders import SliceDataset, build_loaders
+from utils.data.prepared import PreparedData, Split
+from utils.device import Process
+from utils.engine import fit
+from utils.errors import UserError
+from utils.evaluation.confidence import (
     BINS,
     Reliability,
-    Trust,
+    Uncertainty,
     auroc,
-    coverage_curve,
-    ranked_risk,
-    ranked_risks,
-    trust_tables,
-)
+    coverage_curves,
+    hidden_rows,
+    monitor_pseudo_labels,
+)  # fmt: skip
+from utils.evaluation.evaluate import evaluate_run
+from utils.evaluation.predict import Predictor
+from utils.evaluation.runs import load_run, open_data
+from utils.method.augment import canvas_to_view
+
+MMS = mms_dataloader.DATASET
+CPU = torch.device("cpu")
 
 
 def pixels(seed, count=400, classes=4):
@@ -57,60 +77,170 @@ def test_calibration_of_known_cases():
     assert Reliability().summary() == {"ece": None, "brier": None}
 
 
-def test_calibration_is_that_of_torchmetrics():
-    torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
-    running, (probability, truth) = Reliability(), pixels(3)
-    running.add(probability, truth)
-    error = torchmetrics.multiclass_calibration_error(probability, truth, 4, n_bins=BINS, norm="l1")
-    assert running.summary()["ece"] == pytest.approx(100 * float(error), abs=1e-3)
-
-
 def test_auroc_is_that_of_pairs_and_of_the_rank_sum_test():
     rng = np.random.default_rng(0)
     score, wrong = rng.integers(6, size=60) / 6, rng.random(60) < 0.4
-    found = auroc(ranked_risk(score, wrong))
-    assert found == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a in score[~wrong] for b in score[wrong]]))
+    probability = auroc(score, wrong)
+    assert probability == pytest.approx(
+        np.mean([(a > b) + 0.5 * (a == b) for a in score[~wrong] for b in score[wrong]])
+    )
     u = mannwhitneyu(score[~wrong], score[wrong]).statistic
-    assert found == pytest.approx(u / (wrong.sum() * (~wrong).sum()))
+    assert probability == pytest.approx(u / (wrong.sum() * (~wrong).sum()))
     for other, expected in ((~wrong, 1), (wrong, 0), (np.ones(60), 0.5)):
-        assert auroc(ranked_risk(np.asarray(other, float), wrong)) == pytest.approx(expected)
-    assert auroc(ranked_risk(score, np.zeros(60))) is None
-    assert auroc(ranked_risk(score, np.ones(60))) is None
+        assert auroc(np.asarray(other, float), wrong) == pytest.approx(expected)
+    assert auroc(score, np.zeros(60)) is None
+    assert auroc(score, np.ones(60)) is None
 
 
 def test_risk_coverage_by_hand_and_between_its_limits():
     # By 3, 2, 1: risks 0, then the tied 1 and 0 (each 0.5), then 1.
-    ranked = ranked_risk(np.array([2, 3, 2, 1.0]), np.array([1, 0, 0, 1.0]))
-    assert ranked.tolist() == [0, 0.5, 0.5, 1]
-    assert coverage_curve(ranked) == pytest.approx([0, 1 / 4, 1 / 3, 1 / 2])
+    [curve, *_] = coverage_curves({"score": np.array([2, 3, 2, 1.0])}, np.array([1, 0, 0, 1.0])).values()
+    assert curve == pytest.approx([0, 1 / 4, 1 / 3, 1 / 2])
     rng = np.random.default_rng(0)
     risk = rng.random(30)
-    found = ranked_risks({"oracle": -risk, "blind": np.zeros(30), "noise": rng.random(30), "worst": risk}, risk)
-    assert found["oracle"] == pytest.approx(found["best possible"]) and found["blind"] == pytest.approx(found["random"])
+    curves = coverage_curves({"oracle": -risk, "blind": np.zeros(30), "noise": rng.random(30), "worst": risk}, risk)
+    assert curves["oracle"] == pytest.approx(curves["best possible"])
+    assert curves["blind"] == pytest.approx(curves["random"])
     orders = [np.cumsum(rng.permutation(risk)) / np.arange(1, 31) for _ in range(4000)]
-    assert coverage_curve(found["random"]) == pytest.approx(np.mean(orders, 0), abs=0.02)
-    areas = [coverage_curve(found[name]).mean() for name in ("oracle", "noise", "worst")]
+    assert curves["random"] == pytest.approx(np.mean(orders, 0), abs=0.02)
+    areas = [curves[name].mean() for name in ("oracle", "noise", "worst")]
     assert areas == sorted(areas)
     assert areas[0] == pytest.approx(np.mean([np.sort(risk)[:n].mean() for n in range(1, 31)]))
 
 
-def test_trust_gathers_scans_slices_and_patients():
+def test_uncertainty_gathers_slices_and_patients():
     """Two patients of a slice each: one predicted perfectly and surely, one all wrong and unsure."""
     truth = torch.zeros(60, 60, dtype=torch.long)
     truth[20:40, 20:40] = 1
-    trust = Trust()
+    uncertainty = Uncertainty()
     for patient, sure, dice in (("a", 1.0, 1.0), ("b", 0.6, 0.25)):
         label = truth if patient == "a" else 1 - truth
         probability = torch.where(torch.nn.functional.one_hot(label, 2).bool(), sure, 1 - sure).movedim(-1, 0)[None]
         agreement = torch.where(label > 0, sure, 0.0)[None]
         scan = {"patient": patient, "phase": "ED", "truth": truth[None], "confidence": 1 - agreement}
         maps = {"probability": probability, "agreement": agreement, "slice_dice": np.array([dice])}
-        trust.add(SimpleNamespace(**scan, **maps))
-    summary = trust.summary()
+        uncertainty.add(SimpleNamespace(**scan, **maps))
+    summary = uncertainty.summary()
     for kind in ("slices", "patients"):  # kept first is the right one: risks 0, then (0 + 75) / 2
         areas = {name: pytest.approx(37.5 / 2) for name in ("agreement", "softmax maximum", "best possible")}
         areas["exp(−V)"] = pytest.approx((75 + 37.5) / 2)  # surest where all is wrong: 75, then (75 + 0) / 2
         assert summary["risk"][kind] == {"number": 2, "random": pytest.approx(37.5), **areas}
     assert summary["calibration"]["field of view"]["ece"] == pytest.approx(30, abs=1e-4)  # 0 and 60 points
-    titles = [table.title for table in trust_tables(summary)]
-    assert titles == ["Calibration", "Risk when cases are kept by a score"]
+
+
+def trained(cfg, build_tiny):
+    """Lines of the log, without wall-clock and monitor; the checkpoints, without the settings' own words."""
+    fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
+    folder = Path(cfg.out_root) / cfg.run_name
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    figures = [line.pop("pseudo_labels", None) for line in lines]
+    for line in lines:
+        line.pop("seconds")
+    state = torch.load(folder / "last.pt", weights_only=True)
+    del state["metadata"]["config"]
+    best = load_run(folder, "best", MMS, build_tiny, CPU, autocast=nullcontext)
+    return lines, figures, state, [net.state_dict() for net in best.predictor.nets], best.metadata["step"]
+
+
+def assert_same(one, other):
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for pair in zip(one, other, strict=True):
+            assert_same(*pair)
+    else:
+        assert one == other
+
+
+def test_training_is_the_same_bit_for_bit_and_never_sees_the_hidden_masks(mms_config, mms_root, build_tiny, tmp_path):
+    without = trained(replace(mms_config, run_name="without"), build_tiny)
+    watched = replace(mms_config, monitor_pseudo_labels=True, run_name="watched")
+    with_monitor = trained(watched, build_tiny)
+    # The same data, but other masks where patients are not labelled.
+    other = tmp_path / "other"
+    shutil.copytree(mms_root, other)
+    loaders = build_loaders(watched, MMS)
+    hidden = loaders.data.rows(sorted(set(loaders.split.unlabeled) - set(loaders.split.labeled)), with_mask=True)
+    masks = np.load(other / "masks.npy")
+    masks[loaders.data.index["mask"][hidden]] = 3
+    np.save(other / "masks.npy", masks)
+    scrambled = trained(replace(watched, data_root=str(other), run_name="scrambled"), build_tiny)
+    for run in (with_monitor, scrambled):
+        assert_same(without[0], run[0])
+        assert_same(without[2:], run[2:])
+    assert without[1] == [None] * len(without[0])
+    assert all(with_monitor[1])
+    assert with_monitor[1][-1]["dice"] != scrambled[1][-1]["dice"]  # it does see them
+    folder = Path(watched.out_root) / "watched"
+    run = load_run(folder, "last", MMS, build_tiny, CPU, autocast=nullcontext)
+    data, *_ = open_data(run, None, MMS)
+    summary = evaluate_run(run, MMS, data, tmp_path / "results", domain="D", title="D")
+    assert summary["pseudo_labels"] == with_monitor[1][-1] | {"epoch": len(with_monitor[1])}
+    assert summary["risk"]["slices"]["best possible"] <= summary["risk"]["slices"]["agreement"] + 1e-9
+    page = (tmp_path / "results/report.html").read_text()
+    assert "hidden masks of at most 64 slices" in page and "risk-coverage curves" in page
+
+
+def test_sample_is_hidden_and_spread_over_the_source_domains():
+    """40 slices of each patient, the last 10 without masks: A and B have hidden ones, C has none, D is held out."""
+    patients = {"a1": "A", "a2": "A", "a3": "A", "b1": "B", "b2": "B", "c1": "C", "d1": "D"}
+    names = np.repeat(list(patients), 40)
+    mask = np.where(np.arange(len(names)) % 40 < 30, np.arange(len(names)), -1)
+    index = {"patient": names, "domain": np.array([patients[name] for name in names]), "mask": mask}
+    data = PreparedData(Path("somewhere"), {}, index, *[None] * 3)
+    split = Split(["a1", "b1", "c1"], ["a1", "a2", "a3", "b1", "b2", "c1"], ["a1", "b1", "c1"], ["d1"])
+    rows = hidden_rows(data, split)
+    assert set(index["patient"][rows]) == {"a2", "a3", "b2"} and (mask[rows] >= 0).all()
+    assert np.unique(index["domain"][rows], return_counts=True)[1].tolist() == [32, 30]
+    assert len(set(rows.tolist())) == len(rows)
+    assert rows.tolist() == hidden_rows(data, split).tolist()
+    with pytest.raises(UserError, match="label fewer by --ratio"):
+        hidden_rows(data, split._replace(labeled=split.unlabeled))
+
+
+class Known(nn.Module):
+    """Gives the logits it was made with, batch after batch, for the plain and then for the Fourier view."""
+
+    def __init__(self, *views):
+        super().__init__()
+        self.device_of = nn.Parameter(torch.zeros(1))
+        self.logits = iter(torch.cat(views))
+
+    def forward(self, image):
+        return torch.stack([next(self.logits) for _ in image])
+
+
+def test_figures_of_known_predictions():
+    """Right everywhere but in the upper half of the truth's structures; there, and only there, the views disagree."""
+    cfg = replace(MMS_DEMO, image_size=32)
+    rng = np.random.default_rng(0)
+    images, masks = rng.random((8, 300, 300)).astype(np.float16), np.zeros((8, 300, 300), np.uint8)
+    for number, mask in enumerate(masks):
+        mask[90 : 170 + 9 * number, 100:200], mask[120:160, 120:160] = 2, 1
+    index = {"patient": np.repeat(["a", "b"], 4), "domain": np.repeat(["A", "B"], 4), "mask": np.arange(8)}
+    data = PreparedData(Path("somewhere"), {}, index, images, masks, np.zeros((8, 256), np.float32))
+    split = Split(["c"], ["a", "b"], ["c"], ["d"])
+    rows = hidden_rows(data, split)
+    mask = SliceDataset(data, rows, with_mask=True)[list(range(len(rows)))]["mask"]
+    truth = canvas_to_view(mask, 32)[:, 0].long()
+    wrong = (truth > 0) & (torch.arange(32)[:, None] < 16)
+    label = torch.where(wrong, 0, truth)
+    plain = 6.0 * nn.functional.one_hot(label, 4).movedim(-1, 1)
+    fourier = torch.where(wrong[:, None], 0.5 * plain, plain)
+    predictor = Predictor([Known(plain, fourier) for _ in range(2)], None, cfg, nullcontext)
+    figures = monitor_pseudo_labels(predictor, data, split)
+    assert figures["error"] == pytest.approx(100 * float(wrong.float().mean()))
+    confidence = figures["scores"]["exp(−V)"]
+    assert confidence["auroc"] == confidence["auroc_foreground"] == 1
+    assert figures["scores"]["agreement"]["auroc"] == pytest.approx(0.5)  # the networks agree everywhere
+    dice = (2 * (label > 0).sum((1, 2)) + 1e-4) / ((label > 0).sum((1, 2)) + (truth > 0).sum((1, 2)) + 1e-4)
+    domain = data.index["domain"][rows]
+    assert figures["dice"] == {
+        d: pytest.approx(100 * float(dice[domain == d].mean()), abs=1e-3) for d in np.unique(domain)
+    }
+    json.dumps(figures)

@@ -23,10 +23,10 @@ from utils.device import Process
 from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluation.compare import by_method, write_comparison
-from utils.evaluation.evaluate import SLICES_DRAWN, evaluate_run, scan_picture
+from utils.evaluation.evaluate import SLICES_DRAWN, case_drawing, evaluate_run
 from utils.evaluation.predict import Predictor, mean_dice, predict_scans, to_native, volumetric_rows
 from utils.evaluation.runs import load_run, open_data
-from utils.run.checkpoint import load_networks, read_metadata, save_networks
+from utils.run.checkpoint import read_metadata, save_networks
 
 MMS = mms_dataloader.DATASET
 CPU = torch.device("cpu")
@@ -92,10 +92,10 @@ def test_perfect_prediction_scores_perfectly(mms_config, mms_root):
         assert native.labels.shape[:2] == (index["rows"][scan.rows[0]], index["columns"][scan.rows[0]])
         for row in volumetric_rows(scan, native, MMS.class_names):
             assert row["dice"] > 95 and row["hd95"] < 1.6 and row["missed"] == 0
-        picture = scan_picture(scan, native.grid)
-        assert len(picture.slices) <= SLICES_DRAWN and picture.slices[-1] == len(scan.rows) - 1
-        assert (picture.arrays["truth"] == picture.arrays["prediction"]).all() and picture.arrays["truth"].max() == 3
-        assert sum(array.nbytes for array in picture.arrays.values()) < 1e6  # of every scan it stays in memory
+        drawing = case_drawing(scan, native.grid)
+        assert len(drawing["slices"]) <= SLICES_DRAWN and drawing["slices"][-1] == len(scan.rows) - 1
+        assert (drawing["truth"] == drawing["prediction"]).all() and drawing["truth"].max() == 3
+        assert drawing["image"].size < 200**2 * SLICES_DRAWN  # of every scan it stays in memory
 
 
 def test_patients_average_over_all_their_slices(mms_config, build_tiny):
@@ -125,7 +125,7 @@ def test_evaluation_writes_everything_and_agrees_with_itself(trained, build_tiny
     assert "Phantom data" in (folder / "summary.md").read_text()
     [line] = [line for line in capsys.readouterr().out.splitlines() if "paper Dice" in line]
     for text in (
-        f"{trained}, vendor D: ",
+        f"{trained}: M&Ms, held-out vendor D: ",
         f"{summary['paper_protocol']['mean']:.2f} ± ",
         "of 4 patients; ",
         "LV ",
@@ -244,63 +244,43 @@ def test_unfinished_training_is_named(trained, build_tiny):
     assert "not finished" not in evaluate(trained, build_tiny)["checkpoint"]
 
 
-def test_networks_are_saved_with_what_inference_needs(trained, build_tiny):
-    metadata = read_metadata(trained / "best.safetensors")
-    assert metadata["config"]["image_size"] == 32 and metadata["dataset"] == "mms"
-    nets = [build_tiny(4) for _ in range(2)]
-    load_networks(trained / "best.safetensors", nets)
-    state = torch.load(trained / "last.pt", weights_only=True)
-    for net, weights in zip(nets, state["networks"], strict=True):
-        assert all(torch.equal(value, weights[key]) for key, value in net.state_dict().items())
-
-
 def test_missing_and_foreign_runs_are_refused(trained, build_tiny, tmp_path):
-    with pytest.raises(UserError, match="no such run"):
-        load(tmp_path / "nowhere", build_tiny, "best")
-    with pytest.raises(UserError, match="no such file; the run has not ended its first epoch"):
-        load(tmp_path, build_tiny, "best")
-    with pytest.raises(UserError, match="no such file; the run has saved no state"):
-        load(tmp_path, build_tiny, "last")
-    metadata = read_metadata(trained / "best.safetensors") | {"dataset": "scgm"}
-    save_networks(tmp_path / "best.safetensors", [build_tiny(4), build_tiny(4)], metadata)
-    with pytest.raises(UserError, match=r"use inference_scgm\.py"):
-        load(tmp_path, build_tiny, "best")
-    save_networks(tmp_path / "best.safetensors", [nn.Linear(1, 1), nn.Linear(1, 1)], metadata | {"dataset": "mms"})
-    with pytest.raises(UserError, match="not of this project"):
-        load(tmp_path, build_tiny, "best")
-    (tmp_path / "best.safetensors").write_bytes(b"\x08" * 100)
-    with pytest.raises(UserError, match="damaged"):
-        load(tmp_path, build_tiny, "best")
+    metadata, path = read_metadata(trained / "best.safetensors"), tmp_path / "best.safetensors"
+
+    def refused(problem, folder=tmp_path, checkpoint="best"):
+        with pytest.raises(UserError, match=problem):
+            load(folder, build_tiny, checkpoint)
+
+    refused("no such run", tmp_path / "nowhere")
+    refused("no such file; the run has not ended its first epoch")
+    refused("no such file; the run has saved no state", checkpoint="last")
+    save_networks(path, [build_tiny(4), build_tiny(4)], metadata | {"dataset": "scgm"})
+    refused(r"use inference_scgm\.py")
+    save_networks(path, [nn.Linear(1, 1), nn.Linear(1, 1)], metadata)
+    refused("not of this project")
+    path.write_bytes(b"\x08" * 100)
+    refused("damaged")
 
 
-def run_script(cwd, *arguments, **environment):
-    """Run the inference script's main part, with the small network, as a process of its own."""
-    code = (
-        "from helpers import TinyNetwork; from mms_dataloader import DATASET\n"
-        "from utils.evaluation.commands import run_inference; run_inference(DATASET, TinyNetwork)"
-    )
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | environment
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, check=False)
-
-
-def test_evaluation_from_another_directory_names_data_root(trained, build_tiny, tmp_path):
+@pytest.mark.parametrize("fault", ["data", "memory"])
+def test_faults_of_an_evaluation_are_named(trained, build_tiny, tmp_path, fault):
+    """The data elsewhere, seen from another directory; and a full memory."""
     metadata = read_metadata(trained / "best.safetensors")
-    metadata["config"]["data_root"] = "data/mms"
-    save_networks(trained / "best.safetensors", [build_tiny(4), build_tiny(4)], metadata)
-    done = run_script(tmp_path, "--run", trained, "--device", "cpu")
-    assert done.returncode == 1
-    assert f"data/mms, which is not there (seen from {tmp_path}): --data-root" in done.stderr.decode()
-    assert b"ub.edu" not in done.stderr  # nobody needs to register
-
-
-def test_full_memory_of_an_evaluation_is_named(trained, tmp_path):
+    if fault == "data":
+        metadata["config"]["data_root"] = "data/mms"
+        save_networks(trained / "best.safetensors", [build_tiny(4), build_tiny(4)], metadata)
     code = (
-        "import torch, helpers; from mms_dataloader import DATASET; from utils.evaluation import commands\n"
+        "import sys, torch, helpers; from mms_dataloader import DATASET; from utils.evaluation import commands\n"
         "def full(*args, **options): raise torch.OutOfMemoryError('CUDA out of memory')\n"
-        "commands.evaluate_run = full; commands.run_inference(DATASET, helpers.TinyNetwork)"
+        f"if {fault == 'memory'}: commands.evaluate_run = full\n"
+        "commands.run_inference(DATASET, helpers.TinyNetwork)"
     )
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "-c", code, "--run", trained, "--device", "cpu"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and f"error: {trained}: out of memory: try --device cpu" in done.stderr
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    expected = {
+        "data": f"data/mms, which is not there (seen from {tmp_path}): --data-root",
+        "memory": f"error: {trained}: out of memory: try --device cpu",
+    }
+    assert done.returncode == 1 and expected[fault] in done.stderr
+    assert "ub.edu" not in done.stderr  # nobody needs to register

@@ -1,15 +1,12 @@
-"""Charts of an evaluation's numbers, each written as one PNG: Dice, clinical agreement, risk, differences."""
+"""Charts of an evaluation: Dice, clinical agreement, risk, differences; each is one PNG."""
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
-from utils.plots import legend_below, save, structures_of
+from utils.plots import Figure, Line2D, Patch, legend_below, save, structures_of
 
 MARKERS = "o^sDvP*X"  # of phases; further ones begin anew
 SCORE_STYLES = {  # Okabe-Ito colours; lines that are told apart without colour, too
@@ -22,9 +19,10 @@ SCORE_STYLES = {  # Okabe-Ito colours; lines that are told apart without colour,
 
 
 def plot_dice_per_case(path, rows: list[dict], class_names, *, title, num_named: int = 3) -> None:
-    """Dice of every case by structure, over a box of the quartiles; the worst `num_named` cases are named.
+    """Dice of every case by structure, over a box of quartiles; the worst cases are named.
 
-    rows: dicts with patient, structure (one of class_names), phase (such as "ED"; "" where there is none) and
+    rows: dicts with patient, structure (one of class_names), phase (such as "ED"; "" where there is
+        none) and
     dice (percent).
     """
     rows = sorted(rows, key=lambda row: row["dice"])
@@ -58,9 +56,10 @@ def plot_dice_per_case(path, rows: list[dict], class_names, *, title, num_named:
 
 
 def plot_bland_altman(path, pairs: dict, agreement: dict[str, dict], *, title: str) -> None:
-    """Agreement of predicted with reference quantities: difference against mean, bias, limits of agreement.
+    """Predicted against reference quantities: difference over mean, bias, limits of agreement.
 
-    pairs: quantity -> (reference, predicted), two equally long sequences; a pair with a NaN is not drawn;
+    pairs: quantity -> (reference, predicted), two equally long sequences; a pair with a NaN is not
+        drawn;
     agreement: quantity -> its n, bias, limits (None where there are none) and unit.
     """
     num_columns = min(len(pairs), 4)
@@ -95,9 +94,10 @@ def plot_bland_altman(path, pairs: dict, agreement: dict[str, dict], *, title: s
 
 
 def plot_risk_coverage(path, curves: Mapping[str, Mapping[str, Sequence[float]]], *, title: str) -> None:
-    """Risk of the cases that are kept by a score, against their share: a panel for slices and one for patients.
+    """Risk of the cases that are kept by a score, over their share, of slices and patients.
 
-    curves: kind of case -> score -> N mean risks (percent) of the 1/N to N/N of the cases with the highest score.
+    curves: kind of case -> score -> N mean risks (percent) of the 1/N to N/N of the cases with the
+        highest score.
     """
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     for ax, (kind, by_score) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
@@ -115,9 +115,10 @@ def plot_risk_coverage(path, curves: Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def plot_differences(path: Path, rows: Sequence[tuple], *, title: str) -> None:
-    """Forest plot of paired differences: the mean of each row with its interval, and every patient behind it.
+    """Forest plot of paired differences: each row's mean, its interval and its patients.
 
-    rows: (name, differences in points of Dice by patient, mean, (low, high) or None), drawn from top to bottom;
+    rows: (name, differences in points of Dice by patient, mean, (low, high) or None), drawn from
+        top to bottom;
     a row without patients is left empty.
     """
     figure = Figure(figsize=(7, 1.4 + 0.32 * len(rows)), layout="constrained")

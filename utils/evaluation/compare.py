@@ -1,9 +1,11 @@
-"""Several runs side by side: one table over their held-out domains, and methods compared patient by patient."""
+"""Several runs in one table over their held-out domains; methods compared by patient."""
 
 import csv
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from hashlib import sha256
+from itertools import zip_longest
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
 from typing import Any, NamedTuple
@@ -29,7 +31,7 @@ COMPARISON_FILES = (
 )
 
 VARYING = {"seed", "test_domain", "init_from"}  # settings in which the runs of a table differ by design
-METHOD_SETTINGS = {"cps_weight", "cps_loss", "fourier_aug", "fourier_mode", "cutmix"}  # those that name the method
+METHOD_SETTINGS = {"cps_loss", "fourier_aug", "fourier_mode", "cutmix"}  # those that name the method
 MISSED = {"missed": "scans", "missed_slices": "slices"}  # counts in a summary, and there what they are shares of
 FEW_PATIENTS = 6  # with fewer, no signed-rank test reaches p < 0.05
 SELECTION_NOTE = (
@@ -43,7 +45,7 @@ def name_rows(
     folders: Sequence[Path], metadata: Sequence[dict[str, Any]], dataset: DatasetInfo, *,
     labels: Sequence[str], one_data: bool,
 ) -> list[str]:  # fmt: skip
-    """Return the names of several runs in one table: their labels, or their methods and the settings that tell apart.
+    """Return the rows' names of several runs: labels, or methods and settings that differ.
 
     Args:
         metadata: what was saved beside the weights of each.
@@ -52,10 +54,13 @@ def name_rows(
     Raises:
         UserError: the runs cannot stand in one table, or there are not as many labels as runs.
     """
-    settings = []
-    for run in metadata:  # which run it began with differs by seed and domain, but not whether it began so
-        begun = "with another run" if run["config"]["init_from"] else "anew"
-        settings.append(run["config"] | {"data": (run["content_hash"] or "unknown")[:8], "begun": begun})
+    # Which run it began with differs by seed and domain, but not whether it began so.
+    settings = [
+        run["config"]
+        | {"data": (run["content_hash"] or "unknown")[:8]}
+        | {"begun": "with another run" if run["config"]["init_from"] else "anew"}
+        for run in metadata
+    ]
     names = list(labels) or _names_by_settings([method_name(run) for run in metadata], settings)
     if len(names) != len(folders):
         raise UserError(f"--label gives {len(labels)} names for {len(folders)} runs: give one per --run, in that order")
@@ -77,47 +82,44 @@ def name_rows(
 
 
 def _names_by_settings(methods: Sequence[str], settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Return each run's method with the settings in which two of the runs differ.
+    """Return each run's method, with the settings beside it in which the runs differ."""
+    hidden = RUNTIME_SETTINGS | VARYING | METHOD_SETTINGS
+    texts = [{key: str(value).removesuffix(".0") for key, value in s.items() if key not in hidden} for s in settings]
+    for text in texts:
+        if text["cps_weight"] == "0":  # "supervised only" says so
+            del text["cps_weight"]
+    keys = [key for key in sorted(set().union(*texts)) if len({text[key] for text in texts if key in text}) > 1]
+    return [
+        ", ".join([method, *(f"{key} {text[key]}" for key in keys if key in text)])
+        for method, text in zip(methods, texts, strict=True)
+    ]
 
-    A setting that makes the method is named only between runs of one method.
+
+def published_rows(dataset: str) -> dict[float, tuple[list[list[Any]], str]]:
+    """Return the published rows, and the sources of later ones, by share of labelled patients.
+
+    Dice in percent per held-out domain, with the sample standard deviation over patients, and their
+    average, as printed there.
     """
-    keys = sorted(set().union(*settings) - RUNTIME_SETTINGS - VARYING)
-    texts = [{key: str(s.get(key)).removesuffix(".0") for key in keys} for s in settings]
-    names = []
-    for method, own in zip(methods, texts, strict=True):
-        same_method = [text for other, text in zip(methods, texts, strict=True) if other == method]
-        beside = {key: same_method if key in METHOD_SETTINGS else texts for key in keys}
-        told_apart = [key for key in keys if any(text[key] != own[key] for text in beside[key])]
-        names.append(", ".join([method, *(f"{key} {own[key]}" for key in told_apart)]))
-    return names
-
-
-class Published(NamedTuple):
-    """A published row: Dice in percent per held-out domain and their average, as printed there."""
-
-    method: str
-    dice: list[float]
-    average: float
-    std: list[float | None]  # sample standard deviation over patients
-    later: str  # where a row later than this method is taken from
-    note: str  # what to know about it
-
-
-def published_rows(dataset: str) -> dict[float, list[Published]]:
-    """Return the published rows of a data set (published.csv) by share of labelled patients."""
-    rows: dict[float, list[Published]] = {}
+    rows: dict[float, list[list[Any]]] = defaultdict(list)
+    sources: dict[float, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     with open(Path(__file__).with_name("published.csv"), newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             if line["dataset"] == dataset:
-                dice, std = ([float(value) for value in line[key].split()] for key in ("dice", "std"))
-                texts = {key: line[key] for key in ("method", "later", "note")}
-                row = Published(dice=dice, std=std or [None] * len(dice), average=float(line["average"]), **texts)
-                rows.setdefault(float(line["ratio"]), []).append(row)
-    return rows
+                ratio, dice, std = float(line["ratio"]), line["dice"].split(), line["std"].split()
+                cells = [Cell(float(d), float(s) if s else None) for d, s in zip_longest(dice, std)]
+                rows[ratio].append([line["method"], *cells, Cell(float(line["average"]))])
+                note = f" ({line['note']})" if line["note"] else ""
+                sources[ratio][line["later"]].append(line["method"] + note)
+    published = {}
+    for ratio, by_source in sources.items():
+        later = [f"{', '.join(names)} as in {source}" for source, names in by_source.items() if source]
+        published[ratio] = (rows[ratio], f"Published later: {'; '.join(later)}." if later else "")
+    return published
 
 
 def by_method(summaries: Sequence[Summary], names: Sequence[str], dataset: DatasetInfo) -> dict[str, Runs]:
-    """Return the summaries of several runs by the names of their rows and by held-out domain, in order of seeds."""
+    """Return summaries by the names of their rows and by held-out domain, in order of seeds."""
     methods: dict[str, Runs] = {name: {domain: [] for domain in dataset.domains} for name in names}
     for name, summary in sorted(zip(names, summaries, strict=True), key=lambda pair: pair[1]["seed"]):
         methods[name][summary["test_domain"]].append(summary)
@@ -125,12 +127,12 @@ def by_method(summaries: Sequence[Summary], names: Sequence[str], dataset: Datas
 
 
 def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list[Table]:
-    """Put the summaries of several runs, one or more seeds per held-out domain and method, into tables.
+    """Put summaries, of one or more seeds per held-out domain and method, into tables.
 
-    The first table has a row per method and the published ones, by the paper's protocol; a volumetric table per
-    structure follows. A domain's cell holds the mean and sample standard deviation over patients or, of several seeds,
-    over the seeds' means. The average is that of the domains' means, with their population standard deviation, as in
-    the paper.
+    The first table has a row per method and the published ones, by the paper's protocol; a
+    volumetric table per structure follows. A domain's cell holds the mean and sample standard
+    deviation over patients or, of several seeds, over the seeds' means. The average is that of the
+    domains' means, with their population standard deviation, as in the paper.
     """
     summaries = [summary for runs in methods.values() for seeds in runs.values() for summary in seeds]
     ratio, kind, published = summaries[0]["ratio"], dataset.domain_kind, published_rows(dataset.key)
@@ -138,9 +140,10 @@ def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list
     of_data = f" of other data than the training's, {summaries[0]['data']}," if other else ""
     checkpoints = dict.fromkeys(f"{s['checkpoint'].split(',')[0]}, selection: {s['selection']}" for s in summaries)
     setting = (
-        f"{dataset.name}, each {kind}{of_data} held out in turn, {_percent(ratio)} of the patients labelled. Mean ± "
-        "standard deviation over patients, of several seeds over their means; average ± population standard deviation "
-        f"of the {kind}s' means. Checkpoint: {'; '.join(checkpoints)}."
+        f"{dataset.name}, each {kind}{of_data} held out in turn, {_percent(ratio)} of the patients "
+        "labelled. Mean ± standard deviation over patients, of several seeds over their means; "
+        f"average ± population standard deviation of the {kind}s' means. Checkpoint: "
+        f"{'; '.join(checkpoints)}."
     )
     sources = [_sources(method, runs) for method, runs in methods.items()]
     header = ["", *dataset.domains, "average"]
@@ -150,14 +153,15 @@ def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list
     if published:
         nearest = min(published, key=lambda share: abs(share - ratio))
         beside = f" Published rows: {_percent(nearest)} labelled."
-        rows += [[row.method, *map(Cell, row.dice, row.std), Cell(row.average)] for row in published[nearest]]
-        remarks = [_not_comparable(methods, dataset, published), SELECTION_NOTE, _published_later(published[nearest])]
+        printed, later = published[nearest]
+        rows += printed
+        remarks = [_not_comparable(methods, dataset, list(published)), SELECTION_NOTE, later]
     note = f"Dice (%) of all structures pooled per slice, softmax > 0.5, on a {FIELD_PX} px grid. {setting}{beside}"
     rules = [len(methods)] if published else []
     tables = [Table("Paper protocol", note, header, rows, [*sources, *filter(None, remarks)], rules)]
     note = (
-        "In the scans' own grid; a miss counts as Dice 0 and as distances of the image diagonal. In-plane: by the "
-        f"contours of each slice. {MISSED_SLICES} {setting}"
+        "In the scans' own grid; a miss counts as Dice 0 and as distances of the image diagonal. "
+        f"In-plane: by the contours of each slice. {MISSED_SLICES} {setting}"
     )
     metrics = METRICS | {key: f"missed (% of {whole})" for key, whole in MISSED.items()}
     for structure in summaries[0]["volumetric"]:
@@ -172,22 +176,23 @@ def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list
 
 
 def _cells(runs: Runs, figures: Callable[[Summary], dict[str, Any]], mean: str, std: str) -> list[Cell]:
-    """Return one cell per domain, of two keys in the figures of its summaries, and the average of the domains."""
+    """Return a cell per domain, of two keys in its summaries' figures, and their average."""
     cells = []
     for seeds in runs.values():
         numbers = [figures(summary) for summary in seeds]
-        means = [number[mean] for number in numbers if number[mean] is not None]
         if len(numbers) == 1:
             cells.append(Cell(numbers[0][mean], numbers[0].get(std)))
         else:
-            cells.append(_over(means, stdev, count(len(means), "seed") if numbers else ""))
-    means = [cell.mean for cell in cells if cell.mean is not None]
-    return [*cells, _over(means, pstdev, count(len(means), "domain") if len(means) < len(cells) else "")]
+            cells.append(_average([number[mean] for number in numbers], stdev, "seed" if numbers else ""))
+    means = [cell.mean for cell in cells]
+    return [*cells, _average(means, pstdev, "domain" if None in means else "")]
 
 
-def _over(means: list[float], deviation: Callable[[list[float]], float], remark: str) -> Cell:
-    std = deviation(means) if len(means) > 1 else None
-    return Cell(fmean(means) if means else None, std, remark=remark)
+def _average(means: Sequence[float | None], deviation: Callable[[list[float]], float], noun: str) -> Cell:
+    """Return mean and deviation of the known means, with their number if `noun` names them."""
+    known = [mean for mean in means if mean is not None]
+    std = deviation(known) if len(known) > 1 else None
+    return Cell(fmean(known) if known else None, std, remark=count(len(known), noun) if noun else "")
 
 
 def _volumetric(summary: Summary, structure: str) -> dict[str, Any]:
@@ -198,7 +203,7 @@ def _volumetric(summary: Summary, structure: str) -> dict[str, Any]:
 
 
 def _sources(method: str, runs: Runs) -> str:
-    """Say what stands behind a method's cells, and in which settings its runs differ other than by design."""
+    """Say what stands behind a method's cells, and which settings of its runs differ."""
     sources = []
     for domain, seeds in runs.items():
         if seeds:
@@ -211,7 +216,7 @@ def _sources(method: str, runs: Runs) -> str:
     return f"{text} They differ in {', '.join(unequal)}." if unequal else text
 
 
-def _not_comparable(methods: dict[str, Runs], dataset: DatasetInfo, published: dict[float, list[Published]]) -> str:
+def _not_comparable(methods: dict[str, Runs], dataset: DatasetInfo, published: Sequence[float]) -> str:
     """Say which results cannot stand beside the published numbers, and why; empty where all can."""
     texts = []
     for method, runs in methods.items():
@@ -219,7 +224,7 @@ def _not_comparable(methods: dict[str, Runs], dataset: DatasetInfo, published: d
         for domain, seeds in runs.items():
             reasons = [text for key, text in (("phantom", "phantom data"), ("tta", "test-time augmentation"))
                        if any(summary[key] for summary in seeds)]  # fmt: skip
-            reasons += sorted({s["method"] for s in seeds} - {"full"})
+            reasons += ["another method"] if {s["method"] for s in seeds} - {"full"} else []
             reasons += [f"{_percent(ratio)} labelled" for ratio in {s["ratio"] for s in seeds} - set(published)]
             reasons += [f"{px} px" for px in sorted({s["image_size"] for s in seeds} - {FIELD_PX})]
             if reasons:
@@ -227,16 +232,6 @@ def _not_comparable(methods: dict[str, Runs], dataset: DatasetInfo, published: d
         texts += [f"{method}, {', '.join(domains)} ({reasons})" for reasons, domains in domains_of.items()]
     facts = f"{dataset.name}, {' or '.join(map(_percent, published))} labelled, {FIELD_PX} px"
     return f"Not comparable with the published rows ({facts}): {'; '.join(texts)}." if texts else ""
-
-
-def _published_later(rows: Sequence[Published]) -> str:
-    """Name the rows later than this method, by their source."""
-    names: dict[str, list[str]] = {}
-    for row in rows:
-        if row.later:
-            names.setdefault(row.later, []).append(f"{row.method} ({row.note})" if row.note else row.method)
-    texts = [f"{', '.join(methods)} as in {source}" for source, methods in names.items()]
-    return f"Published later: {'; '.join(texts)}." if texts else ""
 
 
 def _percent(share: float) -> str:
@@ -255,7 +250,8 @@ def compare_methods(methods: dict[str, Runs]) -> tuple[Table, list[Difference]]:
     """Compare every method with the first, on the patients and in the domains that both have.
 
     Returns:
-        A table with a row per method and domain, whose footnotes are warnings; and the differences behind its rows.
+        A table with a row per method and domain, whose footnotes are warnings; and the differences
+        behind its rows.
     """
     reference, *others = methods
     differences, warnings = [], []
@@ -287,10 +283,11 @@ def compare_methods(methods: dict[str, Runs]) -> tuple[Table, list[Difference]]:
         cell = Cell(spread["mean"], ci95=spread["ci95"])
         rows.append([f"{d.method}, {d.domain}", len(d.values), cell, *(f"{p:.3g}" for p in p_values)])
     note = (
-        f"Reference: {reference}. Mean difference from it in points of the paper's Dice (positive: better than the "
-        "reference), paired by patient, whose Dice is the mean over a method's seeds; 95 % bootstrap interval over "
-        "patients; two-sided Wilcoxon signed-rank p, and by Holm for the number of methods compared. The patients "
-        "vary, not the trainings: another seed may give another difference. All: the patients of all domains."
+        f"Reference: {reference}. Mean difference from it in points of the paper's Dice (positive: "
+        "better than the reference), paired by patient, whose Dice is the mean over a method's "
+        "seeds; 95 % bootstrap interval over patients; two-sided Wilcoxon signed-rank p, and by "
+        "Holm for the number of methods compared. The patients vary, not the trainings: another "
+        "seed may give another difference. All: the patients of all domains."
     )
     header = ["", "patients", "difference [95 % CI]", "p", "p (Holm)"]
     rules = [i for i, d in enumerate(differences) if i and d.method != differences[i - 1].method]
@@ -298,19 +295,19 @@ def compare_methods(methods: dict[str, Runs]) -> tuple[Table, list[Difference]]:
 
 
 def _patient_dice(runs: list[Summary]) -> dict[str, float]:
-    """Return the Dice of every patient, averaged over the seeds; of the patients that every seed has."""
+    """Return the mean Dice over the seeds, of every patient that all seeds have."""
     patients = set.intersection(*(set(run["paper_dice"]) for run in runs))
     return {patient: fmean(run["paper_dice"][patient] for run in runs) for patient in patients}
 
 
 def comparison_folder(parent: Path, names: Sequence[str], facts: Any) -> Path:
-    """Return the folder for the tables over runs: named by their rows, and by a hash of `facts` that tells apart."""
+    """Return the folder for tables over runs, named by their rows and a hash of `facts`."""
     title = re.sub(r"[^\w.]+", "-", "_vs_".join(dict.fromkeys(names)))[:80]
     return parent / "comparisons" / f"{title}_{sha256(repr((facts, names)).encode()).hexdigest()[:6]}"
 
 
 def write_comparison(methods: dict[str, Runs], dataset: DatasetInfo, folder: Path) -> None:
-    """Write the leave-one-domain-out tables and, of several methods, their comparison with the first.
+    """Write the leave-one-domain-out tables and the methods' comparison with the first.
 
     The table by the paper's protocol and the comparison are printed.
     """

@@ -1,7 +1,8 @@
-"""Calibration of the networks, and whether a score knows their errors: it is high where the risk is low.
+"""Calibration of the networks, and how well a score knows their errors.
 
-An evaluation asks this of its scans (`Uncertainty`), a training of its pseudo labels (`monitor_pseudo_labels`), on
-unlabelled source scans whose hidden masks neither loss nor selection sees.
+An evaluation asks this of its scans (`Uncertainty`), a training of its pseudo labels
+(`monitor_pseudo_labels`), on unlabelled source scans whose hidden masks neither loss nor selection
+sees.
 """
 
 from collections.abc import Mapping
@@ -25,13 +26,13 @@ MONITORED = 64  # slices at most, as many of each source domain
 
 
 def ranked_risk(score: np.ndarray, risk: np.ndarray) -> np.ndarray:
-    """Return (N,) risks from the highest score to the lowest; equal scores share their mean risk."""
+    """Return (N,) risks from the highest score down; equal scores share their mean risk."""
     _, group, counts = np.unique(-score, return_inverse=True, return_counts=True)
     return np.repeat(np.bincount(group, risk) / counts, counts)
 
 
 def coverage_curves(scores: Mapping[str, np.ndarray], risk: np.ndarray) -> dict[str, np.ndarray]:
-    """Return (N,) mean risks of the 1, 2, ..., N cases of the highest score; their mean is the area AURC.
+    """Return (N,) mean risks of the 1 to N cases of the highest score; their mean is AURC.
 
     By score, and for the limits: the best possible order, and the mean of all random ones.
     """
@@ -68,7 +69,7 @@ class Reliability:
         self.squares += float(probability.double().square().sum() - 2 * true + len(truth))
 
     def summary(self) -> dict[str, float | None]:
-        """Return the expected calibration error "ece" (percent) and the "brier" score over all classes, in [0, 2]."""
+        """Return the expected calibration error "ece" (percent) and the "brier" score (0 to 2)."""
         count, maximum, right = self.sums
         if not count.sum():
             return {"ece": None, "brier": None}
@@ -100,14 +101,14 @@ class Uncertainty:
             self.slices[name].append((scan.patient, scan.phase, values))
 
     def curves(self) -> dict[str, dict[str, np.ndarray]]:
-        """Return the risk-coverage curves (100 - Dice, percent) of slices and patients: by score, best and random."""
+        """Return `coverage_curves` of 100 - Dice (percent), of slices and of patients."""
         patients = {name: np.array(list(mean_dice(scans).values())) for name, scans in self.slices.items()}
         slices = {name: 100 * np.concatenate([scan[2] for scan in scans]) for name, scans in self.slices.items()}
         kinds = {"slices": slices, "patients": patients}
         return {kind: coverage_curves(scores, scores.pop("risk")) for kind, scores in kinds.items()}
 
     def summary(self) -> dict[str, Any]:
-        """Return "calibration" by pixels and "risk": areas under the risk-coverage curves, in points of Dice."""
+        """Return "calibration" by pixels and "risk", areas under the curves in points of Dice."""
         risk = {
             kind: {"number": len(curves["random"])} | {name: float(curve.mean()) for name, curve in curves.items()}
             for kind, curves in self.curves().items()
@@ -116,7 +117,7 @@ class Uncertainty:
 
 
 def hidden_rows(data: PreparedData, split: Split) -> np.ndarray:
-    """Return the index rows of the sample: slices of unlabelled source patients whose masks training does not see.
+    """Return the index rows of a sample of source slices whose masks training does not see.
 
     Raises:
         UserError: there are fewer than two.
@@ -124,8 +125,8 @@ def hidden_rows(data: PreparedData, split: Split) -> np.ndarray:
     rows = data.rows(sorted(set(split.unlabeled) - set(split.labeled)), with_mask=True)
     if len(rows) < 2:
         raise UserError(
-            f"--monitor-pseudo-labels needs masks of source patients that are not labelled, and {data.root} has none: "
-            "leave it out, or label fewer by --ratio"
+            "--monitor-pseudo-labels needs masks of source patients that are not labelled, and "
+            f"{data.root} has none: leave it out, or label fewer by --ratio"
         )
     domain = data.index["domain"]
     order = np.random.default_rng(0).permutation(rows)  # the same in every run on these patients
@@ -137,14 +138,16 @@ def hidden_rows(data: PreparedData, split: Split) -> np.ndarray:
 def monitor_pseudo_labels(predictor: Predictor, data: PreparedData, split: Split) -> dict[str, Any]:
     """Compare the pseudo labels of a fixed sample with the truth.
 
-    The views are plain ones without augmentation and, where the training has them, Fourier views with a fixed partner.
+    The views are plain ones without augmentation and, where the training has them, Fourier views
+    with a fixed partner.
 
     Args:
         predictor: its networks in eval mode, so that nothing of theirs changes.
 
     Returns:
-        "dice" (percent, paper protocol) by domain, "error" (percent of pixels), and "scores": by score "auroc" and
-        "auroc_foreground", the probability that a right pixel scores higher than a wrong one.
+        "dice" (percent, paper protocol) by domain, "error" (percent of pixels), and "scores": by
+        score "auroc" and "auroc_foreground", the probability that a right pixel scores higher than
+        a wrong one.
     """
     cfg, rows = predictor.config, hidden_rows(data, split)
     batch = SliceDataset(data, rows, with_mask=True)[list(range(len(rows)))]

@@ -1,11 +1,11 @@
-"""The evaluation of a run on its held-out domain: metrics, tables, pictures, predictions and the report."""
+"""The evaluation of a run on a domain: metrics, tables, pictures, predictions, report."""
 
 import csv
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,24 +37,15 @@ SLICES_DRAWN = 6  # of a scan, at most
 Case = dict[str, Any]  # a line of per_case.csv
 
 
-class ScanPicture(NamedTuple):
-    """What the picture of a scan needs: few slices, cropped, so that those of a whole domain fit into memory."""
-
-    patient: str
-    phase: str
-    slices: list[int]
-    arrays: dict[str, np.ndarray]  # "image", "truth", "prediction", "agreement": (S, H, W)
-    letters: str
-
-
 def evaluate_run(
     run: TrainedRun, dataset: DatasetInfo, data: PreparedData, out: Path, *, domain: str, title: str,
     save_predictions: bool = False, keep_largest: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluate a run on a domain of prepared data; write tables, pictures, predictions and the report to `out`.
+    """Evaluate a run on a domain of prepared data, and write the results to `out`.
 
     Args:
-        domain: of which all patients with masks are evaluated; the training must not have seen them.
+        domain: of which all patients with masks are evaluated; the training must not have seen
+            them.
         title: heading of the report.
 
     Returns:
@@ -65,7 +56,7 @@ def evaluate_run(
     outputs.require_free(*RESULT_FILES)  # before the work
     slice_dice: list[tuple[str, str, list[float]]] = []
     cases: list[Case] = []
-    scan_pictures: list[ScanPicture] = []
+    drawings: dict[tuple[str, str], dict[str, Any]] = {}  # by patient and phase
     outside, uncertainty, loader = np.zeros(2, int), Uncertainty(), scan_loader(data, patients)
     scans = predict_scans(run.predictor, loader, data, confidence=True)
     for scan in tqdm(scans, total=len(loader), unit="scan", desc=f"evaluate {run.folder.name}", leave=False):
@@ -74,7 +65,7 @@ def evaluate_run(
         cases += volumetric_rows(scan, native, dataset.class_names)
         outside += native.outside
         uncertainty.add(scan)
-        scan_pictures.append(scan_picture(scan, native.grid))
+        drawings[scan.patient, scan.phase] = case_drawing(scan, native.grid)
         if save_predictions:
             path = outputs.claim(f"predictions/{scan.patient}_{scan.phase}.nii.gz")
             write_volume(path, native.labels, native.grid)
@@ -126,7 +117,7 @@ def evaluate_run(
         writer.writeheader()
         writer.writerows(cases)
     heading = f"{title}: run {summary['run']}, data {data.name}"
-    pictures = draw_pictures(outputs, dataset, summary, cases, scan_pictures, clinical, uncertainty, heading)
+    pictures = draw_pictures(outputs, dataset, summary, cases, drawings, clinical, uncertainty, heading)
     if (run.folder / "curves.png").is_file():
         epochs = count(len(read_log(run.folder / "log.jsonl")), "epoch")
         pictures.append((f"Training, {epochs}", run.folder / "curves.png"))
@@ -136,14 +127,15 @@ def evaluate_run(
     volumetric = ", ".join(f"{name} {metrics['dice']:.2f}" for name, metrics in summary["volumetric"].items()
                            if metrics["dice"] is not None)  # fmt: skip
     print(
-        f"{run.folder}, {dataset.domain_kind} {domain}: paper Dice {paper_dice_cell(summary)._replace(ci95=None)} % of "
-        f"{count(len(paper_dice), 'patient')}; volumetric Dice (%) {volumetric}; report in {out / 'report.html'}"
+        f"{run.folder}: {title}: paper Dice {paper_dice_cell(summary)._replace(ci95=None)} % of "
+        f"{count(len(paper_dice), 'patient')}; volumetric Dice (%) {volumetric}; "
+        f"report in {out / 'report.html'}"
     )
     return summary
 
 
 def _volumetric(cases: Sequence[Case], structure: str) -> dict[str, Any]:
-    """Return the means over patients of one structure's metrics, each patient's phases averaged first."""
+    """Return one structure's metrics: means over patients, of the means over their phases."""
     scans = [case for case in cases if case["structure"] == structure]
     result: dict[str, Any] = {}
     for metric in METRICS:
@@ -164,7 +156,7 @@ def _by_patient(scans: Sequence[Case], metric: str) -> list[float]:
 
 
 def _groups(cases: Sequence[Case], data: PreparedData) -> dict[str, dict[str, Any]]:
-    """Return the number of patients, the paper's Dice and every structure's Dice by group of patients."""
+    """Return number, paper Dice and every structure's Dice by group of patients."""
     group_of = dict(zip(data.index["patient"], data.index["group"], strict=True))
     groups = {}
     for group in sorted({group_of[case["patient"]] for case in cases}):
@@ -182,40 +174,39 @@ def _groups(cases: Sequence[Case], data: PreparedData) -> dict[str, dict[str, An
 def _clinical(
     cases: Sequence[Case], dataset: DatasetInfo
 ) -> tuple[dict[str, str], dict[str, tuple[list[float], list[float]]]]:
-    """Return the unit, and truths and predictions, of every clinical quantity; empty where there are none.
+    """Return the unit, and truths and predictions, of every clinical quantity there is.
 
     They need both phases: a patient with one of them is left out.
     """
-    scans_of: dict[str, list[Case]] = defaultdict(list)
+    volumes: dict[str, dict[str, dict[tuple[str, str], float]]] = defaultdict(lambda: defaultdict(dict))
     for case in cases if dataset.clinical else ():
-        scans_of[case["patient"]].append(case)
+        for kind in ("truth_ml", "predicted_ml"):
+            volumes[case["patient"]][kind][case["phase"], case["structure"]] = case[kind]
     units: dict[str, str] = {}
     values: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
-    for scans in scans_of.values():
-        if {"ED", "ES"} <= {case["phase"] for case in scans}:
+    for of_patient in volumes.values():
+        if {"ED", "ES"} <= {phase for phase, _ in of_patient["truth_ml"]}:
             for column, kind in enumerate(("truth_ml", "predicted_ml")):
-                quantities = dataset.clinical({(case["phase"], case["structure"]): case[kind] for case in scans})
-                for name, (value, unit) in quantities.items():
+                for name, (value, unit) in dataset.clinical(of_patient[kind]).items():
                     units[name] = unit
                     values[name][column].append(value)
     return units, values
 
 
-def scan_picture(scan: ScanPrediction, grid: Volume) -> ScanPicture:
-    """Return what `plot_case` needs of a scan, turned as a radiologist looks at it."""
+def case_drawing(scan: ScanPrediction, grid: Volume) -> dict[str, Any]:
+    """Return what `plot_case` draws: few slices, cropped, so that all scans' fit into memory."""
     depth = len(scan.rows)
     slices = np.unique(np.linspace(0, depth - 1, min(depth, SLICES_DRAWN)).round().astype(int)).tolist()
     label = scan.probability.argmax(1)
     maps = {"image": scan.image, "truth": scan.truth, "prediction": label, "agreement": scan.agreement}
-    kinds = {"image": np.float16, "truth": np.uint8, "prediction": np.uint8, "agreement": np.float16}
     arrays = {name: radiological(values[slices].float().cpu().numpy(), grid) for name, values in maps.items()}
     window = structure_window(np.maximum(arrays["truth"], arrays["prediction"]))
-    arrays = {name: array[(..., *window)].astype(kinds[name]) for name, array in arrays.items()}
-    return ScanPicture(scan.patient, scan.phase, slices, arrays, edge_letters(grid))
+    arrays = {name: array[(..., *window)].astype(np.float16) for name, array in arrays.items()}
+    return {**arrays, "slices": slices, "letters": edge_letters(grid)}
 
 
 def structure_window(labels: np.ndarray, margin: float = 0.35) -> tuple[slice, slice]:
-    """Return the index into (H, W) of a square around the structures of labels (S, H, W); of all without any."""
+    """Return the square around the structures of labels (S, H, W), or all of (H, W)."""
     places = np.argwhere(labels.any(axis=0))
     if len(places) == 0:
         return np.s_[:, :]
@@ -228,16 +219,14 @@ def structure_window(labels: np.ndarray, margin: float = 0.35) -> tuple[slice, s
 
 def draw_pictures(
     outputs: OutputFolder, dataset: DatasetInfo, summary: Mapping[str, Any], cases: Sequence[Case],
-    scan_pictures: Sequence[ScanPicture], clinical: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    drawings: Mapping[tuple[str, str], dict[str, Any]], clinical: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     uncertainty: Uncertainty, title: str,
 ) -> list[tuple[str, Path]]:  # fmt: skip
-    """Draw Dice of all cases, clinical agreement, worst, median and best patient, and risk.
+    """Draw the pictures of an evaluation; return captions and files, for the report.
 
     Args:
+        drawings: `case_drawing` by patient and phase.
         clinical: truths and predictions by quantity; empty for a data set without any.
-
-    Returns:
-        Captions and files, for the report.
     """
     pictures: list[tuple[str, Path]] = []
 
@@ -253,20 +242,16 @@ def draw_pictures(
         plot_bland_altman(path, clinical, summary["clinical"], title=title)
     ranked = sorted(paper_dice, key=paper_dice.__getitem__)
     ranks: dict[str, list[str]] = defaultdict(list)  # of a patient: with few patients, it may have several
-    for rank, patient in zip(
-        ("worst", "median", "best"), (ranked[0], ranked[len(ranked) // 2], ranked[-1]), strict=True
-    ):
-        ranks[patient].append(rank)
+    for rank, position in (("worst", 0), ("median", len(ranked) // 2), ("best", -1)):
+        ranks[ranked[position]].append(rank)
     spacing = pixel_mm(dataset.spacing, summary["image_size"])
-    for patient, names in ranks.items():
-        rank = " and ".join(names)
-        for scan in (scan for scan in scan_pictures if scan.patient == patient):
-            name = f"{patient} {scan.phase}"
-            file = f"overlays/{'_'.join(rank.split())}_{patient}_{scan.phase}.png"
-            path = picture(f"{rank} patient by the paper's Dice: {name}", file)
-            text = f"{rank} patient: {name}; paper Dice of the patient {paper_dice[patient]:.1f} %\n{title}"
-            plot_case(path, **scan.arrays, slices=scan.slices, letters=scan.letters, spacing=spacing,
-                      class_names=structures, title=text)  # fmt: skip
+    chosen = sorted((key for key in drawings if key[0] in ranks), key=lambda key: paper_dice[key[0]])
+    for patient, phase in chosen:
+        rank, name = " and ".join(ranks[patient]), f"{patient} {phase}"
+        file = f"overlays/{rank.replace(' ', '_')}_{patient}_{phase}.png"
+        path = picture(f"{rank} patient by the paper's Dice: {name}", file)
+        text = f"{rank} patient: {name}; paper Dice of the patient {paper_dice[patient]:.1f} %\n{title}"
+        plot_case(path, **drawings[patient, phase], spacing=spacing, class_names=structures, title=text)
     path = picture("Risk when slices or patients are kept by a score (risk-coverage curves)", "risk_coverage.png")
     plot_risk_coverage(path, uncertainty.curves(), title=title)
     return pictures

@@ -14,20 +14,21 @@ VOLUMETRIC = {"dice": "Dice (%)", "hd95": "HD95 (mm)", "assd": "ASSD (mm)"}
 IN_PLANE = {"hd95_2d": "in-plane HD95 (mm)", "assd_2d": "in-plane ASSD (mm)"}
 METRICS = VOLUMETRIC | IN_PLANE
 MISSED_SLICES = (
-    "A slice that has the structure on one side only is counted as missed and has no in-plane distance; where every "
-    "slice is missed, it is the plane's diagonal."
+    "A slice that has the structure on one side only is counted as missed and has no in-plane "
+    "distance; where every slice is missed, it is the plane's diagonal."
 )
 
 
 def paper_dice(probability: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the paper's Dice: one per slice, pooled over all structures of the thresholded ensemble softmax.
+    """Return the paper's Dice of slices: all structures pooled, mean softmax above 0.5.
 
     Args:
         probability: (B, K, H, W), class 0 is the background.
         labels: (B, H, W) integer.
 
     Returns:
-        (B,) in [0, 1]; 1 where truth and prediction are both empty (eps 1e-4 in numerator and denominator).
+        (B,) in [0, 1]; 1 where truth and prediction are both empty (eps 1e-4 in numerator and
+        denominator).
     """
     predicted = probability[:, 1:] > 0.5
     classes = torch.arange(1, probability.shape[1], device=labels.device)[:, None, None]
@@ -44,8 +45,9 @@ def structure_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequen
         spacing: mm per voxel.
 
     Returns:
-        dict with dice, hd95, assd and missed (0 or 1); None when both are empty. When one of the two is empty, the
-        structure is missed: its Dice is 0 and both distances are the image diagonal in mm.
+        dict with dice, hd95, assd and missed (0 or 1); None when both are empty. When one of the
+        two is empty, the structure is missed: its Dice is 0 and both distances are the image
+        diagonal in mm.
     """
     if not prediction.any() and not truth.any():
         return None
@@ -58,16 +60,17 @@ def structure_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequen
 
 
 def plane_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> dict[str, float] | None:
-    """Return HD95 and ASSD (mm) of one structure's contours in the planes of the slices, as the mean over slices.
+    """Return HD95 and ASSD (mm) of one structure's contours in the slices' planes.
 
     Args:
         prediction, truth: (X, Y, Z) bool.
         spacing: mm per voxel.
 
     Returns:
-        dict with hd95_2d, assd_2d, slices (that have the structure in either) and missed_slices (that have it in only
-        one); None when both are empty. A missed slice has no distance of its own, as the plane's diagonal would drown
-        those of all others: it is counted. Where every slice is missed, both distances are the diagonal.
+        dict with hd95_2d, assd_2d, slices (that have the structure in either) and missed_slices
+        (that have it in only one); None when both are empty. A missed slice has no distance of its
+        own, as the plane's diagonal would drown those of all others: it is counted. Where every
+        slice is missed, both distances are the diagonal.
     """
     in_prediction, in_truth = prediction.any((0, 1)), truth.any((0, 1))
     in_both, slices = np.flatnonzero(in_prediction & in_truth), int((in_prediction | in_truth).sum())
@@ -94,7 +97,7 @@ def surface_distances(prediction: np.ndarray, truth: np.ndarray, spacing: Sequen
 
 
 def largest_components(labels: np.ndarray) -> np.ndarray:
-    """Return a label map (X, Y, Z) with the largest connected component (26 neighbours) of every structure."""
+    """Return labels (X, Y, Z) with each structure's largest component (26 neighbours) only."""
     kept = np.zeros_like(labels)
     for value, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is not None:
@@ -110,7 +113,7 @@ def mean_and_std(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def bootstrap_interval(values: Sequence[float], *, repeats: int = 2000, seed: int = 0) -> tuple[float, float] | None:
-    """Return the 95 % percentile bootstrap interval of the mean over patients; None for fewer than 2 values."""
+    """Return the 95 % percentile bootstrap interval of the mean; None below 2 values."""
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return None
@@ -135,23 +138,18 @@ def agreement_limits(truth: Sequence[float], predicted: Sequence[float]) -> dict
     """Compare predictions with their truths as Bland and Altman do.
 
     Returns:
-        Bias and mean absolute error "mae" with their bootstrap intervals, standard deviation "sd" of the differences,
-        95 % "limits", both means and the number "n" of pairs. Pairs with a NaN are left out; a value that needs more
-        pairs than there are is None.
+        Bias and mean absolute error "mae" with their bootstrap intervals, standard deviation "sd"
+        of the differences, 95 % "limits", both means and the number "n" of pairs. Pairs with a NaN
+        are left out; a value that needs more pairs than there are is None.
     """
     truth, predicted = np.asarray(truth, float), np.asarray(predicted, float)
     known = np.isfinite(truth) & np.isfinite(predicted)
     truth, predicted = truth[known], predicted[known]
     difference, error = mean_std_interval(predicted - truth), mean_std_interval(np.abs(predicted - truth))
     bias, sd = difference["mean"], difference["std"]
-    return {
-        "bias": bias,
-        "bias_ci95": difference["ci95"],
-        "sd": sd,
-        "limits": None if sd is None else [bias - 1.96 * sd, bias + 1.96 * sd],
-        "mae": error["mean"],
-        "mae_ci95": error["ci95"],
-        "truth_mean": mean_and_std(truth)["mean"],
-        "predicted_mean": mean_and_std(predicted)["mean"],
-        "n": len(truth),
+    limits = None if sd is None else [bias - 1.96 * sd, bias + 1.96 * sd]
+    means = {
+        f"{name}_mean": mean_and_std(values)["mean"] for name, values in (("truth", truth), ("predicted", predicted))
     }
+    intervals = {"bias_ci95": difference["ci95"], "mae_ci95": error["ci95"]}
+    return {"bias": bias, "sd": sd, "limits": limits, "mae": error["mean"], "n": len(truth)} | means | intervals

@@ -25,10 +25,11 @@ Autocast = Callable[[], AbstractContextManager]  # makes the context of forward 
 def predict(
     nets: Sequence[nn.Module], image: torch.Tensor, *, autocast: Autocast, tta: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Predict with both networks (in eval mode); with `tta`, the mean over the 8 flips and right-angle rotations.
+    """Predict with both networks in eval mode; with `tta` over 8 flips and rotations.
 
     Returns:
-        (B, K, H, W) mean softmax and (B, H, W) agreement of the networks, exp(-KL(first || second)).
+        (B, K, H, W) mean softmax and (B, H, W) agreement of the networks, exp(-KL(first ||
+        second)).
     """
 
     def softmax(turns: int, flip: bool) -> torch.Tensor:
@@ -59,7 +60,7 @@ class Predictor(NamedTuple):
         return next(self.nets[0].parameters()).device
 
     def view(self, canvas: torch.Tensor, quantiles: torch.Tensor) -> torch.Tensor:
-        """Return the networks' input without augmentation: canvases (B, 1, C, C) -> (B, 1, s, s), s the image size.
+        """Return the networks' input, not augmented: canvases (B, 1, C, C) -> (B, 1, s, s).
 
         Args:
             quantiles: (B, 256) curve of each canvas.
@@ -73,11 +74,13 @@ class Predictor(NamedTuple):
         """Predict canvases (B, 1, C, C), whose quantile curves are (B, 256).
 
         Args:
-            partners: other canvases, whose amplitude makes the Fourier views of "confidence"; None: without it.
+            partners: other canvases, whose amplitude makes the Fourier views of "confidence"; None:
+                without it.
 
         Returns:
-            The view (B, 1, s, s), and by name "probability" (B, K, s, s) and "agreement" (B, s, s), as `predict` gives
-            them, and "confidence" (B, s, s): exp(-V), V the KL variance between plain and Fourier view.
+            The view (B, 1, s, s), and by name "probability" (B, K, s, s) and "agreement" (B, s, s),
+            as `predict` gives them, and "confidence" (B, s, s): exp(-V), V the KL variance between
+            plain and Fourier view.
         """
         view = self.view(canvas, quantiles)
         probability, agreement = predict(self.nets, view, autocast=self.autocast, tta=self.tta)
@@ -109,7 +112,8 @@ def predict_scans(
 ) -> Iterator[ScanPrediction]:
     """Predict every scan of a loader that yields one scan per batch.
 
-    With `confidence`, which takes one more pass (with `tta` two), a slice's partner is the one half the scan away.
+    With `confidence`, which takes one more pass (with `tta` two), a slice's partner is the one half
+    the scan away.
     """
     for batch in loader:
         canvas, quantiles, mask = (batch[name].to(predictor.device) for name in ("image", "quantiles", "mask"))
@@ -127,7 +131,7 @@ def predict_scans(
 
 
 def mean_dice(scans: Iterable[tuple[str, str, Sequence[float]]]) -> dict[str, float]:
-    """Return the paper's Dice (percent) by patient: the mean over the slices of all the patient's scans.
+    """Return the paper's Dice (percent) by patient: the mean over all slices of its scans.
 
     Args:
         scans: patient, phase and Dice of the slices, in [0, 1], of each.
@@ -148,7 +152,7 @@ class NativeScan(NamedTuple):
 
 
 def to_native(scan: ScanPrediction, data: PreparedData, *, keep_largest: bool = False) -> NativeScan:
-    """Map a prediction back to its scan's grid: bilinear softmax, argmax, largest components on request."""
+    """Map a prediction to its scan's grid: bilinear softmax, argmax, largest components."""
     classes, size = scan.probability.shape[1:3]
     truth = read_volume(data.truth_path(scan.patient, scan.phase), 3)
     plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, pixel_mm(data.info["spacing_mm"], size))
@@ -161,7 +165,7 @@ def to_native(scan: ScanPrediction, data: PreparedData, *, keep_largest: bool = 
 
 
 def volumetric_rows(scan: ScanPrediction, native: NativeScan, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return metrics and volumes (ml) of every structure of one scan; one empty on both sides has no metrics."""
+    """Return metrics and volumes (ml) of a scan's structures; empty on both sides has none."""
     rows = []
     for label, name in enumerate(class_names[1:], start=1):
         pair, zooms = (native.labels == label, native.truth == label), native.grid.zooms

@@ -1,4 +1,4 @@
-"""An evaluation as Markdown, and as one HTML page that can be mailed and printed: nothing is loaded from elsewhere."""
+"""An evaluation as Markdown, and as one HTML page that loads nothing from elsewhere."""
 
 import json
 from base64 import b64encode
@@ -16,9 +16,10 @@ from utils.evaluation.tables import Cell, Table, interval, to_markdown
 
 PHANTOM_WARNING = "Phantom data: these numbers say nothing about real scans."
 PAPER_NOTE = (
-    "Mean ± standard deviation over patients [95 % bootstrap interval]; softmax above 0.5, structures of a slice "
-    f"pooled, {FIELD_PX} px grid. Every slice counts alike, so that slices with little or nothing to see, where a few "
-    "wrong pixels bring the Dice near 0, pull this mean below the volumetric Dice, which counts all voxels of a scan."
+    "Mean ± standard deviation over patients [95 % bootstrap interval]; softmax above 0.5, "
+    f"structures of a slice pooled, {FIELD_PX} px grid. Every slice counts alike, so that slices "
+    "with little or nothing to see, where a few wrong pixels bring the Dice near 0, pull this "
+    "mean below the volumetric Dice, which counts all voxels of a scan."
 )
 
 
@@ -34,7 +35,8 @@ def write_report(
         tables: `summary_tables` of it.
         config: the run's settings.
         cases: `cases_table`.
-        pictures: (caption, PNG file), in this order. A missing file is named in its place: it must not cost the rest.
+        pictures: (caption, PNG file), in this order. A missing file is named in its place: it must
+            not cost the rest.
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     templates = jinja2.Environment(
@@ -68,10 +70,11 @@ def _setting(summary: Mapping[str, Any]) -> str:
     """Return in a sentence what was evaluated."""
     options = {"tta": "test-time augmentation, ", "keep_largest": "largest components only, "}
     return (
-        f"Run {summary['run']}, data {summary['data']}. "
-        f"{count(summary['patients'], 'patient')}, {100 * summary['ratio']:g} % labelled, seed {summary['seed']}, "
-        f"{''.join(text for key, text in options.items() if summary.get(key))}{summary['image_size']} px. "
-        f"Method: {summary['method']}. Checkpoint: {summary['checkpoint']}; selection: {summary['selection']}."
+        f"Run {summary['run']}, data {summary['data']}. {count(summary['patients'], 'patient')}, "
+        f"{100 * summary['ratio']:g} % labelled, seed {summary['seed']}, "
+        f"{''.join(text for key, text in options.items() if summary.get(key))}{summary['image_size']} "
+        f"px. Method: {summary['method']}. Checkpoint: {summary['checkpoint']}; selection: "
+        f"{summary['selection']}."
     )
 
 
@@ -90,9 +93,9 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     """Return the content of summary.json as tables, of what the data set and the run have."""
     structures = summary["volumetric"].items()
     note = (
-        "Mean over patients [95 % bootstrap interval]. A miss counts as Dice 0 and as distances of the image diagonal; "
-        f"empty in both is left out. {summary['outside_field_percent']:.2f} % of the labelled voxels lie outside the "
-        "field of view."
+        "Mean over patients [95 % bootstrap interval]. A miss counts as Dice 0 and as distances "
+        f"of the image diagonal; empty in both is left out. {summary['outside_field_percent']:.2f} "
+        "% of the labelled voxels lie outside the field of view."
     )
     header = ["structure", *VOLUMETRIC.values(), "missed", "both empty", "scans"]
     rows = [[name, *_means(s, VOLUMETRIC), s["missed"], s["both_empty"], s["scans"]] for name, s in structures]
@@ -107,8 +110,9 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
         tables.append(Table("By group", "Means over patients, with their standard deviation.", header, rows))
     if clinical := summary.get("clinical"):
         note = (
-            "Bias and SD of predicted − truth, mean error of the absolute differences, over the n patients who have "
-            "the quantity in both [95 % bootstrap interval]; limits: bias ± 1.96 SD."
+            "Bias and SD of predicted − truth, mean error of the absolute differences, over the n "
+            "patients who have the quantity in both [95 % bootstrap interval]; limits: bias ± "
+            "1.96 SD."
         )
         header = ["quantity", "n", "truth", "predicted", "bias", "SD", "mean error", "limits of agreement"]
         rows = []
@@ -119,14 +123,16 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
         tables.append(Table("Clinical quantities", note, header, rows))
     note = (
         "Of the mean softmax on the network's grid. Expected calibration error of its maximum, "
-        f"{BINS} bins of equal width; Brier score, summed over the classes (0 to 2). Foreground: structures in truth "
-        "or prediction; the background, which is easy, makes most of the field of view."
+        f"{BINS} bins of equal width; Brier score, summed over the classes (0 to 2). Foreground: "
+        "structures in truth or prediction; the background, which is easy, makes most of the "
+        "field of view."
     )
     rows = [[name, Cell(c["ece"]), _decimals(c["brier"], 4)] for name, c in summary["calibration"].items()]
     tables.append(Table("Calibration", note, ["pixels", "ECE (%)", "Brier score"], rows))
     note = (
-        "Area under the risk-coverage curve: the mean of 100 − paper Dice over all shares of cases kept, those of the "
-        "highest score first; lower is better. A slice's score is the mean over its predicted structures."
+        "Area under the risk-coverage curve: the mean of 100 − paper Dice over all shares of "
+        "cases kept, those of the highest score first; lower is better. A slice's score is the "
+        "mean over its predicted structures."
     )
     orders = (*SCORES, "random", "best possible")
     rows = [[kind, r["number"], *(Cell(r[name]) for name in orders)] for kind, r in summary["risk"].items()]
@@ -134,9 +140,10 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     if pseudo := summary.get("pseudo_labels"):
         dice = ", ".join(f"{domain} {value:.2f} %" for domain, value in pseudo["dice"].items())
         note = (
-            f"Against the hidden masks of at most {MONITORED} slices of unlabelled source patients, after epoch "
-            f"{pseudo['epoch']}. Dice by domain: {dice}; {pseudo['error']:.2f} % of the pixels are wrong. AUROC: the "
-            "probability that a right pixel scores higher than a wrong one; foreground: structures in pseudo label or "
+            f"Against the hidden masks of at most {MONITORED} slices of unlabelled source "
+            f"patients, after epoch {pseudo['epoch']}. Dice by domain: {dice}; "
+            f"{pseudo['error']:.2f} % of the pixels are wrong. AUROC: the probability that a right "
+            "pixel scores higher than a wrong one; foreground: structures in pseudo label or "
             "truth."
         )
         keys = ("auroc", "auroc_foreground")
@@ -157,8 +164,8 @@ def cases_table(cases: Sequence[Mapping[str, Any]]) -> Table:
     """Return one line per scan.
 
     Args:
-        cases: the lines of per_case.csv as numbers; a metric is absent, None or NaN where the structure was absent
-            from truth and prediction.
+        cases: the lines of per_case.csv as numbers; a metric is absent, None or NaN where the
+            structure was absent from truth and prediction.
     """
     columns = [(key, name) for key in VOLUMETRIC for name in dict.fromkeys(case["structure"] for case in cases)]
     header = ["patient", "phase", "patient's paper Dice (%)", *(f"{name} {VOLUMETRIC[key]}" for key, name in columns)]

@@ -33,7 +33,7 @@ def load_run(
     folder: Path, checkpoint: str, dataset: DatasetInfo, build_network: Callable[..., nn.Module], device: torch.device,
     *, autocast: Autocast, tta: bool = False,
 ) -> TrainedRun:  # fmt: skip
-    """Load the networks of a run's "best" or "last" checkpoint, or of a kept one such as "epochs/epoch_007".
+    """Load the networks of a checkpoint: "best", "last" or as "epochs/epoch_007".
 
     Args:
         autocast, tta: of the `Predictor`.
@@ -83,18 +83,19 @@ def open_data(run: TrainedRun, data_root: Path | None, dataset: DatasetInfo) -> 
     """Open the data to evaluate a run on, by default those of its training.
 
     Returns:
-        The data, the name of the results' folder, and their title; both name data other than those of the training.
+        The data, the name of the results' folder, and their title; both name data other than those
+        of the training.
     """
     domain = run.config.test_domain
     if domain == NO_DOMAIN and not data_root:
         raise UserError(
-            f"{run.folder} was trained on all domains: name labelled data that it has not seen by --data-root, or "
-            "scans of your own by --input"
+            f"{run.folder} was trained on all domains: name labelled data that it has not seen by "
+            "--data-root, or scans of your own by --input"
         )
     if not data_root and not Path(run.config.data_root).exists():
         raise UserError(
-            f"{run.folder} was trained on the data in {run.config.data_root}, which is not there (seen from "
-            f"{Path.cwd()}): --data-root names the folder where these data lie now"
+            f"{run.folder} was trained on the data in {run.config.data_root}, which is not there "
+            f"(seen from {Path.cwd()}): --data-root names the folder where these data lie now"
         )
     data = PreparedData.open(data_root or run.config.data_root, dataset)
     held_out = "all domains" if domain == NO_DOMAIN else f"{dataset.domain_kind} {domain}"
@@ -105,7 +106,7 @@ def open_data(run: TrainedRun, data_root: Path | None, dataset: DatasetInfo) -> 
 
 
 def is_other(training: dict[str, Any], data: dict[str, Any]) -> bool:
-    """Return True if data are not those of a training, by their content hashes; converted weights know none."""
+    """Return True if data are not the training's, by content hash; converted weights know none."""
     return training["content_hash"] not in (None, data["content_hash"])
 
 
@@ -122,14 +123,15 @@ def patients_to_evaluate(run: TrainedRun, data: PreparedData, domain: str, datas
         )
     if seen := sorted({*patients} & patients_seen(run.folder, run.metadata)):
         raise UserError(
-            f"{run.folder} was trained with {len(seen)} of the patients of {data.root} to evaluate on: "
-            f"{', '.join(seen[:5])}. Evaluate on others, or rename these if they only share their names"
+            f"{run.folder} was trained with {len(seen)} of the patients of {data.root} to evaluate "
+            f"on: {', '.join(seen[:5])}. Evaluate on others, or rename these if they only share "
+            "their names"
         )
     return patients
 
 
 def method_name(metadata: dict[str, Any]) -> str:
-    """Return the name of a run's method: the full one, a step of its ablation, or an unknown mode's own name."""
+    """Return the name of a run's method; an unknown mode goes by its own name."""
     config = metadata["config"]
     if config["cps_weight"] == 0:
         return "supervised only"
