@@ -1,17 +1,21 @@
 """Files that must not be lost: written atomically, folders held by one process, nothing of the user's overwritten."""
 
+import codecs
+import csv
 import errno
 import fcntl
+import io
 import json
 import os
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from utils.errors import UserError, first_line
+from utils.errors import UserError, first_line, naming
 
 NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 LOCK = "lock"  # file in a folder that a process works in
@@ -90,6 +94,17 @@ def require_space(folder: Path, need: int) -> None:
         raise UserError(f"{folder}: checkpoints take {need / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free there")
 
 
+def require_writable(folder: Path, flag: str) -> None:
+    """Make a folder and try to write in it; UserError, which names the flag that chooses it, where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".tmp-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}): choose another {flag}") from error
+
+
 class OutputFolder:
     """A folder of results, with a record of the files that this program made in it."""
 
@@ -154,3 +169,48 @@ def nifti_files(paths: Sequence[Path], *, deep: bool = False) -> list[Path]:
 def file_stem(path: Path) -> str:
     """Return a file's name without .nii or .nii.gz."""
     return NIFTI.sub("", path.name)
+
+
+class Table(NamedTuple):
+    """Content of a CSV or XLSX file, without blanks around the cells and without empty rows."""
+
+    columns: list[str]  # as they are written
+    rows: list[dict[str, str]]  # cells by lower-case column name; "" where a cell or a column is missing
+
+
+def read_table(path: Path) -> Table:
+    """Read a CSV or XLSX file as people edit it: any delimiter and encoding of a spreadsheet, whole numbers as such.
+
+    Raises:
+        UserError: the file cannot be read as a table.
+    """
+    with naming(path, "cannot be read as a table"):  # openpyxl raises what zip and XML raise
+        if path.suffix.lower() == ".xlsx":
+            import openpyxl  # here alone: it is slow to import
+
+            with open(path, "rb") as file:  # opened here, or a read-only workbook keeps it open
+                lines = list(openpyxl.load_workbook(file, read_only=True, data_only=True).active.values)
+        else:
+            text = _decode(path.read_bytes())
+            delimiter = max(",;\t", key=text.split("\n")[0].count)  # spreadsheets of some countries write semicolons
+            lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
+    header, *cells = [line for line in ([_cell_text(cell) for cell in line] for line in lines) if any(line)] or [[]]
+    columns = [" ".join(name.split()) for name in header]
+    names = [name.casefold() for name in columns]
+    return Table(columns, [defaultdict(str, zip(names, line, strict=False)) for line in cells])
+
+
+def _decode(content: bytes) -> str:
+    """Decode what spreadsheets save: UTF-8 or UTF-16 with a byte-order mark, UTF-8 without, or else cp1252."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", errors="replace")
+
+
+def _cell_text(cell: object) -> str:
+    """Return a cell without blanks around it; whole numbers without the ".0" that spreadsheets add."""
+    text = "" if cell is None else str(cell).strip()
+    return re.sub(r"^(\d+)\.0+$", r"\1", text)
