@@ -1,9 +1,12 @@
 """New scans: label maps in the scan's own grid, in the right place, whatever its size, spacing and orientation."""
 
+import csv
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -11,41 +14,48 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
 from torch import nn
 
 import mms_dataloader
 import scgm_dataloader
 from config import MMS
 from utils.data.volume import PlaneMap, Volume
+from utils.device import autocast_context
 from utils.errors import UserError
-from utils.evaluation.metrics import largest_components
-from utils.evaluation.predict import predict
+from utils.evaluation.predict import Predictor
 from utils.evaluation.runs import TrainedRun
-from utils.evaluation.segment import NOTE, Segmenter, segment_files
+from utils.evaluation.segment import NOTE, clinical_figures, segment_files, segment_volume, structure_quality
 
-CPU = torch.device("cpu")
+DATASET = mms_dataloader.DATASET
+BOX = np.diag([2, 2, 8, 1])  # mm
 
 
 class Brightness(nn.Module):
     """A network whose label is read off the brightness: 0, 1, 2, 3 in quarters of [0, 1]."""
 
+    def __init__(self):
+        super().__init__()
+        self.levels = nn.Parameter(torch.arange(4) / 4 + 0.125, requires_grad=False)
+
     def forward(self, image):
-        levels = torch.arange(4) / 4 + 0.125
-        return -80 * (image - levels[None, :, None, None]).abs()
+        return -80 * (image - self.levels[None, :, None, None]).abs()
 
 
-def segmenter(net=None, dataset=mms_dataloader.DATASET, **changes):
-    """A segmenter of MMS settings at 288 px; changes are of its own fields or of the run's config."""
-    own = {
-        "precision": "fp32", "batch_size": 32, "tta": False, "keep_largest": False, "confidence": False,
-        "center": None, "slice_axis": None,
-    }  # fmt: skip
-    config = replace(MMS, **{name: value for name, value in changes.items() if name not in own})
-    run = TrainedRun(Path(), "best", [net or Brightness()] * 2, config, {}, None, CPU)
-    return Segmenter(run=run, dataset=dataset, **{name: changes.get(name, value) for name, value in own.items()})
+def trained(net=None, metadata=None, tta=False, **changes):
+    """A run of one network twice, with MMS settings at 288 px; changes are of its config."""
+    config, autocast = replace(MMS, **changes), partial(autocast_context, torch.device("cpu"), "fp32")
+    predictor = Predictor([net or Brightness()] * 2, None, config, autocast, tta)
+    return TrainedRun(Path(), "best", predictor, config, metadata or {})
 
 
-def phantom(shape, zooms, center_mm=(0, 0), seed=0):
+def segment(inputs, output, run=None, dataset=DATASET, **options):
+    inputs = [inputs] if isinstance(inputs, Path) else inputs
+    segment_files(run or trained(), dataset, inputs, output, **options)
+
+
+def phantom(shape, zooms, center_mm=(0, 0)):
     """Labels that brightness can show: rings around a core of 3, so that no edge passes another label."""
     x, y = ((np.arange(n) - (n - 1) / 2) * z - c for n, z, c in zip(shape[:2], zooms, center_mm, strict=False))
     radius = np.hypot(x[:, None], y[None])
@@ -53,20 +63,27 @@ def phantom(shape, zooms, center_mm=(0, 0), seed=0):
     return np.broadcast_to(plane.reshape(*plane.shape, *(1,) * (len(shape) - 2)), shape).astype(np.uint8)
 
 
-def oblique(zooms):
-    from scipy.spatial.transform import Rotation
-
-    affine = np.eye(4)
-    affine[:3, :3] = Rotation.from_euler("xyz", [20, -35, 50], degrees=True).as_matrix() @ np.diag(zooms)
-    affine[:3, 3] = [-80, 30, 12]
-    return affine
-
-
-def write(path, labels, affine, sform=2, qform=1):
-    image = nib.Nifti1Image(labels.astype(np.int16) * 1000, affine)
-    image.set_sform(affine, sform)
-    image.set_qform(affine, qform)
+def write(path, labels=None, affine=BOX):
+    """Write a scan of a phantom's brightness; sform and qform have different codes."""
+    labels = phantom((60, 60, 2), (2, 2, 8)) if labels is None else labels
+    path.parent.mkdir(exist_ok=True)
+    image = nib.Nifti1Image((labels * 1000.0).astype(np.int16), affine)
+    image.set_sform(affine, 2)
+    image.set_qform(affine, 1)
     nib.save(image, path)
+    return path
+
+
+def read(path):
+    return np.asarray(nib.load(path).dataobj)
+
+
+def dice(ours, theirs):
+    return 2 * (ours & theirs).sum() / (ours.sum() + theirs.sum())
+
+
+def maps_in(folder):
+    return {path.name for path in folder.glob("*.nii.gz")}
 
 
 @pytest.mark.parametrize(
@@ -81,38 +98,46 @@ def write(path, labels, affine, sform=2, qform=1):
     ],
 )
 def test_label_maps_lie_where_the_organ_lies(tmp_path, shape, zooms):
-    truth = phantom(shape, zooms, (6, -9))
-    affine = oblique(zooms)
-    write(tmp_path / "scan_sa.nii.gz", truth, affine)
-    before = (tmp_path / "scan_sa.nii.gz").read_bytes()
-    segment_files(segmenter(), [tmp_path / "scan_sa.nii.gz"], tmp_path / "out")
+    truth, oblique = phantom(shape, zooms, (6, -9)), np.eye(4)
+    oblique[:3, :3] = Rotation.from_euler("xyz", [20, -35, 50], degrees=True).as_matrix() @ np.diag(zooms)
+    oblique[:3, 3] = [-80, 30, 12]
+    before = write(tmp_path / "scan_sa.nii.gz", truth, oblique).read_bytes()
+    segment(tmp_path / "scan_sa.nii.gz", tmp_path / "out")
     result, source = nib.load(tmp_path / "out/scan_sa_seg.nii.gz"), nib.load(tmp_path / "scan_sa.nii.gz")
     assert result.shape == shape and result.get_data_dtype() == np.uint8
     assert (result.affine == source.affine).all() and result.header.get_zooms() == source.header.get_zooms()
     assert result.header["sform_code"] == 2 and result.header["qform_code"] == 1
-    assert result.header["descrip"].item().decode() == NOTE
+    assert result.header["descrip"].item().decode().startswith(NOTE)
     labels = np.asarray(result.dataobj)
     inside = np.abs((np.arange(shape[0]) - (shape[0] - 1) / 2) * zooms[0]) < 158
     for label in (1, 2, 3):
         ours, theirs = labels[inside] == label, truth[inside] == label
-        dice = 2 * (ours & theirs).sum() / (ours.sum() + theirs.sum())
-        assert dice >= (0.95 if min(zooms[:2]) < 1 else 0.97)
+        assert dice(ours, theirs) >= (0.95 if min(zooms[:2]) < 1 else 0.97)
         offset = np.mean(np.nonzero(ours), axis=1)[:2] - np.mean(np.nonzero(theirs), axis=1)[:2]
         assert np.abs(offset).max() < 0.5  # voxels
     assert (tmp_path / "scan_sa.nii.gz").read_bytes() == before
 
 
+def test_scgm_uses_the_same_way(tmp_path):
+    class Grey(Brightness):
+        def forward(self, image):
+            return torch.cat([0.5 - image, image - 0.5], 1) * 80
+
+    x = (np.arange(200) - 99.5) * 0.25
+    disc = (np.hypot(x[:, None] - 5, x[None] + 4) < 6)[..., None].repeat(3, 2)
+    write(tmp_path / "cord.nii", disc, np.diag([0.25, 0.25, 5, 1]))
+    segment(tmp_path, tmp_path / "out", trained(Grey()), scgm_dataloader.DATASET)
+    assert dice(read(tmp_path / "out/cord_seg.nii.gz") == 1, disc) > 0.97
+
+
 def test_center_moves_the_field_of_view(tmp_path):
     truth = phantom((400, 400, 2), (1.1, 1.1, 8), (158, 0))  # half of it outside the centred field of view
     write(tmp_path / "scan.nii.gz", truth, np.diag([1.1, 1.1, 8, 1]))
-    middle = (199.5 + 158 / 1.1, 199.5)
-    for center, least in ((None, None), (middle, 0.97)):
-        segment_files(segmenter(center=center), [tmp_path / "scan.nii.gz"], tmp_path / "out", overwrite=True)
-        ours = np.asarray(nib.load(tmp_path / "out/scan_seg.nii.gz").dataobj) == 3
-        dice = 2 * (ours & (truth == 3)).sum() / (ours.sum() + (truth == 3).sum())
-        assert dice > least if least else dice < 0.8
+    for center, low, high in ((None, 0, 0.8), ((199.5 + 158 / 1.1, 199.5), 0.97, 1)):
+        segment(tmp_path / "scan.nii.gz", tmp_path / "out", center=center, overwrite=True)
+        assert low < dice(read(tmp_path / "out/scan_seg.nii.gz") == 3, truth == 3) < high
     with pytest.raises(UserError, match=r"outside the image of \(400, 400\)"):
-        segment_files(segmenter(center=(500, 0)), [tmp_path / "scan.nii.gz"], tmp_path / "other")
+        segment(tmp_path / "scan.nii.gz", tmp_path / "other", center=(500, 0))
 
 
 def test_prediction_does_not_depend_on_order_or_batch_size(tmp_path, build_tiny):
@@ -121,39 +146,40 @@ def test_prediction_does_not_depend_on_order_or_batch_size(tmp_path, build_tiny)
     with torch.no_grad():
         net.classifier.weight *= 100  # so that an untrained network uses all its classes
         net.classifier.bias.zero_()
-    rng = np.random.default_rng(0)
-    for name in "ab":
-        scan = rng.gamma(2, 200, (150, 140, 5)).astype(np.int16)
-        nib.save(nib.Nifti1Image(scan, np.diag([1.5, 1.5, 8, 1])), tmp_path / f"{name}.nii.gz")
+    files = [tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"]
+    for seed, file in enumerate(files):
+        write(file, np.random.default_rng(seed).gamma(2, 1, (150, 140, 5)), np.diag([1.5, 1.5, 8, 1]))
     results = []
-    for number, (order, size) in enumerate([("ab", 32), ("ba", 32), ("ab", 2)]):
+    for number, (inputs, size) in enumerate([(files, 32), (files[::-1], 32), (files, 2)]):
         out = tmp_path / str(number)
-        files = [tmp_path / f"{name}.nii.gz" for name in order]
-        segment_files(segmenter(net, batch_size=size, confidence=True), files, out)
-        results.append([np.asarray(nib.load(out / f"{name}_seg.nii.gz").dataobj) for name in "ab"])
+        segment(inputs, out, trained(net), batch_size=size, confidence=True)
+        results.append(np.stack([read(out / f"{name}_seg.nii.gz") for name in "ab"]))
         for kind in ("confidence", "agreement"):
-            values = nib.load(out / f"a_{kind}.nii.gz").get_fdata()
+            values = read(out / f"a_{kind}.nii.gz")
             assert values.shape == (150, 140, 5) and values.min() >= 0 and values.max() <= 1.0001
-    assert len(np.unique(results[0][0])) > 1
-    for first, other in zip(results[0], results[1], strict=True):
-        assert (first == other).all()
-    for first, other in zip(results[0], results[2], strict=True):
-        assert (first != other).mean() < 1e-4
+    assert len(np.unique(results[0])) > 1 and (results[0] == results[1]).all()
+    assert (results[0] != results[2]).mean() < 1e-4
 
 
 def test_tta_is_the_mean_over_flips_and_rotations(build_tiny):
     nets = [build_tiny(4).eval() for _ in range(2)]
-    image = torch.rand(3, 1, 20, 20)
+    predictor = trained(tta=True, image_size=64).predictor._replace(nets=nets)
+    view, maps = predictor.maps(torch.rand(3, 1, 300, 300), torch.rand(3, 256).sort().values)
     expected = 0
     for turns in range(4):
         for axes in ([], [-1]):
-            view = torch.rot90(image, turns, (-2, -1)).flip(axes)
-            mean = sum(net(view).softmax(1) for net in nets) / 2
+            turned = torch.rot90(view, turns, (-2, -1)).flip(axes)
+            mean = sum(net(turned).softmax(1) for net in nets) / 2
             expected = expected + torch.rot90(mean.flip(axes), -turns, (-2, -1)) / 8
-    probability, _ = predict(nets, image, precision="fp32", tta=True)
-    assert torch.allclose(probability, expected, atol=1e-6)
-    turned, _ = predict(nets, torch.rot90(image, 1, (-2, -1)), precision="fp32", tta=True)
-    assert torch.allclose(torch.rot90(turned, -1, (-2, -1)), probability, atol=1e-6)
+    assert torch.allclose(maps["probability"], expected, atol=1e-6)
+
+
+def segment_confidence(slices, net, **changes):
+    """Return confidence and agreement of slices (4, 120, 120) of 1.5 mm within the field of view."""
+    volume = Volume(np.moveaxis(slices, 0, 2), None, np.eye(4), (1.5, 1.5, 8.0))
+    maps, _ = segment_volume(volume, trained(net, **changes).predictor, DATASET, confidence=True)
+    inside = PlaneMap((120, 120), (1.5, 1.5), 300, 1.1).inside()
+    return maps["confidence"][inside], maps["agreement"][inside]
 
 
 def test_confidence_is_the_variance_between_the_views(build_tiny):
@@ -161,118 +187,106 @@ def test_confidence_is_the_variance_between_the_views(build_tiny):
     torch.manual_seed(0)
     net = build_tiny(4).eval()
     same = np.repeat(np.random.default_rng(0).random((1, 120, 120)), 4, 0)
-    plane = PlaneMap((120, 120), (1.5, 1.5), 300, 1.1)
-    maps = segmenter(net, confidence=True).frame(same, plane)[0]
-    inside = plane.inside()
-    assert np.allclose(maps["confidence"][:, inside], 1, atol=1e-4)
-    assert np.allclose(maps["agreement"][:, inside], 1, atol=1e-5)
+    confidence, agreement = segment_confidence(same, net)
+    assert np.allclose(confidence, 1, atol=1e-4) and np.allclose(agreement, 1, atol=1e-5)
     other = same * np.linspace(1, 3, 120)[None, :, None] ** np.arange(4)[:, None, None]
-    maps = segmenter(net, confidence=True).frame(other, plane)[0]
-    assert maps["confidence"][:, inside].min() < 0.9999
-    half = segmenter(net, confidence=True, fourier_ratio=0.5).frame(other, plane)[0]
-    assert half["confidence"][:, inside].min() > maps["confidence"][:, inside].min()
-    none = segmenter(net, confidence=True, fourier_ratio=0.0).frame(other, plane)[0]
-    assert np.allclose(none["confidence"][:, inside], 1, atol=1e-4)
+    whole, half, none = (segment_confidence(other, net, fourier_ratio=ratio)[0] for ratio in (1.0, 0.5, 0.0))
+    assert whole.min() < 0.9999 and half.min() > whole.min() and np.allclose(none, 1, atol=1e-4)
 
 
 def test_confidence_uses_the_fourier_mode_of_the_run(build_tiny):
     """Mode AM mixes all frequencies by fourier_alpha, as the formula on whole spectra says; lambda plays no part."""
-    net = build_tiny(4).eval()
-    slices = np.random.default_rng(0).random((4, 120, 120))
-    plane = PlaneMap((120, 120), (1.5, 1.5), 300, 1.1)
-    maps = {
-        alpha: segmenter(net, confidence=True, fourier_mode="AM", fourier_ratio=0.0, fourier_alpha=alpha).frame(
-            slices, plane
-        )[0]["confidence"]
-        for alpha in (0.0, 0.3, 1.0)
-    }
-    assert np.allclose(maps[0.0][:, plane.inside()], 1, atol=1e-4)
-    assert maps[1.0].mean() < maps[0.3].mean() < maps[0.0].mean()
-    canvas = plane.to_canvas(mms_dataloader.normalize(slices.astype(np.float32))).astype(np.float16)
-    view = canvas[:, None, 6:-6, 6:-6].astype(np.float32)
-    other = np.roll(view, 2, 0)
-    amplitude = 0.7 * np.abs(np.fft.fft2(view)) + 0.3 * np.abs(np.fft.fft2(other))
-    fourier = np.fft.ifft2(amplitude * np.exp(1j * np.angle(np.fft.fft2(view)))).real.astype(np.float32)
-    with torch.no_grad():
-        plain, augmented = (net(torch.from_numpy(x)).softmax(1).numpy() for x in (view, fourier))
-    expected = np.exp(-(plain * np.log(plain / augmented)).sum(1))
-    found = plane.to_canvas(maps[0.3])[:, 6:-6, 6:-6]  # there and back smooths, so the means are compared
-    inside = found > 0
-    assert found[inside].mean() == pytest.approx(expected[inside].mean(), abs=1e-4)
-
-
-def test_largest_component_is_kept_per_structure():
-    labels = np.zeros((8, 8, 3), np.uint8)
-    labels[0:3, 0:3] = 1
-    labels[6, 6, 0] = 1
-    labels[4:6, 4:6, 1] = 2
-    labels[7, 0, 2] = 2
-    kept = largest_components(labels)
-    assert (kept[0:3, 0:3] == 1).all() and (kept == 1).sum() == 27
-    assert (kept == 2).sum() == 4 and kept[7, 0, 2] == 0
-    assert (largest_components(np.zeros((3, 3, 3), np.uint8)) == 0).all()
-
-
-def test_scgm_uses_the_same_way(tmp_path):
-    class Grey(nn.Module):
-        def forward(self, image):
-            return torch.cat([0.5 - image, image - 0.5], 1) * 80
-
-    x = (np.arange(200) - 99.5) * 0.25
-    disc = (np.hypot(x[:, None] - 5, x[None] + 4) < 6)[..., None].repeat(3, 2)
-    write(tmp_path / "cord.nii", disc, np.diag([0.25, 0.25, 5, 1]))
-    segment_files(segmenter(Grey(), scgm_dataloader.DATASET), [tmp_path], tmp_path / "out")
-    ours = np.asarray(nib.load(tmp_path / "out/cord_seg.nii.gz").dataobj) == 1
-    assert 2 * (ours & disc).sum() / (ours.sum() + disc.sum()) > 0.97
+    net, canvas = build_tiny(4).eval(), torch.rand(4, 1, 300, 300)
+    partners, curves = canvas.roll(2, 0), torch.rand(4, 256)
+    for alpha in (0.0, 0.3, 1.0):
+        predictor = trained(net, fourier_mode="AM", fourier_ratio=0.0, fourier_alpha=alpha).predictor
+        view, maps = predictor.maps(canvas, curves, partners)
+        spectra, others = (np.fft.fft2(part.numpy()) for part in (view, view.roll(2, 0)))
+        amplitude = (1 - alpha) * np.abs(spectra) + alpha * np.abs(others)
+        fourier = np.fft.ifft2(amplitude * np.exp(1j * np.angle(spectra))).real.astype(np.float32)
+        with torch.no_grad():
+            plain, augmented = (net(image).softmax(1) for image in (view, torch.from_numpy(fourier)))
+        expected = torch.exp(-(plain * (plain / augmented).log()).sum(1))
+        assert torch.allclose(maps["confidence"], expected, atol=1e-4)
 
 
 def test_confidence_of_a_single_slice_is_refused(tmp_path):
     """Its only partner were the slice itself, of which it would be sure everywhere."""
-    write(tmp_path / "one.nii.gz", phantom((100, 100, 1), (2, 2, 8)), np.diag([2, 2, 8, 1]))
+    write(tmp_path / "one.nii.gz", phantom((100, 100, 1), (2, 2, 8)))
     with pytest.raises(UserError, match=r"one\.nii\.gz: --confidence compares with another slice"):
-        segment_files(segmenter(confidence=True), [tmp_path], tmp_path / "out")
-    segment_files(segmenter(), [tmp_path], tmp_path / "out")
+        segment(tmp_path, tmp_path / "out", confidence=True)
+    segment(tmp_path, tmp_path / "out")
 
 
-def test_inputs_are_never_overwritten(tmp_path):
+def test_inputs_and_maps_of_others_are_never_overwritten(tmp_path):
     """Neither a scan named like an output, nor a label map beside it, corrected by hand maybe."""
-    for name in ("scan.nii.gz", "scan_seg.nii.gz"):
-        write(tmp_path / name, phantom((60, 60, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
-    before = (tmp_path / "scan_seg.nii.gz").read_bytes()
-    for inputs in ([tmp_path], [tmp_path / "scan.nii.gz", tmp_path / "scan_seg.nii.gz"]):
-        with pytest.raises(UserError, match=r"scan_seg\.nii\.gz lies among the inputs and would be overwritten"):
-            segment_files(segmenter(), inputs, tmp_path)
-    assert (tmp_path / "scan_seg.nii.gz").read_bytes() == before
+    scan = write(tmp_path / "scan.nii.gz")
+    by_hand = write(tmp_path / "scan_seg.nii.gz").read_bytes()
+    for overwrite in (False, True):
+        for inputs in ([tmp_path], [scan, tmp_path / "scan_seg.nii.gz"]):
+            with pytest.raises(UserError, match=r"scan_seg\.nii\.gz is there, and .* Move it away"):
+                segment(inputs, tmp_path, overwrite=overwrite)
+    assert (tmp_path / "scan_seg.nii.gz").read_bytes() == by_hand
 
 
-def test_corrected_label_maps_are_kept(tmp_path):
-    write(tmp_path / "scan.nii.gz", phantom((60, 60, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/scan_seg.nii.gz").write_bytes(b"by hand")
-    with pytest.raises(UserError, match=r"scan_seg\.nii\.gz .*--overwrite replaces them"):
-        segment_files(segmenter(), [tmp_path / "scan.nii.gz"], tmp_path / "out")
-    assert (tmp_path / "out/scan_seg.nii.gz").read_bytes() == b"by hand"
-    segment_files(segmenter(), [tmp_path / "scan.nii.gz"], tmp_path / "out", overwrite=True)
-    assert nib.load(tmp_path / "out/scan_seg.nii.gz").shape == (60, 60, 2)
+def test_an_interrupted_command_goes_on(tmp_path, capsys):
+    """Maps that are there stay, corrected or not; those of another run or other settings are no part of the work."""
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    for name in "abc":
+        write(scans / f"{name}.nii.gz")
+
+    class Stopped(Brightness):
+        calls = 0
+
+        def forward(self, image):
+            self.calls += 1
+            if self.calls > 4:  # two networks a scan
+                raise KeyboardInterrupt
+            return super().forward(image)
+
+    with pytest.raises(KeyboardInterrupt):
+        segment(scans, out, trained(Stopped()), volumes=True)
+    assert maps_in(out) == {"a_seg.nii.gz", "b_seg.nii.gz"}
+    (out / "a_seg.nii.gz").write_bytes(b"corrected by a program that leaves no note")
+    (out / "quality.csv").write_text("\n".join((out / "quality.csv").read_text().splitlines()[:4]))  # b has no line
+    segment(scans, out, volumes=True)
+    assert "1 of 3 scans are done already" in capsys.readouterr().out
+    assert {row["scan"] for row in csv.DictReader((out / "quality.csv").open())} == {"a", "b", "c"}
+    segment(scans, out, volumes=True)
+    assert "3 of 3 scans are done already" in capsys.readouterr().out
+    for changes in ({"keep_largest": True}, {"run": trained(metadata={"step": 3})}, {"run": trained(tta=True)}):
+        with pytest.raises(UserError, match=r"b_seg\.nii\.gz was made with another run or other settings"):
+            segment(scans, out, **changes)
+    assert (out / "a_seg.nii.gz").read_bytes().startswith(b"corrected")
+    with pytest.raises(UserError, match=r"a_seg\.nii\.gz was made or changed by another program: move it away"):
+        segment(scans, out, overwrite=True)
+    (out / "a_seg.nii.gz").unlink()
+    segment(scans, out, keep_largest=True, overwrite=True)
+    assert len(maps_in(out)) == 3 and len((out / "quality.csv").read_text().splitlines()) == 1 + 3 * 3
 
 
 def test_a_bad_scan_does_not_stop_the_others(tmp_path, capsys):
-    folder = tmp_path / "scans"
-    folder.mkdir()
-    write(folder / "good.nii.gz", phantom((100, 100, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
-    (folder / "bad.nii.gz").write_bytes((folder / "good.nii.gz").read_bytes()[:300])
+    good = write(tmp_path / "scans/good.nii.gz")
+    (tmp_path / "scans/bad.nii.gz").write_bytes(good.read_bytes()[:300])
     with pytest.raises(UserError, match=r"1 of 2 scans failed:\n  .*bad.nii.gz: cannot be read whole"):
-        segment_files(segmenter(), [folder], tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["good_seg.nii.gz"]
+        segment(tmp_path / "scans", tmp_path / "out")
+    assert maps_in(tmp_path / "out") == {"good_seg.nii.gz"}
+    assert "1 scan in" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"no \.nii or \.nii\.gz scan in"):  # it holds nothing but our own map
-        segment_files(segmenter(), [tmp_path / "out"], tmp_path / "more")
+        segment(tmp_path / "out", tmp_path / "more")
     assert "left out as a label map, by its name: " in capsys.readouterr().out
     with pytest.raises(UserError, match="no such file or folder"):
-        segment_files(segmenter(), [tmp_path / "none.nii.gz"], tmp_path / "out")
-    (tmp_path / "other").mkdir()
-    write(tmp_path / "other/good.nii", phantom((50, 50, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
+        segment(tmp_path / "none.nii.gz", tmp_path / "out")
+    write(tmp_path / "other/good.nii")
     with pytest.raises(UserError, match=r"several inputs would be written as good_seg\.nii\.gz"):
-        segment_files(segmenter(), [folder / "good.nii.gz", tmp_path / "other"], tmp_path / "out")
+        segment([good, tmp_path / "other"], tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for output in (tmp_path / "file", Path("/proc")):
+        with pytest.raises(UserError, match=f"{output}: cannot be written .*: choose another --output"):
+            segment(write(tmp_path / "scan.nii.gz"), output, trained(Full(AssertionError())))
 
 
 @pytest.mark.parametrize(
@@ -284,76 +298,54 @@ def test_a_bad_scan_does_not_stop_the_others(tmp_path, capsys):
 )  # fmt: skip
 def test_label_maps_in_a_folder_are_left_out(tmp_path, capsys, name):
     for stem in ("site1-sc01-image", "gt_scanner", name):
-        write(tmp_path / f"{stem}.nii.gz", phantom((60, 60, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
+        write(tmp_path / f"{stem}.nii.gz")
     (tmp_path / f"._{name}.nii.gz").write_bytes(b"of a file browser")
-    (tmp_path / ".DS_Store").write_bytes(b"\0")
-    segment_files(segmenter(), [tmp_path], tmp_path / "out")
-    maps = {path.name for path in (tmp_path / "out").glob("*.nii.gz")}
-    assert maps == {f"{stem}_seg.nii.gz" for stem in ("site1-sc01-image", "gt_scanner")}
+    segment(tmp_path, tmp_path / "out")
+    assert maps_in(tmp_path / "out") == {f"{stem}_seg.nii.gz" for stem in ("site1-sc01-image", "gt_scanner")}
     assert f"left out as a label map, by its name: {tmp_path / name}.nii.gz\n" in capsys.readouterr().out
 
 
 def test_a_scan_of_few_whole_numbers_is_doubted(tmp_path, capsys):
-    write(tmp_path / "scan.nii.gz", phantom((60, 60, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
-    segment_files(segmenter(), [tmp_path], tmp_path / "out")
-    assert "scan.nii.gz: it holds only the values 0, 1000, 2000, 3000: is it a label map?" in capsys.readouterr().out
-    grey = np.random.default_rng(0).random((60, 60, 4)).astype(np.float32)
-    nib.save(nib.Nifti1Image(grey, np.diag([2, 2, 8, 1])), tmp_path / "scan.nii.gz")
-    segment_files(segmenter(), [tmp_path], tmp_path / "out", overwrite=True)
+    write(tmp_path / "grey.nii.gz", np.random.default_rng(0).random((60, 60, 4)))
+    segment(tmp_path, tmp_path / "out")
     assert "warning" not in capsys.readouterr().out
+    segment(write(tmp_path / "scan.nii.gz"), tmp_path / "out")
+    assert "scan.nii.gz: it holds only the values 0, 1000, 2000, 3000: is it a label map?" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("array", "zoom", "reason"),
     [
-        (np.zeros((60, 60, 2)), 2, "all voxels lie in 0 to 0"),
-        (np.full((60, 60, 2), 7), 2, "all voxels lie in 7 to 7"),
-        (np.arange(7200).reshape(60, 60, 2) % 900, 0.002, "correct the voxel size in the header"),
-        (np.arange(7200).reshape(60, 60, 2) % 900, 20, "correct the voxel size in the header"),
+        (np.full((60, 60, 2), 7), 2, "all voxels lie in 7000 to 7000"),
+        (np.arange(7200).reshape(60, 60, 2) % 30, 0.002, "correct the voxel size in the header"),
+        (np.arange(7200).reshape(60, 60, 2) % 30, 20, "correct the voxel size in the header"),
     ],
 )
 def test_no_scan_is_refused_and_the_others_go_on(tmp_path, array, zoom, reason):
-    nib.save(nib.Nifti1Image(array.astype(np.int16), np.diag([zoom, zoom, 8, 1])), tmp_path / "odd.nii.gz")
-    write(tmp_path / "scan.nii.gz", phantom((60, 60, 2), (2, 2, 8)), np.diag([2, 2, 8, 1]))
+    write(tmp_path / "odd.nii.gz", array, np.diag([zoom, zoom, 8, 1]))
+    write(tmp_path / "scan.nii.gz")
     with pytest.raises(UserError, match=f"1 of 2 scans failed:\n  .*odd.nii.gz: .*{reason}"):
-        segment_files(segmenter(), [tmp_path], tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["scan_seg.nii.gz"]
+        segment(tmp_path, tmp_path / "out")
+    assert maps_in(tmp_path / "out") == {"scan_seg.nii.gz"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shape", [(150, 140, 4), (150, 140, 4, 2)])
-@pytest.mark.parametrize("axis", [1, 2])
-def test_slices_on_another_axis(tmp_path, axis, shape):
-    """A scan with its slices on another axis gives the same map on that axis, and without the flag is refused."""
-    scan = np.random.default_rng(0).gamma(2, 200, shape).astype(np.int16)
-    scan[40:90, 50:80] += 2000
-    moved, zooms = np.moveaxis(scan, 2, axis - 1), np.insert([1.5, 1.25], axis - 1, 8)
-    nib.save(nib.Nifti1Image(scan, np.diag([1.5, 1.25, 8, 1])), tmp_path / "third.nii.gz")
-    nib.save(nib.Nifti1Image(moved, np.diag([*zooms, 1])), tmp_path / "moved.nii.gz")
-    center = (60.0, 70.0)
-    segment_files(segmenter(center=center, confidence=True), [tmp_path / "third.nii.gz"], tmp_path)
-    unaware = tmp_path / "unaware"
-    with pytest.raises(UserError, match=rf"1 of 2 .*\n  .*moved.* axis {axis}, not 3: name their axis by --slice-axis"):
-        segment_files(segmenter(), [tmp_path / "moved.nii.gz", tmp_path / "third.nii.gz"], unaware)
-    assert [path.name for path in unaware.glob("*.nii.gz")] == ["third_seg.nii.gz"]
-    segment_files(segmenter(slice_axis=3), [tmp_path / "moved.nii.gz"], unaware)
-    assert (unaware / "moved_seg.nii.gz").exists()  # taken as it is
-    aware = segmenter(center=center, confidence=True, slice_axis=axis)
-    segment_files(aware, [tmp_path / "moved.nii.gz"], tmp_path)
-    for kind in ("seg", "confidence", "agreement"):
-        third, found = (nib.load(tmp_path / f"{stem}_{kind}.nii.gz") for stem in ("third", "moved"))
-        assert found.shape == moved.shape and (found.affine == np.diag([*zooms, 1])).all()
-        assert np.array_equal(np.moveaxis(third.get_fdata(), 2, axis - 1), found.get_fdata())
-    assert len(np.unique(nib.load(tmp_path / "third_seg.nii.gz").dataobj)) > 1
+@pytest.mark.parametrize("axis", [0, 1])
+def test_slices_on_another_axis_are_refused_with_the_remedy(tmp_path, axis):
+    truth = phantom((80, 70, 3, 2), (1.5, 1.25, 8))
+    moved, zooms = np.swapaxes(truth, axis, 2), np.array([1.5, 1.25, 8])
+    zooms[[axis, 2]] = zooms[[2, axis]]
+    write(tmp_path / "moved.nii.gz", moved, np.diag([*zooms, 1]))
+    with pytest.raises(UserError, match=rf"moved.* axis {axis + 1}, not 3: exchange the axes") as error:
+        segment(tmp_path, tmp_path / "out")
+    remedy = str(error.value).split("example by ")[1].replace("nibabel", "nib")
+    exec(remedy, {"nib": nib, "OLD": tmp_path / "moved.nii.gz", "NEW": tmp_path / "mended.nii.gz"})
+    segment(tmp_path / "mended.nii.gz", tmp_path / "out")
+    assert dice(read(tmp_path / "out/mended_seg.nii.gz") > 0, truth > 0) > 0.95
+    write(tmp_path / "thin.nii.gz", affine=np.diag([2, 2, 1.5, 1]))  # thinner than its square pixels are wide
+    segment(tmp_path / "thin.nii.gz", tmp_path / "out")
 
 
-def test_square_pixels_wider_than_the_slices_are_thick_are_no_other_axis(tmp_path):
-    write(tmp_path / "thin.nii.gz", phantom((60, 60, 2), (2, 2, 1.5)), np.diag([2, 2, 1.5, 1]))
-    segment_files(segmenter(), [tmp_path], tmp_path / "out")
-    assert (tmp_path / "out/thin_seg.nii.gz").exists()
-
-
-class Full(nn.Module):
+class Full(Brightness):
     """Fails as a machine does whose memory is full, at scans of more than 2 slices."""
 
     def __init__(self, error):
@@ -363,7 +355,7 @@ class Full(nn.Module):
     def forward(self, image):
         if len(image) > 2:
             raise self.error
-        return Brightness()(image)
+        return super().forward(image)
 
 
 @pytest.mark.parametrize(
@@ -377,16 +369,12 @@ class Full(nn.Module):
 )
 def test_full_memory_is_the_problem_of_one_scan(tmp_path, error):
     for name, depth in (("large", 3), ("small", 2)):
-        write(tmp_path / f"{name}.nii.gz", phantom((60, 60, depth), (2, 2, 8)), np.diag([2, 2, 8, 1]))
-    with pytest.raises(UserError, match=r"1 of 2 scans failed:\n  .*large.*out of memory: .*--batch-size \(now 32\)"):
-        segment_files(segmenter(Full(error)), [tmp_path], tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["small_seg.nii.gz"]
-
-
-def test_other_errors_of_the_network_are_not_hidden(tmp_path):
-    write(tmp_path / "scan.nii.gz", phantom((60, 60, 3), (2, 2, 8)), np.diag([2, 2, 8, 1]))
-    with pytest.raises(RuntimeError, match="shapes"):
-        segment_files(segmenter(Full(RuntimeError("shapes do not fit"))), [tmp_path], tmp_path / "out")
+        write(tmp_path / f"{name}.nii.gz", phantom((60, 60, depth), (2, 2, 8)))
+    with pytest.raises(UserError, match=r"1 of 2 scans failed:\n  .*large.*out of memory: .*--batch-size \(now 8\)"):
+        segment(tmp_path, tmp_path / "out", trained(Full(error)))
+    assert maps_in(tmp_path / "out") == {"small_seg.nii.gz"}
+    with pytest.raises(RuntimeError, match="shapes"):  # other errors are not hidden
+        segment(tmp_path / "large.nii.gz", tmp_path / "out", trained(Full(RuntimeError("shapes do not fit"))))
 
 
 @pytest.mark.slow
@@ -396,12 +384,12 @@ def test_memory_grows_by_little_more_than_the_scan(tmp_path):
     nib.save(nib.Nifti1Image(scan, np.diag([0.7, 0.7, 8, 1])), tmp_path / "scan.nii")
     nib.save(nib.Nifti1Image(scan[:100, :100, :4], np.diag([0.7, 0.7, 8, 1])), tmp_path / "small.nii")
     code = (
-        "import sys; from pathlib import Path; from test_segment import segmenter, segment_files\n"
+        "import sys; from pathlib import Path; from test_segment import segment\n"
         # of this process alone: getrusage begins with the peak of the process that started it
         "peak = lambda: 1024 * int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
-        "folder = Path(sys.argv[1]); segment = segmenter(batch_size=8)\n"
-        "segment_files(segment, [folder / 'small.nii'], folder / 'out'); before = peak()\n"
-        "segment_files(segment, [folder / 'scan.nii'], folder / 'out'); print('grown by', peak() - before)"
+        "folder = Path(sys.argv[1])\n"
+        "segment(folder / 'small.nii', folder / 'out'); before = peak()\n"
+        "segment(folder / 'scan.nii', folder / 'out'); print('grown by', peak() - before)"
     )
     path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/evaluation'}"}
     command = [sys.executable, "-c", code, tmp_path]
@@ -412,31 +400,28 @@ def test_memory_grows_by_little_more_than_the_scan(tmp_path):
 @pytest.mark.parametrize("moved_mm", [(127, 0), (-90, 90), (0, 0)])
 def test_the_networks_find_the_organ(tmp_path, capsys, moved_mm):
     """Moved by up to 40 % of the field of view of 317 mm; a bright speck elsewhere does not draw the centre."""
-    shape, zooms, dice = (360, 330, 3), (1.4, 1.5, 8), []
+    shape, zooms, reached = (360, 330, 3), (1.4, 1.5, 8), []
     for place in ((0, 0), moved_mm):
         truth = phantom(shape, zooms, place).copy()
         truth[5:8, 5:8] = 3
         write(tmp_path / "scan.nii.gz", truth, np.diag([*zooms, 1]))
-        out = tmp_path / f"{place}"
-        segment_files(segmenter(center="auto"), [tmp_path / "scan.nii.gz"], out, overwrite=True)
+        segment(tmp_path / "scan.nii.gz", tmp_path / f"{place}", center="auto", overwrite=True)
         truth[5:8, 5:8] = 0
-        ours = np.asarray(nib.load(out / "scan_seg.nii.gz").dataobj)
-        dice += [2 * ((ours == 3) & (truth == 3)).sum() / ((ours == 3).sum() + (truth == 3).sum())]
+        reached += [dice(read(tmp_path / f"{place}/scan_seg.nii.gz") == 3, truth == 3)]
         said = capsys.readouterr().out.split("center: ")[1].split(",")[0].split()
         expected = (np.array(shape[:2]) - 1) / 2 + np.array(place) / zooms[:2]
         assert np.abs(np.array(said, float) - expected).max() < 2  # voxels
-    assert dice[1] >= 0.98 * dice[0] > 0.95
+    assert reached[1] >= 0.98 * reached[0] > 0.95
 
 
 def test_nothing_found_keeps_the_image_center(tmp_path, capsys):
-    class Nothing(nn.Module):
+    class Nothing(Brightness):
         def forward(self, image):
             return torch.cat([image * 0 + 9, image.repeat(1, 3, 1, 1) * 0], 1)
 
-    write(tmp_path / "scan.nii.gz", phantom((300, 300, 2), (1.4, 1.4, 8)), np.diag([1.4, 1.4, 8, 1]))
-    segment_files(segmenter(Nothing(), center="auto"), [tmp_path / "scan.nii.gz"], tmp_path / "out")
+    segment(write(tmp_path / "scan.nii.gz"), tmp_path / "out", trained(Nothing()), center="auto")
     assert "the networks find nothing, so the image's centre is taken" in capsys.readouterr().out
-    assert not np.asarray(nib.load(tmp_path / "out/scan_seg.nii.gz").dataobj).any()
+    assert not read(tmp_path / "out/scan_seg.nii.gz").any()
 
 
 @pytest.mark.parametrize("frames", [1, 4])
@@ -449,10 +434,89 @@ def test_finding_costs_no_more_than_predicting(frames):
             seen.append(image.numel())
             return super().forward(image)
 
-    shape = (400, 400, 10, frames)
-    volume = Volume(phantom(shape, (1.2, 1.2, 8)) * 9.0, None, np.eye(4), (1.2, 1.2, 8.0))
-    segmenter(Counting()).volume(volume)
+    volume = Volume(phantom((400, 400, 10, frames), (1.2, 1.2, 8)) * 9.0, None, np.eye(4), (1.2, 1.2, 8.0))
+    predictor = trained(Counting()).predictor
+    segment_volume(volume, predictor, DATASET)
     plain = sum(seen)
     seen.clear()
-    segmenter(Counting(), center="auto").volume(volume)
+    segment_volume(volume, predictor, DATASET, center="auto")
     assert plain < sum(seen) <= 2 * plain
+
+
+def test_measures_of_known_defects():
+    rng = np.random.default_rng(0)
+    labels = np.zeros((6, 20, 20), np.uint8)
+    labels[0:2, 2:6, 2:6] = 1  # breaks off in slices 2 and 3
+    labels[4:6, 2:6, 2:6] = 1
+    labels[1, 15, 15] = 2
+    agreement = rng.random(labels.shape).astype(np.float32)
+    first, second, third = structure_quality(labels, {"agreement": agreement}, DATASET.class_names, 0.5)
+    assert (first["structure"], first["volume_ml"]) == ("LV", 32.0)
+    assert first["components"] == ndimage.label(labels == 1, np.ones((3, 3, 3)))[1] == 2
+    assert first["gaps"] == pytest.approx(2 / 6) and second["gaps"] == 0
+    assert first["agreement"] == pytest.approx(agreement[labels == 1].mean(), rel=1e-6)
+    assert third == {"structure": "RV", "volume_ml": 0.0, "components": 0, "gaps": 0.0}
+
+
+def test_tables_that_people_save_again_are_read_and_keep_their_columns(tmp_path):
+    """Of a spreadsheet with semicolons and a byte-order mark; the volumes are those of the rings themselves."""
+    zooms, out = (1.4, 1.5, 8), tmp_path / "out"
+    labels = phantom((220, 210, 4, 2), zooms)
+    for name in ("one", "two"):
+        write(tmp_path / f"{name}.nii.gz", labels, np.diag([*zooms, 1]))
+    segment(tmp_path / "one.nii.gz", out, volumes=True)
+    for table in (out / "quality.csv", out / "volumes.csv"):
+        header, *lines = table.read_text().replace(",", ";").splitlines()
+        text = "\n".join([f"{header};Remark", *(f"{line};mine" for line in lines), ";;"])
+        table.write_bytes(text.encode("utf-8-sig"))
+    segment([tmp_path / "one.nii.gz", tmp_path / "two.nii.gz"], out, volumes=True)
+    rows = list(csv.DictReader((out / "quality.csv").open()))
+    assert [(row["scan"], row["frame"]) for row in rows[::3]] == [(n, f) for n in ("one", "two") for f in "01"]
+    assert [row["Remark"] for row in rows] == ["mine"] * 6 + [""] * 6
+    assert rows[2]["structure"] == "RV" and rows[2]["confidence"] == "" and rows[2]["components"] == "1"
+    ml = (labels[..., 0] == 3).sum() * 1.4 * 1.5 * 8 / 1000
+    assert float(rows[2]["volume_ml"]) == pytest.approx(ml, rel=0.05) and float(rows[2]["agreement"]) == 1
+    one, two = csv.DictReader((out / "volumes.csv").open())
+    assert one["Remark"] == "mine" and float(one["LV EDV (ml)"]) == float(two["LV EDV (ml)"])
+    (out / "quality.csv").write_text("name,remark\none,mine\n")
+    with pytest.raises(UserError, match=r"quality\.csv has no column scan"):
+        segment(tmp_path / "two.nii.gz", out, trained(Full(AssertionError())))
+
+
+def cine(*radii):
+    """LV by its radius in each frame, around a core of RV: (200, 200, 3, T) of 1.5 mm; a frame of None is blank."""
+    x = (np.arange(200) - 99.5) * 1.5
+    distance = np.hypot(x[:, None], x[None])
+    frames = [0 * distance if r is None else np.select([distance < 20, distance < r], [3, 1]) for r in radii]
+    return np.stack([np.stack(frames, -1)] * 3, 2).astype(np.uint8)
+
+
+def test_clinical_quantities_of_a_new_scan(tmp_path):
+    """ED and ES are the largest and the smallest LV; the figures are those of the label map that was written."""
+    write(tmp_path / "cine.nii.gz", cine(48, 72, 60, 42, None), np.diag([1.5, 1.5, 8, 1]))
+    segment(tmp_path / "cine.nii.gz", tmp_path / "out", volumes=True)
+    (row,) = csv.DictReader((tmp_path / "out/volumes.csv").open())
+    assert (row["ED"], row["ES"]) == ("1", "3")
+    seg = read(tmp_path / "out/cine_seg.nii.gz")
+    ml = {
+        (phase, name): (seg[..., frame] == label).sum() * 1.5 * 1.5 * 8 / 1000
+        for phase, frame in (("ED", 1), ("ES", 3))
+        for label, name in enumerate(DATASET.class_names)
+    }
+    for name, (value, unit) in mms_dataloader.cardiac_metrics(ml).items():
+        assert float(row[f"{name} ({unit})"]) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("labels", "phases", "remark"),
+    [
+        (cine(48, 72, 60, 0, None, None), (1, 0), "frames 3, 4, 5 .* without LV"),
+        (cine(60, None), (None, None), "frames 1 .*; fewer than two frames .* no clinical figures"),
+        (cine(60), (None, None), "fewer than two frames .* no clinical figures"),
+        (cine(60)[..., 0], (None, None), "fewer than two frames .* no clinical figures"),
+    ],
+)
+def test_frames_that_are_none_have_no_clinical_quantities(labels, phases, remark):
+    figures, said = clinical_figures(Volume(labels, None, np.eye(4), (1.5, 1.5, 8.0)), labels, DATASET)
+    assert (figures["ED"], figures["ES"]) == phases and re.search(remark, said)
+    assert (figures["LV EF (%)"] is None) == (phases[0] is None)

@@ -1,58 +1,61 @@
 """The organ's place in a new scan: the run's own networks look at windows all over the plane."""
 
-import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from scipy import ndimage
+from tqdm import tqdm
 
-from config import FIELD_PX
+from config import CANVAS_PX, FIELD_PX
 from utils.data.volume import PlaneMap
+
+STRIDE = 2 * FIELD_PX // 3  # px: neighbouring windows overlap by a third, so that an organ of that size lies in one
 
 
 def locate(
-    slices: np.ndarray, plane: PlaneMap, look: Callable[[np.ndarray, int], np.ndarray], *, size: int, budget: int
-) -> tuple[tuple[float, float] | None, float]:
-    """Return the voxel of the organ's centre along a slice's axes, and the share of what was found that lies around it.
+    slices: np.ndarray, plane: PlaneMap, predict: Callable[[np.ndarray], Iterable[dict[str, np.ndarray]]], budget: int
+) -> tuple[float, float] | None:
+    """Return and print the voxel of the organ's centre along a slice's axes; None where the networks find nothing.
 
-    Neighbouring windows overlap by a third, so that an organ of that size lies whole in one. The centre is that of the
-    connected region with the largest foreground probability, summed over the slices; None where nothing is found.
+    It is the centre of the connected region with the largest foreground probability, summed over the slices.
 
     Args:
-        slices: (Z, X, Y), normalised; evenly spaced ones are looked at.
+        slices: (Z, X, Y), normalised; evenly spaced ones are looked at, at least one.
         plane: from a slice to the canvas on the image's centre.
-        look: foreground probability of canvases (N, C, C), seen at a size: (N, size, size).
-        size: px of the run's images.
-        budget: images of that size that may be looked at; with fewer than windows, these are seen more coarsely.
+        predict: from canvases (N, C, C) to the softmax "seg" (K, size, size) of each.
+        budget: canvases that may be looked at.
     """
-    stride = 2 * FIELD_PX // 3  # px of the canvas
     extent = np.multiply(plane.shape, plane.zooms) / plane.spacing
-    counts = [math.ceil(max(length - FIELD_PX, 0) / stride) + 1 for length in extent]
-    windows = math.prod(counts)
-    depth = min(max(budget // windows, 1), len(slices))
-    size = 8 * round(size * min(max(math.sqrt(budget / windows), 0.5), 1) / 8)
-    middle, step = (np.array(plane.shape) - 1) / 2, size / FIELD_PX  # px of a window per px of the canvas
+    sides = [max(CANVAS_PX, 2 * math.ceil(length / 2)) for length in extent]  # px; even, as the square around them is
+    starts = [np.linspace(0, n - CANVAS_PX, math.ceil((n - CANVAS_PX) / STRIDE) + 1).astype(int) for n in sides]
+    depth = min(max(budget // math.prod(map(len, starts)), 1), len(slices))
     chosen = slices[((np.arange(depth) + 0.5) * len(slices) / depth).astype(int)]
-    sides = [size + round((count - 1) * stride * step) for count in counts]
-    found, seen = np.zeros((depth, *sides), np.float32), np.zeros(sides, np.float32)
-    places, canvases = list(itertools.product(*map(range, counts))), []
-    for place in places:
-        offset = (np.array(place) - (np.array(counts) - 1) / 2) * stride * plane.spacing / plane.zooms
-        canvases.append(replace(plane, center=tuple(middle + offset)).to_canvas(chosen).astype(np.float16))
-    for place, probability in zip(places, np.split(look(np.concatenate(canvases), size), windows), strict=True):
-        corner = [round(number * stride * step) for number in place]
-        part = (..., *(slice(first, first + size) for first in corner))
-        found[part] += probability
-        seen[part] += 1
-    found /= seen
-    heat = (found * (found > 0.5)).sum(0)
+    square = replace(plane, size=max(sides)).to_canvas(chosen).astype(np.float16)
+    image = square[:, *(slice((max(sides) - n) // 2, (max(sides) + n) // 2) for n in sides)]
+    foreground, times, margin = np.zeros((depth, *sides), np.float32), np.zeros(sides), (CANVAS_PX - FIELD_PX) // 2
+    for corner in product(*starts):
+        window = tuple(slice(first, first + CANVAS_PX) for first in corner)
+        field = tuple(slice(first + margin, first + margin + FIELD_PX) for first in corner)
+        for z, maps in enumerate(predict(image[:, *window])):
+            background = F.interpolate(torch.from_numpy(maps["seg"][None, :1]), size=FIELD_PX, mode="bilinear")
+            foreground[z][field] += 1 - background[0, 0].numpy()
+        times[field] += 1
+    foreground /= times.clip(1)
+    heat = (foreground * (foreground > 0.5)).sum(0)
     regions, count = ndimage.label(heat)
     if not count:
-        return None, 0.0
-    sums = ndimage.sum(heat, regions, range(1, count + 1))
-    center = np.array(ndimage.center_of_mass(heat, regions, 1 + int(sums.argmax())))
-    around = [np.abs(np.arange(side) - c) <= size / 2 for side, c in zip(sides, center, strict=True)]
-    voxel = middle + (center - (np.array(sides) - 1) / 2) / step * plane.spacing / plane.zooms
-    return tuple(voxel.clip(0, 2 * middle).tolist()), float(heat[np.ix_(*around)].sum() / heat.sum())
+        tqdm.write("center: the networks find nothing, so the image's centre is taken")
+        return None
+    largest = 1 + int(ndimage.sum(heat, regions, range(1, count + 1)).argmax())
+    center = np.array(ndimage.center_of_mass(heat, regions, largest))
+    around = [np.abs(np.arange(side) - c) <= FIELD_PX / 2 for side, c in zip(sides, center, strict=True)]
+    middle = (np.array(plane.shape) - 1) / 2
+    voxel = (middle + (center - (np.array(sides) - 1) / 2) * plane.spacing / plane.zooms).clip(0, 2 * middle).tolist()
+    share = 100 * heat[np.ix_(*around)].sum() / heat.sum()
+    tqdm.write(f"center: {voxel[0]:.1f} {voxel[1]:.1f}, with {share:.0f} % of what was found around it")
+    return tuple(voxel)
