@@ -268,7 +268,7 @@ def test_an_interrupted_command_goes_on(tmp_path, capsys):
 def test_a_bad_scan_does_not_stop_the_others(tmp_path, capsys):
     good = write(tmp_path / "scans/good.nii.gz")
     (tmp_path / "scans/bad.nii.gz").write_bytes(good.read_bytes()[:300])
-    with pytest.raises(UserError, match=r"1 of 2 scans failed:\n  .*bad.nii.gz: cannot be read whole"):
+    with pytest.raises(UserError, match=r"1 of 2 scans failed:\n  .*bad\.nii\.gz"):
         segment(tmp_path / "scans", tmp_path / "out")
     assert maps_in(tmp_path / "out") == {"good_seg.nii.gz"}
     assert "1 scan in" in capsys.readouterr().out

@@ -72,6 +72,8 @@ def segment_files(
     if done and not overwrite:
         print(f"{len(done)} of {len(stems)} scans are done already; --overwrite does them anew")
         stems = {path: stem for path, stem in stems.items() if stem not in done}
+    if not stems:
+        return
     write_label_names(outputs, dataset.class_names)
     options = {"confidence": confidence, "center": center, "keep_largest": keep_largest, "batch_size": batch_size}
     problems, slices, began = [], 0, monotonic()
