@@ -7,9 +7,9 @@ import sys
 import pytest
 import torch
 from helpers import ROOT
-from utils.device import Process
 
 from utils import benchmark
+from utils.device import Process
 
 pytestmark = pytest.mark.slow
 

@@ -15,6 +15,7 @@ from matplotlib.image import imread
 from utils import plots
 from utils.evaluation import charts
 from utils.evaluation.metrics import agreement_limits
+from utils.files import OutputFolder
 
 NAMES = ("LV", "MYO", "RV")
 CONTOURS = np.array([to_rgb(colour) for colour in plots.STRUCTURE_COLOURS])
@@ -255,3 +256,14 @@ def test_preview_in_a_notebook(mms_root, tmp_path):
     environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_and_colours_for_viewers(tmp_path):
+    plots.write_label_names(OutputFolder(tmp_path), ("background", *NAMES))
+    slicer = [line.split() for line in (tmp_path / "labels.ctbl").read_text().splitlines()]
+    assert slicer[0] == ["0", "background", "0", "0", "0", "0"]
+    snap = [line.split(maxsplit=7) for line in (tmp_path / "labels.txt").read_text().splitlines()]
+    for label, (name, colour) in enumerate(zip(NAMES, CONTOURS, strict=True), start=1):
+        rgb = [str(round(255 * part)) for part in colour]
+        assert slicer[label] == [str(label), name, *rgb, "255"]
+        assert snap[label] == [str(label), *rgb, "1", "1", "1", f'"{name}"']

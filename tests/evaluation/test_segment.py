@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT
-from matplotlib.colors import to_rgb
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch import nn
@@ -25,12 +24,9 @@ from config import MMS
 from utils.data.volume import PlaneMap, Volume
 from utils.device import autocast_context
 from utils.errors import UserError
-from utils.evaluation.metrics import largest_components
 from utils.evaluation.predict import Predictor
 from utils.evaluation.runs import TrainedRun
 from utils.evaluation.segment import NOTE, clinical_figures, segment_files, segment_volume, structure_quality
-from utils.files import OutputFolder
-from utils.plots import STRUCTURE_COLOURS, write_label_names
 
 DATASET = mms_dataloader.DATASET
 BOX = np.diag([2, 2, 8, 1])  # mm
@@ -71,7 +67,7 @@ def write(path, labels=None, affine=BOX):
     """Write a scan of a phantom's brightness; sform and qform have different codes."""
     labels = phantom((60, 60, 2), (2, 2, 8)) if labels is None else labels
     path.parent.mkdir(exist_ok=True)
-    image = nib.Nifti1Image(labels.astype(np.int16) * 1000, affine)
+    image = nib.Nifti1Image((labels * 1000.0).astype(np.int16), affine)
     image.set_sform(affine, 2)
     image.set_qform(affine, 1)
     nib.save(image, path)
@@ -150,15 +146,13 @@ def test_prediction_does_not_depend_on_order_or_batch_size(tmp_path, build_tiny)
     with torch.no_grad():
         net.classifier.weight *= 100  # so that an untrained network uses all its classes
         net.classifier.bias.zero_()
-    rng = np.random.default_rng(0)
-    for name in "ab":
-        scan = rng.gamma(2, 200, (150, 140, 5)).astype(np.int16)
-        nib.save(nib.Nifti1Image(scan, np.diag([1.5, 1.5, 8, 1])), tmp_path / f"{name}.nii.gz")
+    files = [tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"]
+    for seed, file in enumerate(files):
+        write(file, np.random.default_rng(seed).gamma(2, 1, (150, 140, 5)), np.diag([1.5, 1.5, 8, 1]))
     results = []
-    for number, (order, size) in enumerate([("ab", 32), ("ba", 32), ("ab", 2)]):
+    for number, (inputs, size) in enumerate([(files, 32), (files[::-1], 32), (files, 2)]):
         out = tmp_path / str(number)
-        files = [tmp_path / f"{name}.nii.gz" for name in order]
-        segment(files, out, trained(net), batch_size=size, confidence=True)
+        segment(inputs, out, trained(net), batch_size=size, confidence=True)
         results.append(np.stack([read(out / f"{name}_seg.nii.gz") for name in "ab"]))
         for kind in ("confidence", "agreement"):
             values = read(out / f"a_{kind}.nii.gz")
@@ -180,46 +174,40 @@ def test_tta_is_the_mean_over_flips_and_rotations(build_tiny):
     assert torch.allclose(maps["probability"], expected, atol=1e-6)
 
 
-PLANE = PlaneMap((120, 120), (1.5, 1.5), 300, 1.1)
-
-
-def confidence_of(slices, net, **changes):
-    """Return the maps (Z, X, Y) of slices of 1.5 mm."""
+def segment_confidence(slices, net, **changes):
+    """Return confidence and agreement of slices (4, 120, 120) of 1.5 mm within the field of view."""
     volume = Volume(np.moveaxis(slices, 0, 2), None, np.eye(4), (1.5, 1.5, 8.0))
     maps, _ = segment_volume(volume, trained(net, **changes).predictor, DATASET, confidence=True)
-    return {name: np.moveaxis(array, 2, 0) for name, array in maps.items()}
+    inside = PlaneMap((120, 120), (1.5, 1.5), 300, 1.1).inside()
+    return maps["confidence"][inside], maps["agreement"][inside]
 
 
 def test_confidence_is_the_variance_between_the_views(build_tiny):
     """Slices of one amplitude leave nothing to be unsure of; other slices do. Agreement is 1 for equal networks."""
     torch.manual_seed(0)
-    net, inside = build_tiny(4).eval(), PLANE.inside()
+    net = build_tiny(4).eval()
     same = np.repeat(np.random.default_rng(0).random((1, 120, 120)), 4, 0)
-    maps = confidence_of(same, net)
-    assert np.allclose(maps["confidence"][:, inside], 1, atol=1e-4)
-    assert np.allclose(maps["agreement"][:, inside], 1, atol=1e-5)
+    confidence, agreement = segment_confidence(same, net)
+    assert np.allclose(confidence, 1, atol=1e-4) and np.allclose(agreement, 1, atol=1e-5)
     other = same * np.linspace(1, 3, 120)[None, :, None] ** np.arange(4)[:, None, None]
-    whole, half, none = (confidence_of(other, net, fourier_ratio=r)["confidence"][:, inside] for r in (1.0, 0.5, 0.0))
+    whole, half, none = (segment_confidence(other, net, fourier_ratio=ratio)[0] for ratio in (1.0, 0.5, 0.0))
     assert whole.min() < 0.9999 and half.min() > whole.min() and np.allclose(none, 1, atol=1e-4)
 
 
 def test_confidence_uses_the_fourier_mode_of_the_run(build_tiny):
     """Mode AM mixes all frequencies by fourier_alpha, as the formula on whole spectra says; lambda plays no part."""
-    net = build_tiny(4).eval()
-    slices = np.random.default_rng(0).random((4, 120, 120))
-    settings = {"fourier_mode": "AM", "fourier_ratio": 0.0}
-    maps = {a: confidence_of(slices, net, fourier_alpha=a, **settings)["confidence"] for a in (0.0, 0.3, 1.0)}
-    assert np.allclose(maps[0.0][:, PLANE.inside()], 1, atol=1e-4)
-    assert maps[1.0].mean() < maps[0.3].mean() < maps[0.0].mean()
-    canvas = PLANE.to_canvas(mms_dataloader.normalize(slices.astype(np.float32))).astype(np.float16)
-    view = canvas[:, None, 6:-6, 6:-6].astype(np.float32)
-    amplitude = 0.7 * np.abs(np.fft.fft2(view)) + 0.3 * np.abs(np.fft.fft2(np.roll(view, 2, 0)))
-    fourier = np.fft.ifft2(amplitude * np.exp(1j * np.angle(np.fft.fft2(view)))).real.astype(np.float32)
-    with torch.no_grad():
-        plain, augmented = (net(torch.from_numpy(x)).softmax(1).numpy() for x in (view, fourier))
-    expected = np.exp(-(plain * np.log(plain / augmented)).sum(1))
-    ours = PLANE.to_canvas(maps[0.3])[:, 6:-6, 6:-6]  # there and back smooths, so the means are compared
-    assert ours[ours > 0].mean() == pytest.approx(expected[ours > 0].mean(), abs=1e-4)
+    net, canvas = build_tiny(4).eval(), torch.rand(4, 1, 300, 300)
+    partners, curves = canvas.roll(2, 0), torch.rand(4, 256)
+    for alpha in (0.0, 0.3, 1.0):
+        predictor = trained(net, fourier_mode="AM", fourier_ratio=0.0, fourier_alpha=alpha).predictor
+        view, maps = predictor.maps(canvas, curves, partners)
+        spectra, others = (np.fft.fft2(part.numpy()) for part in (view, view.roll(2, 0)))
+        amplitude = (1 - alpha) * np.abs(spectra) + alpha * np.abs(others)
+        fourier = np.fft.ifft2(amplitude * np.exp(1j * np.angle(spectra))).real.astype(np.float32)
+        with torch.no_grad():
+            plain, augmented = (net(image).softmax(1) for image in (view, torch.from_numpy(fourier)))
+        expected = torch.exp(-(plain * (plain / augmented).log()).sum(1))
+        assert torch.allclose(maps["confidence"], expected, atol=1e-4)
 
 
 def test_confidence_of_a_single_slice_is_refused(tmp_path):
@@ -230,27 +218,14 @@ def test_confidence_of_a_single_slice_is_refused(tmp_path):
     segment(tmp_path, tmp_path / "out")
 
 
-def test_largest_component_is_kept_per_structure():
-    labels = np.zeros((8, 8, 3), np.uint8)
-    labels[0:3, 0:3] = 1
-    labels[6, 6, 0] = 1
-    labels[4:6, 4:6, 1] = 2
-    labels[7, 0, 2] = 2
-    kept = largest_components(labels)
-    assert (kept[0:3, 0:3] == 1).all() and (kept == 1).sum() == 27
-    assert (kept == 2).sum() == 4 and kept[7, 0, 2] == 0
-    assert (largest_components(np.zeros((3, 3, 3), np.uint8)) == 0).all()
-
-
 def test_inputs_and_maps_of_others_are_never_overwritten(tmp_path):
     """Neither a scan named like an output, nor a label map beside it, corrected by hand maybe."""
     scan = write(tmp_path / "scan.nii.gz")
     by_hand = write(tmp_path / "scan_seg.nii.gz").read_bytes()
     for overwrite in (False, True):
-        with pytest.raises(UserError, match=r"scan_seg\.nii\.gz is there, and .* Move it away"):
-            segment(tmp_path, tmp_path, overwrite=overwrite)
-        with pytest.raises(UserError, match=r"scan_seg\.nii\.gz lies among the inputs and would be overwritten"):
-            segment([scan, tmp_path / "scan_seg.nii.gz"], tmp_path, overwrite=overwrite)
+        for inputs in ([tmp_path], [scan, tmp_path / "scan_seg.nii.gz"]):
+            with pytest.raises(UserError, match=r"scan_seg\.nii\.gz is there, and .* Move it away"):
+                segment(inputs, tmp_path, overwrite=overwrite)
     assert (tmp_path / "scan_seg.nii.gz").read_bytes() == by_hand
 
 
@@ -280,7 +255,7 @@ def test_an_interrupted_command_goes_on(tmp_path, capsys):
     segment(scans, out, volumes=True)
     assert "3 of 3 scans are done already" in capsys.readouterr().out
     for changes in ({"keep_largest": True}, {"run": trained(metadata={"step": 3})}, {"run": trained(tta=True)}):
-        with pytest.raises(UserError, match=r"b_seg\.nii\.gz is there, made with another run or other settings"):
+        with pytest.raises(UserError, match=r"b_seg\.nii\.gz was made with another run or other settings"):
             segment(scans, out, **changes)
     assert (out / "a_seg.nii.gz").read_bytes().startswith(b"corrected")
     with pytest.raises(UserError, match=r"a_seg\.nii\.gz was made or changed by another program: move it away"):
@@ -293,7 +268,7 @@ def test_an_interrupted_command_goes_on(tmp_path, capsys):
 def test_a_bad_scan_does_not_stop_the_others(tmp_path, capsys):
     good = write(tmp_path / "scans/good.nii.gz")
     (tmp_path / "scans/bad.nii.gz").write_bytes(good.read_bytes()[:300])
-    with pytest.raises(UserError, match=r"1 of 2 scans failed:\n  .*bad.nii.gz: cannot be read whole"):
+    with pytest.raises(UserError, match=r"1 of 2 scans failed:\n  .*bad\.nii\.gz"):
         segment(tmp_path / "scans", tmp_path / "out")
     assert maps_in(tmp_path / "out") == {"good_seg.nii.gz"}
     assert "1 scan in" in capsys.readouterr().out
@@ -331,25 +306,23 @@ def test_label_maps_in_a_folder_are_left_out(tmp_path, capsys, name):
 
 
 def test_a_scan_of_few_whole_numbers_is_doubted(tmp_path, capsys):
+    write(tmp_path / "grey.nii.gz", np.random.default_rng(0).random((60, 60, 4)))
+    segment(tmp_path, tmp_path / "out")
+    assert "warning" not in capsys.readouterr().out
     segment(write(tmp_path / "scan.nii.gz"), tmp_path / "out")
     assert "scan.nii.gz: it holds only the values 0, 1000, 2000, 3000: is it a label map?" in capsys.readouterr().out
-    grey = np.random.default_rng(0).random((60, 60, 4)).astype(np.float32)
-    nib.save(nib.Nifti1Image(grey, BOX), tmp_path / "scan.nii.gz")
-    segment(tmp_path, tmp_path / "out", overwrite=True)
-    assert "warning" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("array", "zoom", "reason"),
     [
-        (np.zeros((60, 60, 2)), 2, "all voxels lie in 0 to 0"),
-        (np.full((60, 60, 2), 7), 2, "all voxels lie in 7 to 7"),
-        (np.arange(7200).reshape(60, 60, 2) % 900, 0.002, "correct the voxel size in the header"),
-        (np.arange(7200).reshape(60, 60, 2) % 900, 20, "correct the voxel size in the header"),
+        (np.full((60, 60, 2), 7), 2, "all voxels lie in 7000 to 7000"),
+        (np.arange(7200).reshape(60, 60, 2) % 30, 0.002, "correct the voxel size in the header"),
+        (np.arange(7200).reshape(60, 60, 2) % 30, 20, "correct the voxel size in the header"),
     ],
 )
 def test_no_scan_is_refused_and_the_others_go_on(tmp_path, array, zoom, reason):
-    nib.save(nib.Nifti1Image(array.astype(np.int16), np.diag([zoom, zoom, 8, 1])), tmp_path / "odd.nii.gz")
+    write(tmp_path / "odd.nii.gz", array, np.diag([zoom, zoom, 8, 1]))
     write(tmp_path / "scan.nii.gz")
     with pytest.raises(UserError, match=f"1 of 2 scans failed:\n  .*odd.nii.gz: .*{reason}"):
         segment(tmp_path, tmp_path / "out")
@@ -446,8 +419,7 @@ def test_nothing_found_keeps_the_image_center(tmp_path, capsys):
         def forward(self, image):
             return torch.cat([image * 0 + 9, image.repeat(1, 3, 1, 1) * 0], 1)
 
-    write(tmp_path / "scan.nii.gz", phantom((300, 300, 2), (1.4, 1.4, 8)), np.diag([1.4, 1.4, 8, 1]))
-    segment(tmp_path / "scan.nii.gz", tmp_path / "out", trained(Nothing()), center="auto")
+    segment(write(tmp_path / "scan.nii.gz"), tmp_path / "out", trained(Nothing()), center="auto")
     assert "the networks find nothing, so the image's centre is taken" in capsys.readouterr().out
     assert not read(tmp_path / "out/scan_seg.nii.gz").any()
 
@@ -500,12 +472,12 @@ def test_tables_that_people_save_again_are_read_and_keep_their_columns(tmp_path)
     segment([tmp_path / "one.nii.gz", tmp_path / "two.nii.gz"], out, volumes=True)
     rows = list(csv.DictReader((out / "quality.csv").open()))
     assert [(row["scan"], row["frame"]) for row in rows[::3]] == [(n, f) for n in ("one", "two") for f in "01"]
-    assert [row["remark"] for row in rows] == ["mine"] * 6 + [""] * 6
+    assert [row["Remark"] for row in rows] == ["mine"] * 6 + [""] * 6
     assert rows[2]["structure"] == "RV" and rows[2]["confidence"] == "" and rows[2]["components"] == "1"
     ml = (labels[..., 0] == 3).sum() * 1.4 * 1.5 * 8 / 1000
     assert float(rows[2]["volume_ml"]) == pytest.approx(ml, rel=0.05) and float(rows[2]["agreement"]) == 1
     one, two = csv.DictReader((out / "volumes.csv").open())
-    assert (one["remark"], one["LV EF (%)"]) == ("mine", two["LV EF (%)"])
+    assert one["Remark"] == "mine" and float(one["LV EDV (ml)"]) == float(two["LV EDV (ml)"])
     (out / "quality.csv").write_text("name,remark\none,mine\n")
     with pytest.raises(UserError, match=r"quality\.csv has no column scan"):
         segment(tmp_path / "two.nii.gz", out, trained(Full(AssertionError())))
@@ -538,8 +510,8 @@ def test_clinical_quantities_of_a_new_scan(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "phases", "remark"),
     [
-        (cine(48, 72, 60, 0, None, None), (1, 0), "the frames 3, 4, 5 .* without LV"),
-        (cine(60, None), (None, None), "the frames 1 .*; fewer than two frames .* no clinical figures"),
+        (cine(48, 72, 60, 0, None, None), (1, 0), "frames 3, 4, 5 .* without LV"),
+        (cine(60, None), (None, None), "frames 1 .*; fewer than two frames .* no clinical figures"),
         (cine(60), (None, None), "fewer than two frames .* no clinical figures"),
         (cine(60)[..., 0], (None, None), "fewer than two frames .* no clinical figures"),
     ],
@@ -548,14 +520,3 @@ def test_frames_that_are_none_have_no_clinical_quantities(labels, phases, remark
     figures, said = clinical_figures(Volume(labels, None, np.eye(4), (1.5, 1.5, 8.0)), labels, DATASET)
     assert (figures["ED"], figures["ES"]) == phases and re.search(remark, said)
     assert (figures["LV EF (%)"] is None) == (phases[0] is None)
-
-
-def test_names_and_colours_for_viewers(tmp_path):
-    write_label_names(OutputFolder(tmp_path), DATASET.class_names)
-    slicer = [line.split() for line in (tmp_path / "labels.ctbl").read_text().splitlines()]
-    assert slicer[0] == ["0", "background", "0", "0", "0", "0"]
-    snap = [line.split(maxsplit=7) for line in (tmp_path / "labels.txt").read_text().splitlines()]
-    for label, name in enumerate(DATASET.class_names[1:], start=1):
-        rgb = [str(round(255 * part)) for part in to_rgb(STRUCTURE_COLOURS[label - 1])]
-        assert slicer[label] == [str(label), name, *rgb, "255"]
-        assert snap[label] == [str(label), *rgb, "1", "1", "1", f'"{name}"']

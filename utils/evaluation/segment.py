@@ -29,10 +29,10 @@ from utils.evaluation.locate import locate
 from utils.evaluation.metrics import largest_components
 from utils.evaluation.predict import Predictor
 from utils.evaluation.runs import TrainedRun
-from utils.files import OutputFolder, atomic_write, file_stem, nifti_files, read_table, require_writable
+from utils.files import OutputFolder, Table, atomic_write, file_stem, nifti_files, read_table, require_writable
 from utils.plots import write_label_names
 
-NOTE = "SemiDG-Seg: for research use, not for clinical decisions"  # in the header of every map, with a checksum
+NOTE = "SemiDG-Seg: for research use, not for clinical decisions"
 MAPS = {"seg": np.uint8, "confidence": np.float32, "agreement": np.float32}  # as files are called
 QUALITY_COLUMNS = ("scan", "frame", "structure", "volume_ml", "agreement", "confidence", "components", "gaps")
 Center = tuple[float, float] | Literal["auto"] | None
@@ -45,30 +45,35 @@ def segment_files(
 ) -> None:  # fmt: skip
     """Segment files, and all NIfTI files of folders, into OUTPUT/STEM_seg.nii.gz.
 
-    With `confidence` also STEM_confidence.nii.gz (exp(-V), V the KL variance between plain and Fourier view) and
-    STEM_agreement.nii.gz (exp(-KL) between the two networks). Beside them quality.csv, with `volumes` volumes.csv, and
-    the structures' names and colours for viewers. A file that cannot be read does not stop the others.
+    With `confidence` also STEM_confidence.nii.gz (exp(-V), V the KL variance between plain and
+    Fourier view) and STEM_agreement.nii.gz (exp(-KL) between the two networks). Beside them
+    quality.csv, with `volumes` volumes.csv, and the structures' names and colours for viewers.
 
-    The same command goes on after an interruption: it makes the maps and the lines that are missing, and leaves the
-    others as they are. A map's header says by a checksum which run and settings made it.
+    Without `overwrite`, nothing that is there is replaced: the same command goes on after an
+    interruption, for the scans that lack a map or lines in a table. A map's header tells by a
+    checksum which run and settings made it. A file that cannot be read does not stop the others.
 
     Raises:
-        UserError: no input, two inputs of one name, an output that cannot be written, maps that this program did not
-            make, or (unless `overwrite`) made with another run or other settings; after all others, files that failed.
+        UserError: no input, two inputs of one name, an output that cannot be written, maps that this
+            program did not make, or made with another run or other settings; after all others, the
+            files that failed.
     """
-    stems, outputs = _output_stems(inputs, output), OutputFolder(output)
-    names = {stem: [f"{stem}_{kind}.nii.gz" for kind in (MAPS if confidence else ["seg"])] for stem in stems.values()}
+    stems, outputs = _output_stems(inputs), OutputFolder(output)
+    kinds = list(MAPS) if confidence else ["seg"]
+    names = {stem: [f"{stem}_{kind}.nii.gz" for kind in kinds] for stem in stems.values()}
     settings = run.checkpoint, run.metadata, run.predictor.tta, keep_largest, center
     note = f"{NOTE} [{sha256(repr(settings).encode()).hexdigest()[:8]}]"
     tables = ["quality.csv", "volumes.csv"] if volumes else ["quality.csv"]
     outputs.require_free(*tables, "labels.txt", "labels.ctbl", *chain(*names.values()))
     require_writable(output, "--output")
     _require_note([output / name for name in chain(*names.values())], note, overwrite)
-    complete = set.intersection(*({row["scan"] for row in _read_lines(output / table)} for table in tables))
-    done = {stem for stem in complete & names.keys() if all((output / name).exists() for name in names[stem])}
+    listed = [{row["scan"] for row in _read_lines(output / table).rows} for table in tables]
+    done = {s for s in names.keys() & set.intersection(*listed) if all((output / n).exists() for n in names[s])}
     if done and not overwrite:
-        print(f"{len(done)} of {len(stems)} scans are done already and stay as they are; --overwrite does them anew")
+        print(f"{len(done)} of {len(stems)} scans are done already; --overwrite does them anew")
         stems = {path: stem for path, stem in stems.items() if stem not in done}
+    if not stems:
+        return
     write_label_names(outputs, dataset.class_names)
     options = {"confidence": confidence, "center": center, "keep_largest": keep_largest, "batch_size": batch_size}
     problems, slices, began = [], 0, monotonic()
@@ -76,6 +81,8 @@ def segment_files(
         try:
             with memory_errors(path, f", or a smaller --batch-size (now {batch_size})"):
                 volume = _read_scan(path)
+                if center == "auto":
+                    tqdm.write(f"{path}:")
                 maps, quality = segment_volume(volume, run.predictor, dataset, **options)
                 for name, array in zip(names[stem], maps.values(), strict=True):
                     if overwrite or not (output / name).exists():
@@ -95,57 +102,53 @@ def segment_files(
         raise UserError(f"{len(problems)} of {len(stems)} scans failed:\n  " + "\n  ".join(problems))
 
 
-def _output_stems(inputs: Sequence[Path], output: Path) -> dict[Path, str]:
-    """Return the beginning of the outputs' names by input; UserError where outputs would overwrite something."""
+def _output_stems(inputs: Sequence[Path]) -> dict[Path, str]:
+    """Return the outputs' names by input, without endings; UserError for none, or one twice."""
     files = nifti_files(inputs)
-    left_out = [path for path in files if is_map(path) and path not in inputs]
-    for path in left_out:
-        print(f"left out as a label map, by its name: {path}")
-    stems = {path: file_stem(path) for path in files if path not in left_out}
+    stems = {path: file_stem(path) for path in files if path in inputs or not is_map(path)}
+    for path in files:
+        if path not in stems:
+            print(f"left out as a label map, by its name: {path}")
     if not stems:
-        raise UserError(f"no .nii or .nii.gz scan in {', '.join(map(str, inputs))} (folders in it are not searched)")
+        names = ", ".join(map(str, inputs))
+        raise UserError(f"no .nii or .nii.gz scan in {names} (folders in it are not searched)")
     stem, count = Counter(stems.values()).most_common(1)[0]
     if count > 1:
         raise UserError(f"several inputs would be written as {stem}_seg.nii.gz: segment them into other folders")
-    given = {path.resolve() for path in stems}
-    for target in (output / f"{stem}_{name}.nii.gz" for stem in stems.values() for name in MAPS):
-        if target.resolve() in given:
-            raise UserError(f"{target} lies among the inputs and would be overwritten: choose another --output")
     return stems
 
 
 def _require_note(maps: Sequence[Path], note: str, overwrite: bool) -> None:
-    """Raise UserError for a map that is there and by its header cannot be replaced, or is no part of this work."""
+    """Raise UserError for a map that, by its header, is not to be replaced or of other work."""
     for path in filter(Path.exists, maps):
         made_with = ""
-        with suppress(Exception):  # a file that nibabel cannot read, for one of a dozen reasons, is not ours
+        with suppress(Exception):  # nibabel raises a dozen kinds for what is no NIfTI
             made_with = nib.load(path).header["descrip"].item().decode()
         if overwrite and not made_with.startswith(NOTE):
-            raise UserError(f"{path} was made or changed by another program: move it away, or choose another --output")
+            raise UserError(f"{path} was made or changed by another program: move it away")
         if not overwrite and made_with.startswith(NOTE) and made_with != note:
             raise UserError(
-                f"{path} is there, made with another run or other settings: --overwrite replaces it, or choose another "
-                "--output"
+                f"{path} was made with another run or other settings: --overwrite replaces it, or "
+                "choose another --output"
             )
 
 
-def _read_lines(path: Path) -> list[dict[str, str]]:
-    """Read a table of scans, empty where there is none; UserError where it lacks their names."""
-    rows = read_table(path) if path.exists() else []
-    if rows and "scan" not in rows[0]:
+def _read_lines(path: Path) -> Table:
+    """Read a table of scans, empty where there is none; UserError where it does not name them."""
+    table = read_table(path) if path.exists() else Table([], [])
+    if table.rows and "scan" not in table.rows[0]:
         raise UserError(f"{path} has no column scan: name it again, or move the file away")
-    return rows
+    return table
 
 
 def _write_lines(path: Path, scan: str, lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Write a scan's lines in place of its earlier ones; those of other scans, and the user's columns, stay."""
-    rows = _read_lines(path)
-    header = {name.casefold(): name for name in [*(rows[0] if rows else ()), *columns]}
-    rows = [row for row in rows if row["scan"] != scan]
-    rows += [{"scan": scan, **{name.casefold(): value for name, value in line.items()}} for line in lines]
+    """Write a scan's lines in place of its earlier ones; other scans, and the user's columns, stay."""
+    table = _read_lines(path)
+    header = {name.casefold(): name for name in [*table.columns, *columns]}
+    rows = [row for row in table.rows if row["scan"] != scan]
+    rows += [{name.casefold(): value for name, value in {"scan": scan, **line}.items()} for line in lines]
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, header)
-        writer.writerows([header, *rows])
+        csv.DictWriter(file, header).writerows([header, *rows])
 
 
 def _read_scan(path: Path) -> Volume:
@@ -160,8 +163,8 @@ def _read_scan(path: Path) -> Volume:
     if axis != 2 and volume.zooms[axis] > 1.05 * sorted(volume.zooms)[1]:
         exchanged = [[2, 1], [1, 1], [0, 1]] if axis == 0 else [[0, 1], [2, 1], [1, 1]]
         raise UserError(
-            f"with voxels of {zooms} mm its slices seem to lie on axis {axis + 1}, not 3: exchange the axes, for "
-            f"example by nibabel.load(OLD).as_reoriented({exchanged}).to_filename(NEW)"
+            f"with voxels of {zooms} mm its slices seem to lie on axis {axis + 1}, not 3: exchange "
+            f"the axes, for example by nibabel.load(OLD).as_reoriented({exchanged}).to_filename(NEW)"
         )
     if reasons := implausible(volume, any_thickness=True):
         raise UserError("; ".join(reasons))
@@ -181,12 +184,13 @@ def segment_volume(
     """Segment all frames of a 3D or 4D volume, slices on the third axis.
 
     Args:
-        center: voxel of the organ's centre along a slice's axes; "auto": as the networks find it; None: the image's.
+        center: voxel of the organ's centre along a slice's axes; "auto": as the networks find it;
+            None: the image's.
 
     Returns:
-        Maps of its shape by name: "seg", labels as uint8; where wanted also "confidence", exp(-V), and "agreement" of
-        the networks, both float32 and 0 outside the field of view. And `structure_quality` of every frame, on the
-        network's grid and before `keep_largest`, with the frame's number.
+        Maps of its shape by name: "seg", labels as uint8; where wanted also "confidence", exp(-V),
+        and "agreement" of the networks, both float32 and 0 outside the field of view. And
+        `structure_quality` of every frame, on the network's grid, before `keep_largest`.
     """
     shape, frames, size = volume.array.shape, frame_count(volume), predictor.config.image_size
     plane = PlaneMap(shape[:2], volume.zooms[:2], CANVAS_PX, dataset.spacing)
@@ -197,17 +201,18 @@ def segment_volume(
     if center and not all(0 <= c < n for c, n in zip(center, plane.shape, strict=True)):
         raise UserError(f"--center {center} lies outside the image of {plane.shape} voxels")
     if confidence and shape[2] < 2:
-        raise UserError("--confidence compares with another slice, and there is only one: leave it out")
+        raise UserError("--confidence compares with another slice: leave it out for a single one")
     plane, pixel = replace(plane, center=center), pixel_mm(dataset.spacing, size)
     grid = replace(plane, size=size, spacing=pixel)
-    maps = {name: np.empty((frames, shape[2], *shape[:2]), MAPS[name]) for name in (MAPS if confidence else ["seg"])}
+    names = list(MAPS) if confidence else ["seg"]
+    maps = {name: np.empty((frames, shape[2], *shape[:2]), MAPS[name]) for name in names}
     quality = []
     for frame in range(frames):
-        # Slice by slice, here and below: a whole scan at its own resolution, with all classes, would take gigabytes.
+        # Slice by slice: a whole scan at its own resolution, with all classes, would take gigabytes.
         normalized = _normalized(frame_slices(volume, frame), dataset)
         canvas = np.concatenate([plane.to_canvas(image).astype(np.float16) for image in normalized])
         seen = {name: np.empty((len(canvas), size, size), MAPS[name]) for name in {*maps, "agreement"}}
-        for z, predicted in enumerate(_predict_slices(predictor, canvas, confidence=confidence, batch_size=batch_size)):
+        for z, predicted in enumerate(_predict_slices(predictor, canvas, batch_size, confidence)):
             for name, array in seen.items():
                 array[z] = predicted[name].argmax(0) if name == "seg" else predicted[name]
             for name, array in maps.items():
@@ -226,10 +231,10 @@ def _normalized(slices: np.ndarray, dataset: DatasetInfo) -> Iterator[np.ndarray
 
 
 def _predict_slices(
-    predictor: Predictor, canvas: np.ndarray, *, confidence: bool = False, batch_size: int
+    predictor: Predictor, canvas: np.ndarray, batch_size: int, confidence: bool = False
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield for each canvas (C, C) of a frame its softmax "seg" (K, size, size) and the other maps (size, size)."""
-    # A new scan comes without partners from other scanners: half the scan away lies another amplitude.
+    """Yield the softmax "seg" (K, size, size) and the other maps (size, size) of each canvas."""
+    # A new scan has no partners from other scanners: half the scan away lies another amplitude.
     partners = np.roll(range(len(canvas)), len(canvas) // 2)
     for first in range(0, len(canvas), batch_size):
         images, others = canvas[first : first + batch_size], canvas[partners[first : first + batch_size]]
@@ -251,8 +256,9 @@ def structure_quality(
         certainty: maps (Z, H, W) in [0, 1] by name, "agreement" and maybe "confidence".
 
     Returns:
-        volume_ml; the mean of each map inside the structure, absent where the structure is; components, the number of
-        connected ones (26 neighbours); gaps, the share of the slices between its first and last that lack it.
+        volume_ml; the mean of each map inside the structure, where there is one; components, the
+        number of connected ones (26 neighbours); gaps, the share of the slices between its first and
+        last that lack it.
     """
     rows = []
     for label, name in enumerate(class_names[1:], start=1):
@@ -267,10 +273,10 @@ def structure_quality(
 
 
 def clinical_figures(volume: Volume, labels: np.ndarray, dataset: DatasetInfo) -> tuple[dict[str, Any], str]:
-    """Return the clinical quantities of a scan by name, None where there are none, and a remark on what is left out.
+    """Return the clinical quantities of a scan by name, or None for each, and a remark on why.
 
-    ED and ES are the frames in which the first structure, the left ventricle, is largest and smallest. A constant
-    frame, or one without it, is neither; fewer than two others leave no quantities.
+    ED and ES are the frames in which the first structure, the left ventricle, is largest and
+    smallest. A constant frame, or one without it, is neither; fewer than two others leave none.
     """
     names, frames, voxel_ml = dataset.class_names[1:], frame_count(volume), math.prod(volume.zooms) / 1000
     labels = labels.reshape(*labels.shape[:3], frames)
@@ -278,11 +284,11 @@ def clinical_figures(volume: Volume, labels: np.ndarray, dataset: DatasetInfo) -
     lv, remarks = ml[names[0]], []
     usable = [t for t in range(frames) if lv[t] and np.ptp(frame_slices(volume, t))]
     if left_out := ", ".join(str(t) for t in range(frames) if t not in usable):
-        remarks.append(f"neither ED nor ES are the frames {left_out} (from 0), blank or without {names[0]}")
+        remarks.append(f"frames {left_out} (from 0) are blank or without {names[0]}: left out")
     phases = {"ED": max(usable, key=lv.item, default=0), "ES": min(usable, key=lv.item, default=0)}
     volumes = {(phase, name): float(ml[name][t]) for phase, t in phases.items() for name in names}
     row = phases | {f"{name} ({unit})": value for name, (value, unit) in dataset.clinical(volumes).items()}
     if len(usable) < 2:
-        remarks.append("fewer than two frames are left for ED and ES, so there are no clinical figures")
+        remarks.append("fewer than two frames are left, so there are no clinical figures")
         row = dict.fromkeys(row)
     return row, "; ".join(remarks)
