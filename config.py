@@ -18,6 +18,13 @@ FIELD_PX = 288  # the field of view: the paper's image size
 CANVAS_PX = 300  # the prepared images: a margin of 6 px around the field of view, for random shifts
 
 
+# What the settings can be; `Config` has the rules that are not so simple.
+RANGES = {"image_size": (32, FIELD_PX), "max_shift": (0, (CANVAS_PX - FIELD_PX) // 2), "rotation": (0, 360),
+          "fourier_ratio": (0, 1), "fourier_alpha": (0, 1)}  # fmt: skip
+LEAST = dict.fromkeys(("seed", "val_patients", "save_every", "keep_epochs", "workers", "cps_weight", "cps_warmup",
+                       "cps_ramp", "weight_decay"), 0) | {"num_epoch": 1, "accumulate": 1, "batch_size": 2}  # fmt: skip
+
+
 def pixel_mm(spacing: float, size: int) -> float:
     """Return the mm per px of the field of view at `size` px, where the canvas has `spacing` mm per px."""
     return spacing * FIELD_PX / size
@@ -116,32 +123,26 @@ class Config(*reversed(GROUPS)):
         """Raise UserError, naming the flag, for settings that cannot work."""
         rules = {
             "--ratio must be in (0, 1]": 0 < self.ratio <= 1,
-            f"--image-size must be 32 to {FIELD_PX}": 32 <= self.image_size <= FIELD_PX,
-            "--batch-size must be at least 2: image pooling has a BatchNorm": self.batch_size >= 2,
-            "--max-shift must be 0 to 6 px": 0 <= self.max_shift <= 6,
-            "--rotation must be 0 to 360": 0 <= self.rotation <= 360,
             "--fourier-window must be at least 0, and its square of 2 floor(288 L) + 1 px within the --image-size": (
                 self.fourier_window >= 0 and 2 * int(FIELD_PX * self.fourier_window) + 1 <= self.image_size
             ),
-            "--fourier-ratio must be in [0, 1]": 0 <= self.fourier_ratio <= 1,
-            "--fourier-alpha must be in [0, 1]": 0 <= self.fourier_alpha <= 1,
             "every --cps-loss but plain needs --fourier-aug": (
                 self.fourier_aug or self.cps_loss == "plain" or self.cps_weight == 0
             ),
-            "--num-epoch must be at least 1": self.num_epoch >= 1,
-            "--accumulate must be at least 1": self.accumulate >= 1,
             "--max-steps must be at least 1": self.max_steps is None or self.max_steps >= 1,
             "--lr must be positive": 0 < self.lr < math.inf,
             "--run-name must name a folder of its own": self.run_name.strip("./ ") != "",
         }
-        counts = ("seed", "val_patients", "save_every", "keep_epochs", "workers")
-        for name in (*counts, "cps_weight", "cps_warmup", "cps_ramp", "weight_decay"):
-            rules[f"--{name.replace('_', '-')} must not be negative"] = getattr(self, name) >= 0
         for field in fields(self):
-            if get_origin(field.type) is Literal:
+            flag, value = f"--{field.name.replace('_', '-')}", getattr(self, field.name)
+            if field.name in RANGES:
+                low, high = RANGES[field.name]
+                rules[f"{flag} must be {low} to {high}"] = low <= value <= high
+            elif field.name in LEAST:
+                rules[f"{flag} must be at least {LEAST[field.name]}"] = value >= LEAST[field.name]
+            elif get_origin(field.type) is Literal:
                 choices = get_args(field.type)
-                rule = f"--{field.name.replace('_', '-')} must be one of {', '.join(choices)}"
-                rules[rule] = getattr(self, field.name) in choices
+                rules[f"{flag} must be one of {', '.join(choices)}"] = value in choices
         for rule, holds in rules.items():
             if not holds:
                 raise UserError(rule)

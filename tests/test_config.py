@@ -16,14 +16,14 @@ from utils.errors import UserError
         ({"ratio": 0}, "--ratio must be in"),
         ({"image_size": 512}, "--image-size must be"),
         ({"max_shift": 7}, "--max-shift must be"),
-        ({"save_every": -1}, "--save-every must not be negative"),
-        ({"seed": -1}, "--seed must not be negative"),
+        ({"save_every": -1}, "--save-every must be at least 0"),
+        ({"seed": -1}, "--seed must be at least 0"),
         ({"lr": float("inf")}, "--lr must be positive"),
         ({"run_name": ""}, "--run-name must name a folder of its own"),
         ({"image_size": 96, "fourier_window": 0.2}, "--fourier-window must be"),
         ({"cps_loss": "hard"}, "--cps-loss must be one of pixel, scalar, plain"),
         ({"fourier_mode": "AX"}, "--fourier-mode must be one of AS, AM"),
-        ({"fourier_ratio": 5.0}, "--fourier-ratio must be in"),
+        ({"fourier_ratio": 5.0}, "--fourier-ratio must be 0 to 1"),
     ],
 )
 def test_impossible_settings(change, message):
@@ -66,7 +66,7 @@ def test_every_seed_has_a_run_of_its_own(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x", "--demo", "--seeds", "1"])
     assert [cfg.run_name for cfg in from_cli(MMS, MMS_DEMO)] == ["mms_demo_seed1"]
     monkeypatch.setattr("sys.argv", ["x", "--seeds", "0", "-1"])
-    with pytest.raises(UserError, match="--seed must not be negative"):
+    with pytest.raises(UserError, match="--seed must be at least 0"):
         from_cli(MMS, MMS_DEMO)
 
 

@@ -60,18 +60,16 @@ def choose_device(name: str, number: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and number == 0:
             print("warning: no GPU found, running on the CPU")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"--device {name}: no such device; choose auto, cpu, cuda or cuda:NUMBER")
     if name == "cpu":
         return torch.device(name)
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: no such device; choose auto, cpu, cuda or cuda:NUMBER")
     if not torch.cuda.is_available():
         raise UserError(f"--device {name}: PyTorch finds no GPU here (torch {torch.__version__}); use --device cpu")
     device, count = torch.device(name if ":" in name else f"{name}:{number}"), torch.cuda.device_count()
     if device.index >= count:
-        raise UserError(
-            f"--device {device}: this machine has {count} GPUs, numbered from 0; choose one of them, or start no more "
-            "processes (--nproc-per-node) than there are GPUs"
-        )
+        raise UserError(f"--device {device}: there are {count} GPUs here, numbered from 0: choose one, or start "
+                        "no more processes (--nproc-per-node)")  # fmt: skip
     return device
 
 

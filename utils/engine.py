@@ -119,12 +119,11 @@ def beginning(trainer: Trainer, total: int) -> list[str]:
 
 def log_step(trainer: Trainer, logger: Logger | NullLogger, *, always: bool) -> None:
     """Count a step; every SYNC_EVERY steps look at the device's counters, for the curves and for a divergence."""
-    if not always and trainer.step % SYNC_EVERY:
-        return logger.step()
-    stop_if_diverged(trainer)
-    point, trainer.point_sums = trainer.mean_scalars(trainer.point_sums), {}
-    logger.step(loss=f"{point['loss']:.3f}", cps=f"{point['cps']:.3f}")
-    logger.point({"step": trainer.step, **point})
+    logger.step()
+    if always or trainer.step % SYNC_EVERY == 0:
+        stop_if_diverged(trainer)
+        logger.point({"step": trainer.step, **trainer.mean_scalars(trainer.point_sums)})
+        trainer.point_sums = {}
 
 
 def end_epoch(trainer: Trainer, logger: Logger | NullLogger) -> None:

@@ -21,7 +21,7 @@ class UserError(Exception):
 
 def first_line(error: Exception) -> str:
     """Return what an exception of a library says, on one line; its kind where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def is_full_gpu(error: Exception) -> bool:
@@ -85,7 +85,5 @@ def naming(
         yield
     except UserError:
         raise
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): ask its owner for the right to read it") from error
     except errors as error:
         raise UserError(f"{path} {problem} ({first_line(error)}){remedy}") from error

@@ -38,9 +38,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); the earlier state is intact"
-        ) from error
+        raise UserError(f"{path}: cannot be written ({first_line(error)}); the earlier state is intact") from error
     finally:
         with suppress(OSError):  # a read-only folder
             temporary.unlink(missing_ok=True)
@@ -54,13 +52,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read what `write_json` wrote; UserError when it is missing, damaged or no dictionary."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged ({first_line(error)})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged (no dictionary)")
-    return content
+    with naming(path, "is missing or damaged"):
+        return dict(json.loads(path.read_text()))
 
 
 @contextmanager
@@ -69,22 +62,14 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
     A POSIX record lock: it goes with the process that took it, however that dies, and forked workers do not inherit it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "a")  # noqa: SIM115 (closed below, with the lock)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
-    with file:
+    require_writable(folder, "name")
+    with open(folder / LOCK, "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise UserError(
-                    f"{folder} is in use by another process: wait for it, or choose another name"
-                ) from error
-            print(
-                f"warning: {folder}: its file system knows no locks ({error.strerror}); start no second process there"
-            )
+                raise UserError(f"{folder} is in use by another process: wait, or choose another name") from error
+            print(f"warning: {folder}: no locks on its disk ({error.strerror}); start no second process there")
         yield
 
 
@@ -95,13 +80,11 @@ def require_space(folder: Path, need: int) -> None:
         raise UserError(f"{folder}: checkpoints take {need / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free there")
 
 
-def require_writable(folder: Path, flag: str) -> None:
-    """Make a folder and try to write in it; UserError, which names the flag that chooses it, where that fails."""
-    try:
+def require_writable(folder: Path, choice: str) -> None:
+    """Make a folder and try to write in it; UserError, which names what to choose instead, where that fails."""
+    with naming(folder, "cannot be written", errors=OSError, remedy=f": choose another {choice}"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}): choose another {flag}") from error
 
 
 class OutputFolder:
@@ -115,12 +98,10 @@ class OutputFolder:
 
     def require_free(self, *names: str) -> None:
         """Raise UserError when a file of that name is there and this program did not make it."""
-        for name in names:
-            if name not in self.made and ((self.folder / name).exists() or (self.folder / name).is_symlink()):
-                raise UserError(
-                    f"{self.folder / name} is there, and {self.record} does not say that this program made it: it is "
-                    "not overwritten. Move it away, or choose another folder"
-                )
+        for path in (self.folder / name for name in names if name not in self.made):
+            if path.exists() or path.is_symlink():
+                raise UserError(f"{path} is there, and {self.record} does not say that this program made it: it is not "
+                                "overwritten. Move it away, or choose another folder")  # fmt: skip
 
     def claim(self, name: str) -> Path:
         """Return the path to write `name` at, noted as made by this program; raises as `require_free`."""
@@ -139,7 +120,7 @@ class OutputFolder:
         for name in self.made - self.claimed:
             (self.folder / name).unlink(missing_ok=True)
         for subfolder in {(self.folder / name).parent for name in self.made} - {self.folder}:
-            if subfolder.is_dir() and not any(subfolder.iterdir()):
+            with suppress(OSError):  # not empty, or gone
                 subfolder.rmdir()
         self.made = set(self.claimed)
         if self.folder.is_dir():
@@ -147,21 +128,14 @@ class OutputFolder:
 
 
 def nifti_files(paths: Sequence[Path], *, deep: bool = False) -> list[Path]:
-    """Return the NIfTI files among `paths` and in the folders there, with `deep` also in their subfolders.
-
-    Raises:
-        UserError: a path does not exist.
-    """
+    """Return the files among `paths` and the NIfTI files of the folders there, with `deep` of their subfolders, too."""
     files = []
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        if not path.is_dir():
-            files.append(path)
-            continue
-        inside = sorted(path.rglob("*") if deep else path.iterdir())
-        hidden = {p for p in inside if any(part.startswith(".") for part in p.relative_to(path).parts)}
-        files += [p for p in inside if NIFTI.search(p.name) and p not in hidden]
+        inside = sorted(path.rglob("*") if deep else path.iterdir()) if path.is_dir() else []
+        shown = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        files += [p for p in shown if NIFTI.search(p.name)] if path.is_dir() else [path]
     return list(dict.fromkeys(files))
 
 
@@ -178,11 +152,7 @@ class Table(NamedTuple):
 
 
 def read_table(path: Path) -> Table:
-    """Read a CSV or XLSX file as people edit it: any delimiter and encoding of a spreadsheet, whole numbers as such.
-
-    Raises:
-        UserError: the file cannot be read as a table.
-    """
+    """Read a CSV or XLSX file as people edit it: any delimiter and encoding of a spreadsheet, whole numbers as such."""
     with naming(path, "cannot be read as a table"):  # openpyxl raises what zip and XML raise
         if path.suffix.lower() == ".xlsx":
             import openpyxl  # here alone: it is slow to import
@@ -193,10 +163,12 @@ def read_table(path: Path) -> Table:
             text = _decode(path.read_bytes())
             delimiter = max(",;\t", key=text.split("\n")[0].count)  # spreadsheets of some countries write semicolons
             lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
-    header, *cells = [line for line in ([_cell_text(cell) for cell in line] for line in lines) if any(line)] or [[]]
+    # Spreadsheets turn 3 into 3.0.
+    texts = [[re.sub(r"^(\d+)\.0+$", r"\1", str("" if c is None else c).strip()) for c in line] for line in lines]
+    header, *rows = [line for line in texts if any(line)] or [[]]
     columns = [" ".join(name.split()) for name in header]
     names = [name.casefold() for name in columns]
-    return Table(columns, [defaultdict(str, zip(names, line, strict=False)) for line in cells])
+    return Table(columns, [defaultdict(str, zip(names, row, strict=False)) for row in rows])
 
 
 def _decode(content: bytes) -> str:
@@ -207,9 +179,3 @@ def _decode(content: bytes) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         return content.decode("cp1252", errors="replace")
-
-
-def _cell_text(cell: object) -> str:
-    """Return a cell without blanks around it; whole numbers without the ".0" that spreadsheets add."""
-    text = "" if cell is None else str(cell).strip()
-    return re.sub(r"^(\d+)\.0+$", r"\1", text)

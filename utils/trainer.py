@@ -68,8 +68,8 @@ class Trainer:
         torch.backends.cudnn.benchmark = self.device.type == "cuda"  # shapes repeat from step to step
         # A training step calls these; evaluation calls the networks themselves.
         self.step_nets = self.nets
-        if cfg.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-            print("warning: --compile needs a C++ compiler (g++), and there is none: training without it")
+        if cfg.compile and not shutil.which(os.environ.get("CXX", "g++")):
+            process.say("warning: --compile needs a C++ compiler (g++), and there is none: training without it")
         elif cfg.compile:
             self.step_nets = [torch.compile(net) for net in self.nets]
         if cfg.checkpoint_activations:  # around the compiled networks: torch.compile cannot look into it
@@ -114,17 +114,19 @@ class Trainer:
 
     def labeled_views(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Augment a labelled batch: image (B, 1, size, size) float32, mask (B, size, size) int64."""
-        parts = (batch[name].to(self.device, non_blocking=True) for name in ("image", "mask", "quantiles"))
-        return self.augmentation.labeled(*parts, self.generator)
+        return self.augmentation.labeled(*self._on_device(batch, "image", "mask", "quantiles"), self.generator)
 
     def unlabeled_views(self, batch: Batch) -> UnlabeledViews:
         """Augment an unlabelled batch of B, or with CutMix 2 B, canvases."""
-        image, quantiles = (batch[name].to(self.device, non_blocking=True) for name in ("image", "quantiles"))
+        image, quantiles = self._on_device(batch, "image", "quantiles")
         plain, fourier = self.augmentation.unlabeled(image, quantiles, self.generator)
         parts, box_mask = 1, None
         if self.cfg.cutmix:
             parts, box_mask = 2, cutmix_mask(len(image) // 2, self.cfg.image_size, generator=self.generator)
         return UnlabeledViews(plain.chunk(parts), None if fourier is None else fourier.chunk(parts), box_mask)
+
+    def _on_device(self, batch: Batch, *names: str) -> list[torch.Tensor]:
+        return [batch[name].to(self.device, non_blocking=True) for name in names]
 
     def first_cps_step(self, total: int) -> int:
         """Return the first step from now on that has pseudo supervision; `total` where none has."""
@@ -136,13 +138,13 @@ class Trainer:
         The second is not read while there is no pseudo supervision. A step that is not finite changes nothing, which
         the device decides alone. `stop`: this process was asked to stop, which `stop_asked` then tells all of them.
         """
-        cfg, weight = self.cfg, self.cps_weight(self.step)
+        cfg, rank, weight = self.cfg, self.process.rank, self.cps_weight(self.step)
         self.recent_rows.append([row for pair in batches for batch in pair if batch for row in batch["row"].tolist()])
         statistics_before = torch.cat(self.statistics)
         micro_steps = []
-        for number, (labeled, unlabeled) in enumerate(batches, start=self.step * self.cfg.accumulate):
-            self.generator.manual_seed(derive_seed(self.cfg.seed, 4, number, self.process.rank))
-            torch.manual_seed(derive_seed(self.cfg.seed, 5, number, self.process.rank))  # dropout
+        for number, (labeled, unlabeled) in enumerate(batches, start=self.step * cfg.accumulate):
+            self.generator.manual_seed(derive_seed(cfg.seed, 4, number, rank))
+            torch.manual_seed(derive_seed(cfg.seed, 5, number, rank))  # dropout
             image, mask = self.labeled_views(labeled)
             views = self.unlabeled_views(unlabeled) if weight else None
             scalars = training_step(
@@ -223,12 +225,10 @@ class Trainer:
     def draw_samples(self, path: Path, title: str) -> None:
         """Draw the views of the last step's unlabelled batch, the networks' pseudo labels and their confidence."""
         loader = self.loaders.unlabeled
-        batch = loader.dataset[loader.sampler.batch_of_number((self.step - 1) * self.cfg.accumulate)]
+        positions = loader.sampler.batch_of_number((self.step - 1) * self.cfg.accumulate)
+        parts = np.split(positions, 2) if self.cfg.cutmix else [positions]
         self.generator.manual_seed(derive_seed(self.cfg.seed, 6, self.step))
-        half = len(batch["image"]) // (2 if self.cfg.cutmix else 1)
-        count = min(4, half)
-        chosen = [*range(count), *range(half, half + count)] if self.cfg.cutmix else list(range(max(count, 2)))
-        views = self.unlabeled_views({name: value[chosen] for name, value in batch.items()})
+        views = self.unlabeled_views(loader.dataset[np.concatenate([part[:4] for part in parts])])
         fourier = views.fourier or views.plain
         mixed = [views.mix(views.plain), views.mix(fourier)]
         with self.evaluating(), self.autocast():
@@ -236,9 +236,9 @@ class Trainer:
             variances = [kl_variance(*(net(image).float() for image in mixed)) for net in self.nets]
         box_mask = torch.zeros_like(mixed[0]) if views.box_mask is None else views.box_mask
         images = {"plain": views.plain[0], "fourier": fourier[0], "mixed": mixed[0], "mask_box": box_mask}
-        arrays = {name: image[:, 0] for name, image in images.items()}
-        arrays |= {"pseudo_labels": torch.stack(labels), "confidence": torch.exp(-torch.stack(variances))}
-        arrays = {name: array.cpu().numpy() for name, array in arrays.items()}
+        arrays = {name: image[:, 0].cpu().numpy() for name, image in images.items()}
+        arrays |= {"pseudo_labels": torch.stack(labels).cpu().numpy()}
+        arrays |= {"confidence": torch.exp(-torch.stack(variances)).cpu().numpy()}
         plot_training_samples(path, **arrays, class_names=self.loaders.dataset.class_names[1:], title=title)
 
     def state(self) -> State:
@@ -255,10 +255,8 @@ class Trainer:
 
     def _load_state(self, state: State) -> None:
         if state["metadata"]["content_hash"] != self.loaders.data.info["content_hash"]:
-            raise UserError(
-                f"{self.loaders.data.root} holds other data than this run began with: "
-                "give its --data-root, or begin anew with --restart"
-            )
+            raise UserError(f"{self.loaders.data.root} holds other data than this run began with: give the --data-root "
+                            "of these, or begin anew with --restart")  # fmt: skip
         self.step, self.best = state["step"], state["best"]
         self.seen_before = state["metadata"]["seen_before"]
         for name in COUNTERS:

@@ -6,6 +6,7 @@ import mmap
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -151,21 +152,15 @@ def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
 
 def provenance() -> dict[str, Any]:
     """Return what made a result: the code's git commit ("+" where it was changed since), the packages' versions."""
-    describe = ["git", "describe", "--always", "--dirty=+"]
-    try:
-        git = subprocess.run(describe, cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=False)
-        commit = git.stdout.strip() or None
-    except FileNotFoundError:  # no git here
-        commit = None
+    describe = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+"]
+    commit = None
+    with suppress(OSError, subprocess.CalledProcessError):  # no git here, or no repository
+        commit = subprocess.check_output(describe, text=True, stderr=subprocess.DEVNULL).strip()
     return {"git_commit": commit, "versions": {name: version(name) for name in PACKAGES}}
 
 
 def run_metadata(
-    dataset: Any,
-    config: dict[str, Any],
-    reference: torch.Tensor | None,
-    data_info: dict[str, Any],
-    **facts: Any,
+    dataset: Any, config: dict[str, Any], reference: torch.Tensor | None, data_info: dict[str, Any], **facts: Any
 ) -> dict[str, Any]:
     """Return what is saved beside the weights of a run.
 

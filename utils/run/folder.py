@@ -1,6 +1,7 @@
 """The folder of a run: its settings and split, who may write in it, how it is resumed or begun anew."""
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
@@ -44,22 +45,13 @@ def _settings(cfg: Config, world_size: int) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(cfg))) | {"processes": world_size}
 
 
-def _require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
-    try:
-        begun = DEFAULTS | read_json(folder / "config.json")  # a setting that is new in the code had its default
-    except UserError as error:
-        raise UserError(f"{error}: restore it, or begin anew with --restart") from error
-    keys = sorted({*begun, *settings} - FREE_ON_RESUME)
-    lines = [
-        f"  {key}: {begun.get(key)!r} there, {settings.get(key)!r} now\n"
-        for key in keys
-        if begun.get(key) != settings.get(key)
-    ]
-    if lines:
-        raise UserError(
-            f"{folder} holds a run with other settings:\n{''.join(lines)}"
-            "Choose another --run-name, or begin anew with --restart"
-        )
+def _require_same_settings(folder: Path, now: dict[str, Any]) -> None:
+    there = DEFAULTS | read_json(folder / "config.json")  # a setting that is new in the code had its default
+    keys = sorted(key for key in {*there, *now} - FREE_ON_RESUME if there.get(key) != now.get(key))
+    if keys:
+        lines = "".join(f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now\n" for key in keys)
+        raise UserError(f"{folder} holds a run with other settings:\n{lines}"
+                        "Choose another --run-name, or begin anew with --restart")  # fmt: skip
 
 
 def begin_run(
@@ -69,10 +61,7 @@ def begin_run(
 
     Args:
         split: patients by their part in the run.
-        weight_bytes: of both networks.
-
-    Raises:
-        UserError: the disk has no room for the checkpoints.
+        weight_bytes: of both networks; UserError where the disk has no room for the checkpoints.
     """
     # Weights and two moments, as last, as previous and as the file being written; the best weights and kept epochs.
     kept = len(list(folder.glob(KEPT_EPOCHS)))
@@ -124,13 +113,10 @@ def patients_seen(folder: Path, metadata: dict[str, Any]) -> set[str]:
 
 def unfinished(folder: Path) -> str:
     """Return how far a run is that has not trained to its end, as a remark in brackets; empty where it has."""
-    if not all((folder / name).exists() for name in ("log.jsonl", "config.json")):  # weights from elsewhere
+    lines = read_log(folder / "log.jsonl")
+    if not lines:  # weights from elsewhere
         return ""
-    planned = read_json(folder / "config.json")
-    if not {"num_epoch", "max_steps"} <= set(planned):
-        raise UserError(f"{folder / 'config.json'} is damaged: num_epoch and max_steps are not in it")
-    epochs, steps = planned["num_epoch"], planned["max_steps"]
-    last = max(read_log(folder / "log.jsonl"), key=lambda line: line["step"], default={"epoch": 0, "step": 0})
-    if last["epoch"] >= epochs or (steps and last["step"] >= steps):
+    planned = DEFAULTS | read_json(folder / "config.json")
+    if lines[-1]["epoch"] >= planned["num_epoch"] or lines[-1]["step"] >= (planned["max_steps"] or sys.maxsize):
         return ""
-    return f" (training not finished: epoch {last['epoch']} of {epochs})"
+    return f" (training not finished: epoch {lines[-1]['epoch']} of {planned['num_epoch']})"

@@ -43,34 +43,30 @@ class Logger:
         """Print a line above the progress bar."""
         self.progress.write(text)
 
-    def step(self, **values: str) -> None:
-        """Count a step; `values` stand beside the progress bar."""
-        self.progress.set_postfix(values, refresh=False) if values else None
+    def step(self) -> None:
         self.progress.update()
 
     def point(self, point: dict[str, Any]) -> None:
-        """Write a point of the curves."""
+        """Write a point of the curves, and show its loss beside the progress bar."""
         self.points.append(point)
+        self.progress.set_postfix({name: f"{point[name]:.3f}" for name in ("loss", "cps")}, refresh=False)
 
     def log(self, line: dict[str, Any]) -> None:
         """Write the line of an epoch, to wandb, too."""
         self.lines.append(line)
-        self._to_wandb(line, line["step"])
+        self._to_wandb(line)
 
     def picture(self, name: str, draw: Callable[[Path], None]) -> None:
-        """Let `draw` write a picture of the last line; one that fails is a warning, as no picture is worth a run."""
+        """Let `draw` write a picture; one that fails is a warning, as no picture is worth a run."""
         path = self.outputs.claim(name)
         try:
             draw(path)
         except Exception as error:  # whatever a drawing library raises
-            self.say(f"warning: {path} could not be drawn ({type(error).__name__}: {first_line(error)})")
-            return
+            return self.say(f"warning: {path} could not be drawn ({type(error).__name__}: {first_line(error)})")
         if self.wandb_run:
-            image = import_module("wandb").Image(str(path))
-            self._to_wandb({path.parent.name: image}, self.lines[-1]["step"])
+            self._to_wandb({path.stem.split("_")[0]: import_module("wandb").Image(str(path))})
 
     def save_best(self, nets: list[nn.Module], metadata: dict[str, Any]) -> None:
-        """Save the networks for inference."""
         save_networks(self.folder / "best.safetensors", nets, metadata)
 
     def keep_epoch(self, epoch: int, count: int, nets: list[nn.Module], metadata: dict[str, Any]) -> None:
@@ -82,11 +78,10 @@ class Logger:
                 (self.folder / old).unlink(missing_ok=True)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Save all that resuming needs."""
         save_checkpoint(self.folder, state)
 
     def finish(self, text: str) -> None:
-        """Free the disk of what only an unfinished run needs, and print the last line."""
+        """Print the last line, and free the disk of what only an unfinished run needs."""
         (self.folder / "previous.pt").unlink(missing_ok=True)
         self.say(text)
 
@@ -98,9 +93,9 @@ class Logger:
         if self.wandb_run:
             self._guarded(lambda: self.wandb_run.finish(exit_code=0 if kind is None else 1))
 
-    def _to_wandb(self, content: dict[str, Any], step: int) -> None:
+    def _to_wandb(self, content: dict[str, Any]) -> None:
         if self.wandb_run:
-            self._guarded(lambda: self.wandb_run.log(content, step=step))
+            self._guarded(lambda: self.wandb_run.log(content, step=self.lines[-1]["step"]))
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
         """Return what `call` returns; when it fails or hangs, warn and go on without wandb, which costs no run."""
@@ -124,12 +119,9 @@ class JsonLines(list):
             temporary.write_text("".join(json.dumps(line) + "\n" for line in self))
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a line, at once to the disk."""
         super().append(line)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -148,7 +140,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
     """Return what `call` returns or the exception that it raises; a TimeoutError when it takes longer."""
-    outcome: list[Any] = []
+    outcome: list[Any] = [TimeoutError(f"no answer within {seconds:g} s")]
 
     def run() -> None:
         try:
@@ -156,10 +148,10 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
         except Exception as error:
             outcome.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)  # unlike those of a pool, it does not delay the program's end
     thread.start()
     thread.join(seconds)
-    return outcome[0] if outcome else TimeoutError(f"no answer within {seconds:g} s")
+    return outcome[-1]
 
 
 def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
@@ -174,14 +166,7 @@ def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
     id_file = folder / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
-    return wandb.init(
-        project="semidg-seg",
-        name=folder.resolve().name,
-        id=id_file.read_text(),
-        resume="allow",
-        dir=folder,
-        config=config,
-        mode=mode,
-        # Without console capture: a dead service would otherwise block everything that prints.
-        settings=wandb.Settings(silent=True, init_timeout=30, console="off"),
-    )
+    # Without console capture: a dead service would otherwise block everything that prints.
+    settings = wandb.Settings(silent=True, init_timeout=30, console="off")
+    names = {"project": "semidg-seg", "name": folder.resolve().name, "id": id_file.read_text(), "dir": folder}
+    return wandb.init(**names, resume="allow", config=config, mode=mode, settings=settings)
