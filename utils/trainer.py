@@ -78,7 +78,7 @@ class Trainer:
         self.optimizers = [adamw(net.parameters()) for net in self.nets]
         reference = torch.from_numpy(loaders.reference).to(self.device) if cfg.histogram_matching else None
         self.mean_reference = None if reference is None else reference.mean(0)
-        self.augmentation = Augmentation(cfg, reference)
+        self.augmentation = Augmentation(cfg, reference, len(loaders.dataset.class_names))
         self.generator = torch.Generator(self.device)
         self.statistics = [s for norm in batch_norms(self.nets) for s in (norm.running_mean, norm.running_var)]
         self.step = 0

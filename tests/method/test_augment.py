@@ -20,6 +20,7 @@ from utils.method.augment import (
     amplitude_swap,
     canvas_to_view,
     cutmix_mask,
+    fourier_view,
     gaussian_blur,
     match_histogram,
     random_affine,
@@ -176,10 +177,10 @@ def test_grid_keeps_the_field_of_view(size):
     blob = torch.zeros(1, 1, CANVAS_PX, CANVAS_PX)
     blob[..., 80:121, 180:201] = 1
     expected = (np.array([100.5, 190.5]) - 6) / FIELD_PX  # centre of the blob's rectangle, in the field of view
-    for canvas in (blob, blob.to(torch.uint8)):
-        view = canvas_to_view(canvas, size)[0, 0]
-        np.testing.assert_allclose(centroid(view), expected, atol=0.3 / size)
-        assert view.float().mean().item() == pytest.approx(41 * 21 / FIELD_PX**2, rel=0.1)
+    view = canvas_to_view(blob, size)[0, 0]
+    np.testing.assert_allclose(centroid(view), expected, atol=0.3 / size)
+    assert view.mean().item() == pytest.approx(41 * 21 / FIELD_PX**2, rel=0.1)
+    assert torch.equal(canvas_to_view(blob.to(torch.uint8), size)[0, 0] == 1, view > 0.5)
     assert (canvas_to_view(torch.full((1, 1, CANVAS_PX, CANVAS_PX), 0.7), size) - 0.7).abs().max() < 1e-5
 
 
@@ -416,3 +417,34 @@ def test_histogram_matching_draws_a_reference_for_each_image():
     levels = plain.mean((1, 2, 3))
     assert ((levels - 0.2).abs() < 1e-4).sum() + ((levels - 0.6).abs() < 1e-4).sum() == 32
     assert 4 < ((levels - 0.2).abs() < 1e-4).sum() < 28
+
+
+@pytest.mark.parametrize("size", [48, 64, 72, 80, 128, 144])
+def test_small_masks_lie_where_the_image_does(size):
+    """The largest share of a pixel decides, at sizes whose samples fall on exact halves, too: no shift of the mask."""
+    rows, columns = torch.meshgrid(torch.arange(CANVAS_PX), torch.arange(CANVAS_PX), indexing="ij")
+    distance = ((rows - 140.3) ** 2 + (columns - 155.2) ** 2).sqrt()[None, None]
+    mask = ((distance < 40).int() + 2 * ((distance >= 40) & (distance < 55)).int()).to(torch.uint8)
+    theta = random_affine(1, generator=seeded(3), rotation=90, max_shift=6, flip=True)
+    for affine in (None, theta):
+        view = canvas_to_view(mask, size, affine, num_classes=4)
+        assert torch.equal(view, canvas_to_view(mask, size, affine))  # the number of classes read off the mask
+        shares = torch.cat([canvas_to_view((mask == label).float(), size, affine) for label in range(3)], dim=1)
+        assert torch.equal(view[:, 0], shares.argmax(1).to(torch.uint8))
+        np.testing.assert_allclose(centroid((view == 1).float()[0, 0]), centroid(shares[0, 1]), atol=0.12 / size)
+
+
+@pytest.mark.parametrize(
+    ("size", "share", "half"), [(78, 0.15625, 45), (288, 0.01, 2), (96, 0.01, 2), (93, 0.15625, 45)]
+)
+def test_the_window_is_not_cut_by_rounding(size, share, half):
+    """floor(288 L) coefficients at every size; beyond them the amplitude is the image's own."""
+    image, other = torch.rand(2, 1, 1, size, size, generator=torch.Generator().manual_seed(0))
+    if 2 * half + 1 > size:
+        with pytest.raises(ValueError, match=f"square of {2 * half + 1} coefficients"):
+            fourier_view(image, other, mode="AS", window=share, ratio=1.0)
+        return
+    view = fourier_view(image, other, mode="AS", window=share, ratio=1.0)
+    changed = (torch.fft.fft2(view).abs() - torch.fft.fft2(image).abs()).abs()[0, 0, 0] > 1e-3
+    frequencies = torch.fft.fftfreq(size, 1 / size).abs()[changed]
+    assert frequencies.max() == half

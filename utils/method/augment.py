@@ -32,7 +32,7 @@ def amplitude_swap(
         (B, 1, H, W), the real part of the inverse transform.
     """
     height, width = image.shape[-2:]
-    half = int(min(height, width) * window)
+    half = int(round(min(height, width) * window, 6))  # 44.9999 is 45
     if 2 * half + 1 > min(height, width):
         raise ValueError(
             f"window {window}: the square of {2 * half + 1} coefficients exceeds the {height}x{width} image"
@@ -136,26 +136,37 @@ def gaussian_blur(image: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 # --- geometry ------------------------------------------------------------------------------------------------------
 
 
-def canvas_to_view(canvas: torch.Tensor, size: int, theta: torch.Tensor | None = None) -> torch.Tensor:
-    """Sample the field of view of prepared canvases at `size` px: anti-aliased and bilinear, labels nearest.
+def canvas_to_view(
+    canvas: torch.Tensor, size: int, theta: torch.Tensor | None = None, *, num_classes: int | None = None
+) -> torch.Tensor:
+    """Sample the field of view of prepared canvases at `size` px, anti-aliased and bilinear.
+
+    Labels take the class that has the largest share of a pixel, so that they lie where the image does; at the full
+    size, where pixels are not merged, the nearest label.
 
     Args:
         canvas: (B, 1, C, C): float images, or uint8 labels (as the dtype tells).
         size: px of the output; the field of view is FIELD_PX / CANVAS_PX of the canvas at every size.
         theta: (B, 2, 3) affine on normalised coordinates, output to canvas; None for the centre crop.
+        num_classes: of labels, including the background; None reads it off them, for which a GPU must be waited for.
 
     Returns:
         (B, 1, size, size), of the canvas's kind: float32 or uint8. Outside the canvas: 0.
     """
-    labels = canvas.dtype == torch.uint8
+    labels, smaller = canvas.dtype == torch.uint8, size < FIELD_PX
     image = canvas.float()
-    if size < FIELD_PX and not labels:
+    if labels and smaller:
+        image = F.one_hot(canvas[:, 0].long(), num_classes or int(canvas.max()) + 1).movedim(-1, 1).float()
+    if smaller:
         image = F.interpolate(image, size=round(CANVAS_PX * size / FIELD_PX), mode="bilinear", antialias=True)
     if theta is None:
         theta = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]], device=canvas.device) * (FIELD_PX / CANVAS_PX)
     grid = F.affine_grid(theta.expand(len(canvas), 2, 3), [len(canvas), 1, size, size], align_corners=False)
-    sampled = F.grid_sample(image, grid, mode="nearest" if labels else "bilinear", align_corners=False)
-    return sampled.to(torch.uint8) if labels else sampled
+    mode = "nearest" if labels and not smaller else "bilinear"
+    sampled = F.grid_sample(image, grid, mode=mode, align_corners=False)
+    if labels:
+        return (sampled.argmax(1, keepdim=True) if smaller else sampled).to(torch.uint8)
+    return sampled
 
 
 def random_affine(count: int, *, generator: torch.Generator, rotation: int, max_shift: int, flip: bool) -> torch.Tensor:
@@ -225,6 +236,7 @@ class Augmentation:
 
     cfg: Config
     reference: torch.Tensor | None = None  # (P, Q) quantile curves, one drawn per image; None: no histogram matching
+    num_classes: int | None = None  # of the masks, including the background; None: read off them
 
     def labeled(
         self, image: torch.Tensor, mask: torch.Tensor, quantiles: torch.Tensor, generator: torch.Generator
@@ -241,7 +253,8 @@ class Augmentation:
         theta = self._affine(len(image), generator)
         view = self._match(canvas_to_view(image, self.cfg.image_size, theta), quantiles, generator)
         view = self._blur(view, generator)[0]
-        return view, canvas_to_view(mask, self.cfg.image_size, theta)[:, 0].long()
+        mask = canvas_to_view(mask, self.cfg.image_size, theta, num_classes=self.num_classes)
+        return view, mask[:, 0].long()
 
     def unlabeled(
         self, image: torch.Tensor, quantiles: torch.Tensor, generator: torch.Generator
