@@ -1,12 +1,14 @@
 """The equations against the released numbers (fixtures/losses.npz), loops and values computed by hand."""
 
 import math
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import FIXTURES
+from helpers import FIXTURES, ROOT
 
 from utils.method.losses import cross_pseudo_loss, dice_loss, kl_variance
 
@@ -144,3 +146,18 @@ def test_variance_is_the_kl_divergence_of_torch():
     plain, fourier = torch.randn(2, 2, 4, 5, 5)
     expected = F.kl_div(plain.log_softmax(1), fourier.log_softmax(1), reduction="none", log_target=True).sum(1)
     assert torch.allclose(kl_variance(plain, fourier), expected, atol=1e-6)
+
+
+def test_the_idea_of_the_docs_is_one_function_and_one_setting():
+    """docs/new_idea.md as it stands: the lines put into the function, the setting read from the config."""
+    page = (ROOT / "docs" / "new_idea.md").read_text()
+    lines = re.search(r"```python\n(    if mode == .*?)```", page, re.DOTALL)[1]
+    source = (ROOT / "utils" / "method" / "losses.py").read_text()
+    module = {}
+    exec(source.replace('    raise ValueError(f"unknown mode', f'{lines}    raise ValueError(f"unknown mode'), module)
+    logits, label, variance = torch.zeros(1, 2, 1, 2), torch.zeros(1, 1, 2, dtype=torch.long), torch.zeros(1, 1, 2)
+    teacher = torch.tensor([0.95, 0.85]).log().view(1, 1, 1, 2)
+    teacher = torch.cat([teacher, (1 - teacher.exp()).log()], dim=1)
+    cfg = SimpleNamespace(threshold=0.9)
+    loss = module["cross_pseudo_loss"](logits, label, variance, "threshold", teacher_logits=teacher, cfg=cfg)
+    assert loss.item() == pytest.approx(np.log(2) / 2)  # of two pixels the sure one

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import FIXTURES, seeded_weights
+from torch import nn
 
 from network import build_network
 from utils.device import autocast_context
-from utils.method.objective import UnlabeledViews, training_step
+from utils.method.objective import UnlabeledViews, cross_pseudo_supervision, training_step
 
 CPU = torch.device("cpu")
 
@@ -142,3 +143,22 @@ def test_batch_norm_statistics_of_a_step_are_the_released_ones(released_step, si
     state = nets[side].state_dict()
     norms = [float(value.norm()) for key, value in state.items() if key.endswith("running_mean")]
     assert norms == pytest.approx(released[f"mean_{'lr'[side]}"].tolist(), rel=1e-3)
+
+
+def test_the_loss_gets_the_logits_behind_the_pseudo_label_and_the_settings(monkeypatch):
+    """What any other weighting needs: for each student the other network's mixed mean logits."""
+    seen, settings = [], object()
+
+    def loss(logits, pseudo_label, variance, mode, *, teacher_logits, cfg):
+        seen.append((pseudo_label, teacher_logits, cfg))
+        return logits.mean() + variance.mean()
+
+    monkeypatch.setattr("utils.method.objective.cross_pseudo_loss", loss)
+    nets = [nn.Conv2d(1, 3, 1) for _ in range(2)]
+    u0, u1, z0, z1 = torch.rand(4, 2, 1, 4, 4)
+    box_mask = (torch.rand(2, 1, 4, 4) > 0.5).float()
+    cross_pseudo_supervision(nets, UnlabeledViews((u0, u1), (z0, z1), box_mask), "pixel", float32, settings)
+    for (label, logits, cfg), teacher in zip(seen, nets, strict=True):
+        expected = torch.where(box_mask > 0, (teacher(u1) + teacher(z1)) / 2, (teacher(u0) + teacher(z0)) / 2)
+        assert torch.allclose(logits, expected, atol=1e-6) and not logits.requires_grad
+        assert torch.equal(label, logits.argmax(1)) and cfg is settings
