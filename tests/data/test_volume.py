@@ -61,8 +61,7 @@ REFUSED = {  # name: (bytes, file name, what the message says)
     "gzip cut in its trailer": (GZ[:-3], "scan.nii.gz", "cannot be read whole"),
     "gzip with a wrong checksum": (flipped(GZ, -6), "scan.nii.gz", "cannot be read whole"),
     "gzip with a wrong length": (flipped(GZ, -1), "scan.nii.gz", "cannot be read whole"),
-    "gzip with a wrong checksum, then more": (flipped(GZ, -6) + b"more", "scan.nii.gz", "cannot be read whole"),
-    "gzip cut in its data, then more": (GZ[: len(GZ) // 2] + b"more", "scan.nii.gz", "cannot be read whole"),
+    "gzip, then garbage": (GZ + b"garbage", "scan.nii.gz", "cannot be read whole"),
     "gzip with damaged data": (flipped(GZ, len(GZ) // 2), "scan.nii.gz", "cannot be read whole"),
     "second gzip member damaged": (GZ + flipped(GZ, -6), "scan.nii.gz", "cannot be read whole"),
     "short data": (nifti()[:-1], "scan.nii", "bytes"),
@@ -78,7 +77,7 @@ REFUSED = {  # name: (bytes, file name, what the message says)
     "zero dimension": (nifti(dim=dims(7, 0, 5)), "scan.nii", "impossible dimensions"),
     "negative dimension": (nifti(dim=dims(7, -6, 5)), "scan.nii", "impossible dimensions"),
     "no dimensions": (nifti(dim=[0] * 8), "scan.nii", "impossible dimensions|not a valid"),
-    "2D": (nifti(DATA[:, :, 0]), "scan.nii", r"2D image of shape \[7, 6\], expected 3D or 4D"),
+    "2D": (nifti(DATA[:, :, 0]), "scan.nii", r"2D image of shape \[7, 6\], expected at least 3D"),
     "5D": (nifti(np.stack([DATA[..., None]] * 2, -1)), "scan.nii", "5D image"),
     "NaN pixdim": (nifti(pixdim=[1, 1.25, np.nan, 8, 1, 1, 1, 1]), "scan.nii", "voxel size"),
     "zero pixdim": (nifti(pixdim=[1, 0, 1.5, 8, 1, 1, 1, 1]), "scan.nii", "voxel size"),
@@ -87,12 +86,10 @@ REFUSED = {  # name: (bytes, file name, what the message says)
     "NaN affine": (nifti(srow_y=[0, np.nan, 0, 0]), "scan.nii", "affine"),
     "NaN qform": (nifti(sform=0, qoffset_x=np.nan), "scan.nii", "affine|not a valid"),
     "affine beyond the earth": (nifti(srow_z=[0, 0, 0.5, 1e9]), "scan.nii", "beyond 1 km"),
-    "quaternion too long": (nifti(sform=0, quatern_b=1.00002, quatern_c=0, quatern_d=0), "scan.nii", "not a valid"),
     "singular affine": (nifti(srow_z=[0, 0, 0, 5]), "scan.nii", "affine"),
     "NaN voxel": (nifti(with_nan(np.nan)), "scan.nii", "1 voxels are NaN, infinite or above"),
     "infinite voxel": (nifti(with_nan(-np.inf)), "scan.nii", "1 voxels are NaN, infinite or above"),
     "beyond float32": (nifti(scl_slope=1e38), "scan.nii", r"voxels are .* above 1e\+30 \(the header scales by"),
-    "metres": (nifti(xyzt_units=1), "scan.nii", "lengths in metres"),
     "RGB": (nifti(RGB), "scan.nii", "one number per voxel|type"),
     "complex": (nifti(DATA.astype(np.complex64)), "scan.nii", "one number per voxel|type"),
     "unknown datatype": (nifti(datatype=77), "scan.nii", "not a valid"),
@@ -181,12 +178,9 @@ def test_gzip_of_several_members_is_read(tmp_path):
     np.testing.assert_array_equal(read_volume(path).array, DATA)
 
 
-@pytest.mark.parametrize(("more", "warns"), [(bytes(512), False), (b"x", True), (b"garbage" * 99, True)])
-def test_bytes_after_the_gzip_stream_are_ignored_as_gzip_does(tmp_path, more, warns):
-    (tmp_path / "scan.nii.gz").write_bytes(GZ + more)
-    volume = read_volume(tmp_path / "scan.nii.gz")
-    np.testing.assert_array_equal(volume.array, DATA)
-    assert ("after the end of its gzip stream" in volume.warning) == warns
+def test_padding_after_the_gzip_stream_is_ignored(tmp_path):
+    (tmp_path / "scan.nii.gz").write_bytes(GZ + bytes(512))
+    np.testing.assert_array_equal(read_volume(tmp_path / "scan.nii.gz").array, DATA)
 
 
 def test_trailing_axes_of_length_1_are_dropped(tmp_path):
@@ -196,17 +190,6 @@ def test_trailing_axes_of_length_1_are_dropped(tmp_path):
     assert read_header(path)[1] == DATA.shape
     write_volume(tmp_path / "label.nii", (DATA > 0).astype(np.uint8), like=volume)
     assert read_volume(tmp_path / "label.nii", 3).zooms == volume.zooms
-
-
-def test_quaternion_that_rounding_made_too_long_is_read(tmp_path):
-    """Its length squared is 1 + 1e-5: a turn by half a circle, exact to that rounding, also in what is written."""
-    length = np.sqrt(1 + 1e-5) / 3
-    turned = {"quatern_b": 2 * length, "quatern_c": 2 * length, "quatern_d": length}
-    volume = read_volume(save(tmp_path, nifti(sform=0, **turned)))
-    half_turn = 2 * np.outer([2, 2, 1], [2, 2, 1]) / 9 - np.eye(3)
-    np.testing.assert_allclose(volume.affine[:3, :3], half_turn * [1.25, 1.5, 8.0], atol=1e-3)
-    write_volume(tmp_path / "label.nii.gz", DATA, like=volume)
-    np.testing.assert_allclose(nib.load(tmp_path / "label.nii.gz").affine, volume.affine, atol=1e-6)
 
 
 def test_no_text_of_the_scan_is_copied(tmp_path):
