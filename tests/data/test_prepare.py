@@ -171,7 +171,7 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
         f"error: {image(2, '_sa_gt')}: shape",
         f"error: {image(3, '_sa_gt')}: shape",
         f"error: {image(4)}: 1 voxels are NaN",
-        f"error: {image(5, '_sa_gt')}: labels [7] beside 0, 1, 2, 3;",
+        f"error: {image(5, '_sa_gt')}: labels [7] beside [0, 1, 2, 3]",
         f"error: patient {codes[6]} is there 2 times",
         "error: " + str(folders[7].with_name("Z9Z9Z9")) + ": patient Z9Z9Z9 is not in the info table",
         "unknown vendor 'X', expected one of A, B, C, D",
@@ -218,7 +218,7 @@ def test_phases_that_are_not_those_of_the_masks_are_an_error(raw, capsys):
     voxels = np.asarray(nib.load(scan).dataobj)
     nib.save(nib.Nifti1Image(np.concatenate([voxels, voxels], 3), nib.load(scan).affine), scan)
     assert not check_dataset(raw, MMS, workers=1)
-    assert f"error: {mask}: labels in frames [2, 3], but by the table they are E" in capsys.readouterr().out
+    assert f"error: {mask}: labels in frames [2, 3], but by the table {'E" in capsys.readouterr().out
 
 
 def test_changed_description_is_refused(mms_root, tmp_path):
@@ -251,7 +251,7 @@ def test_scgm_without_masks_is_an_error(scgm_raw, tmp_path):
 
 
 def test_disk_too_small_is_said_before_the_work(mms_raw, small_disk):
-    with pytest.raises(UserError, match=r"the prepared data take 0\.\d GB, 0\.0 GB are free"):
+    with pytest.raises(UserError, match=r"the prepared data take 0\.\d GB, only 0\.0 GB are free"):
         prepare_dataset(mms_raw, small_disk / "out", MMS, workers=2)
     assert not list(small_disk.iterdir())
 
@@ -426,7 +426,7 @@ def test_folders_of_the_user_are_kept(raw, tmp_path):
         prepare_dataset(raw, tmp_path / "there", MMS, workers=1)
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial/mine.npy").write_text("mine")
-    with pytest.raises(UserError, match=r"out\.partial is there and was not left by this program"):
+    with pytest.raises(UserError, match=r"out\.partial was not left by this program"):
         prepare_dataset(raw, tmp_path / "out", MMS, workers=1)
     assert (tmp_path / "out.partial/mine.npy").read_text() == "mine"
 
@@ -437,7 +437,7 @@ def test_description_that_workers_cannot_get_is_named(mms_raw, tmp_path):
         with_unlabeled([], replace(MMS, clinical=lambda _: {})),
     ):
         name = "clinical" if dataset.normalize is MMS.normalize else "normalize"
-        with pytest.raises(UserError, match=rf"DatasetInfo\.{name} cannot be sent to the worker processes"):
+        with pytest.raises(UserError, match=rf"DatasetInfo\.{name} cannot be sent to workers"):
             check_dataset(mms_raw, dataset, workers=2)
 
 
