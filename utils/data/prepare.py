@@ -171,9 +171,7 @@ def convert_scan(case: Case, dataset: DatasetInfo, target: Target | None) -> Sca
     total = sum(np.count_nonzero(labels) for labels in structures)
     outside = sum(np.count_nonzero(labels & ~field) for labels in structures)
     if outside > 0.01 * total:
-        warnings.append(
-            f"{case.image}: {100 * outside / total:.1f} % of its labels lie outside the network's field of view"
-        )
+        warnings.append(f"{case.image}: {100 * outside / total:.1f} % of its labels lie outside the field of view")
     written = _convert(case, dataset, image, truth, target) if target else ()
     return ScanReport(errors, warnings, (outside, total), *written)
 
