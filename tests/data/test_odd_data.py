@@ -246,7 +246,7 @@ def test_data_without_any_label(unlabeled_root, mms_config, monkeypatch, tmp_pat
 
 def test_prepared_data_named_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"folder data/mms of {tmp_path}: .* name them by --data-root\nM&Ms is free"):
+    with pytest.raises(UserError, match=rf"no data in {tmp_path}/data/mms: .*--data-root\nM&Ms is free"):
         PreparedData.open("data/mms", MMS)
-    with pytest.raises(UserError, match="data in the folder /nowhere\n"):
+    with pytest.raises(UserError, match="no data in /nowhere: "):
         PreparedData.open("/nowhere", MMS)

@@ -233,7 +233,7 @@ def test_changed_description_is_refused(mms_root, tmp_path):
         with pytest.raises(UserError):
             PreparedData.open(root, MMS)
     for before, after, said in ((b'"spacing_mm": 1.1', b'"spacing_mm": 1.3', changed_said),
-                                (b'"format": 5', b'"format": 4', "prepared: format 4, not 5: remove it")):  # fmt: skip
+                                (b'"format": 5', b'"format": 4', "format 4, not mms of format 5")):  # fmt: skip
         (root / "dataset.json").write_bytes(content.replace(before, after))
         with pytest.raises(UserError, match=said):
             PreparedData.open(root, MMS)

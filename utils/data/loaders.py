@@ -1,7 +1,6 @@
 """Batches of prepared data for training and evaluation.
 
-Data sets have no randomness of their own. What a training step reads follows from (seed, step, process) alone, so
-that a run resumes at any step with the very images the uninterrupted run would see.
+What a training step reads follows from (seed, step, process) alone, so that a resumed run sees the same images.
 """
 
 import os
@@ -9,7 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import chain, islice, repeat
+from itertools import chain, groupby, islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +66,7 @@ def unlabeled_batches(count: int, cfg: Config, *, rank: int = 0, world_size: int
     """Return batches of unlabelled positions: an epoch is a permutation of all images, cut into whole steps.
 
     With CutMix a batch holds 2 x batch_size positions: u0 and its partners u1, the same permutation rotated by a
-    random distance. So every image is used once in each, and never as its own partner. If there are enough images,
+    random distance. So every image is used once in each, and never as its own partner; if there are enough images,
     none is twice in a batch over all processes.
     """
     size = cfg.batch_size
@@ -90,11 +89,9 @@ def unlabeled_batches(count: int, cfg: Config, *, rank: int = 0, world_size: int
 
 def scan_batches(data: PreparedData, rows: np.ndarray) -> list[np.ndarray]:
     """Return the positions in `rows` by scan: one batch per patient and phase, slices in order."""
-    scans: dict[tuple[str, str], list[int]] = {}
-    for position, row in enumerate(rows):
-        scans.setdefault((data.index["patient"][row], data.index["phase"][row]), []).append(position)
-    by_slice = data.index["slice"][rows]
-    return [np.array(sorted(scans[key], key=by_slice.__getitem__)) for key in sorted(scans)]
+    keys = list(zip(*(data.index[name][rows] for name in ("patient", "phase", "slice")), strict=True))
+    order = sorted(range(len(rows)), key=keys.__getitem__)
+    return [np.array([*scan]) for _, scan in groupby(order, key=lambda position: keys[position][:2])]
 
 
 class Loaders(NamedTuple):
@@ -132,19 +129,16 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
     unlabeled_rows = data.rows(split.unlabeled)
     steps = len(unlabeled_rows) // (cfg.batch_size * world_size * cfg.accumulate)
     if not steps:
-        raise UserError(
-            f"{len(unlabeled_rows)} unlabelled images in {data.root} are fewer than one step takes: batches of "
-            f"{cfg.batch_size} x {world_size} process(es) x --accumulate {cfg.accumulate}. Use a smaller --batch-size"
-        )
-    first_domain = min({*data.index["domain"][unlabeled_rows]} & {*dataset.domains})
+        need = f"{cfg.batch_size} x {world_size} process(es) x --accumulate {cfg.accumulate}"
+        raise UserError(f"{len(unlabeled_rows)} unlabelled images, a step takes {need}: use a smaller --batch-size")
     labeled = SliceDataset(data, data.rows(split.labeled, with_mask=True), with_mask=True)
     unlabeled = SliceDataset(data, unlabeled_rows, with_mask=False)
     for part, rows in (("labelled", labeled.rows), ("validation", data.rows(split.validation, with_mask=True))):
         if not any(data.masks[number].any() for number in data.index["mask"][rows]):
-            raise UserError(
-                f"the masks of all {part} patients in {data.root} are empty: nothing can be learnt or measured. Check "
-                f"the masks, and prepare the data again: {', '.join(sorted(set(data.index['patient'][rows])))}"
-            )
+            raise UserError(f"the masks of all {part} patients in {data.root} are empty: check them, and prepare anew")
+    domain = data.index["domain"][unlabeled_rows]
+    reference = data.quantiles[unlabeled_rows[domain == min({*domain} & {*dataset.domains})]]
+    reference = reference[reference[:, 0] < reference[:, -1]]  # an image matched to an empty slice would be black
     workers = min(cfg.workers, usable_cores())  # more only slow each other down
     row_bytes = [sum(tensor.nbytes for tensor in dataset[[0]].values()) for dataset in (labeled, unlabeled)]
     batch_bytes = cfg.batch_size * (row_bytes[0] + row_bytes[1] * (1 + cfg.cutmix))
@@ -157,7 +151,7 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
         data,
         dataset,
         split,
-        data.quantiles[unlabeled_rows[data.index["domain"][unlabeled_rows] == first_domain]],
+        reference,
         steps,
     )
 
@@ -177,12 +171,7 @@ def batch_loader(dataset: SliceDataset, batches: Iterable[np.ndarray], workers: 
     parallel = {"timeout": STALL_S, "prefetch_factor": PREFETCH, "worker_init_fn": ignore_signals} if workers else {}
     # sampler= (not batch_sampler=) with batch_size=None hands the positions to the dataset as one request.
     return BatchLoader(
-        dataset,
-        sampler=batches,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        **parallel,
+        dataset, sampler=batches, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(), **parallel
     )
 
 
@@ -195,9 +184,8 @@ def shared_memory_suffices(batch_bytes: int, workers: int, *, warn: bool) -> boo
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else need
     if need > free and warn:
         print(
-            f"warning: the data workers need {need / 1e6:.0f} MB of shared memory, {SHARED_MEMORY} has "
-            f"{free / 1e6:.0f} MB free: the training process reads the data itself, which is slower. Give a container "
-            f"more (docker run --shm-size {need / 1e9 + 1:.0f}g), or choose fewer --workers"
+            f"warning: the data workers need {need / 1e6:.0f} MB of {SHARED_MEMORY}, {free / 1e6:.0f} MB are free: the "
+            f"training process reads the data itself. Faster: docker run --shm-size {need / 1e9 + 1:.0f}g, or fewer --workers"
         )
     return need <= free
 
