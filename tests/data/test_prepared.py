@@ -10,7 +10,7 @@ import pytest
 import mms_dataloader
 import scgm_dataloader
 from config import MMS
-from utils.data.loaders import SliceDataset, build_loaders, labeled_batches, scan_batches, unlabeled_batches
+from utils.data.loaders import SliceDataset, build_loaders, labeled_batches, scan_loader, unlabeled_batches
 from utils.data.prepared import PreparedData
 from utils.errors import UserError
 
@@ -37,6 +37,17 @@ def test_target_vendor_is_nowhere_in_training(mms_config, vendor):
     # The curves that histograms are matched to are those of the first source vendor alone.
     first = "B" if vendor == "A" else "A"
     assert sorted(map(tuple, loaders.reference)) == sorted(map(tuple, loaders.data.quantiles[domain == first]))
+
+
+def test_empty_slices_are_no_reference(mms_config, tmp_path):
+    """An image whose histogram is matched to that of an empty slice would be black."""
+    root = tmp_path / "prepared"
+    shutil.copytree(mms_config.data_root, root)
+    curves = np.load(root / "quantiles.npy", mmap_mode="r+")
+    curves[::3] = np.float32(0.5)
+    curves.flush()
+    reference = build_loaders(replace(mms_config, data_root=str(root)), mms_dataloader.DATASET).reference
+    assert len(reference) and (reference[:, 0] < reference[:, -1]).all()
 
 
 def test_split_takes_the_first_patients_of_each_group(mms_config):
@@ -135,8 +146,8 @@ def test_batches_follow_from_the_step_alone():
 
 def test_scans_come_whole_and_in_order(mms_root):
     data = PreparedData.open(mms_root, mms_dataloader.DATASET)
-    rows = np.random.default_rng(0).permutation(np.flatnonzero(data.index["mask"] >= 0))
-    batches = [rows[positions] for positions in scan_batches(data, rows)]
+    loader = scan_loader(data, data.patients_with_masks("none"))
+    batches = [batch["row"].numpy() for batch in loader]
     assert len(batches) == 32  # 16 patients, ED and ES
     for batch in batches:
         assert len(set(zip(data.index["patient"][batch], data.index["phase"][batch], strict=True))) == 1

@@ -6,9 +6,10 @@ What a training step reads follows from (seed, step, process) alone, so that a r
 import os
 import shutil
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import chain, groupby, islice, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from utils.data.prepared import PreparedData, Split, split_patients
 from utils.errors import UserError
 
 Batch = dict[str, torch.Tensor]  # as SliceDataset gives it
+Pairs = list[tuple[Batch, Batch | None]]  # a labelled and an unlabelled batch for each micro-step of a step
 SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over their batches, on Linux
 PREFETCH = 2  # batches that each worker reads ahead
 STALL_S = 300  # seconds without a batch after which the workers count as stalled
@@ -66,8 +68,7 @@ def unlabeled_batches(count: int, cfg: Config, *, rank: int = 0, world_size: int
     """Return batches of unlabelled positions: an epoch is a permutation of all images, cut into whole steps.
 
     With CutMix a batch holds 2 x batch_size positions: u0 and its partners u1, the same permutation rotated by a
-    random distance. So every image is used once in each, and never as its own partner; if there are enough images,
-    none is twice in a batch over all processes.
+    random distance. So every image is used once in each, and never as its own partner.
     """
     size = cfg.batch_size
     batches = count // (size * world_size * cfg.accumulate) * cfg.accumulate  # in an epoch
@@ -87,13 +88,6 @@ def unlabeled_batches(count: int, cfg: Config, *, rank: int = 0, world_size: int
     return BatchSampler(batch_of_number)
 
 
-def scan_batches(data: PreparedData, rows: np.ndarray) -> list[np.ndarray]:
-    """Return the positions in `rows` by scan: one batch per patient and phase, slices in order."""
-    keys = list(zip(*(data.index[name][rows] for name in ("patient", "phase", "slice")), strict=True))
-    order = sorted(range(len(rows)), key=keys.__getitem__)
-    return [np.array([*scan]) for _, scan in groupby(order, key=lambda position: keys[position][:2])]
-
-
 class Loaders(NamedTuple):
     """Batches that a run reads, and the data they come from."""
 
@@ -106,13 +100,8 @@ class Loaders(NamedTuple):
     reference: np.ndarray  # (P, 256) quantile curves of the first source domain
     steps_per_epoch: int
 
-    def training_batches(
-        self, accumulate: int, first: int, last: int, *, unlabeled_from: int = 0
-    ) -> Iterator[list[tuple[Batch, Batch | None]]]:
-        """Yield the `accumulate` pairs of a labelled and an unlabelled batch of each step, from `first` to `last`.
-
-        Before step `unlabeled_from` no unlabelled batch is read: it is None.
-        """
+    def training_batches(self, accumulate: int, first: int, last: int, *, unlabeled_from: int = 0) -> Iterator[Pairs]:
+        """Yield what each step from `first` to `last` reads; None for unlabelled ones before `unlabeled_from`."""
         begin = max(first, unlabeled_from)
         for loader, start in ((self.labeled, first), (self.unlabeled, begin)):
             loader.sampler.start, loader.sampler.stop = start * accumulate, last * accumulate
@@ -142,18 +131,19 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
     workers = min(cfg.workers, usable_cores())  # more only slow each other down
     row_bytes = [sum(tensor.nbytes for tensor in dataset[[0]].values()) for dataset in (labeled, unlabeled)]
     batch_bytes = cfg.batch_size * (row_bytes[0] + row_bytes[1] * (1 + cfg.cutmix))
-    if not shared_memory_suffices(batch_bytes, workers * world_size, warn=rank == 0):
+    need = batch_bytes * (PREFETCH + 1) * workers * world_size  # one more is in the hands of worker or training
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else need
+    if need > free:  # a worker would wait for ever; docker run --shm-size gives more
         workers = 0
-    return Loaders(
-        batch_loader(labeled, labeled_batches(len(labeled), cfg, rank=rank), workers),
-        batch_loader(unlabeled, unlabeled_batches(len(unlabeled), cfg, rank=rank, world_size=world_size), workers),
-        scan_loader(data, split.validation, rank=rank, world_size=world_size),
-        data,
-        dataset,
-        split,
-        reference,
-        steps,
-    )
+        if rank == 0:
+            print(
+                f"warning: no data workers: they need {need / 1e6:.0f} MB of shared memory, {free / 1e6:.0f} are free"
+            )
+    batches = unlabeled_batches(len(unlabeled), cfg, rank=rank, world_size=world_size)
+    labeled_loader = batch_loader(labeled, labeled_batches(len(labeled), cfg, rank=rank), workers)
+    unlabeled_loader = batch_loader(unlabeled, batches, workers)
+    val_loader = scan_loader(data, split.validation, rank=rank, world_size=world_size)
+    return Loaders(labeled_loader, unlabeled_loader, val_loader, data, dataset, split, reference, steps)
 
 
 class BatchLoader(DataLoader):
@@ -167,27 +157,11 @@ class BatchLoader(DataLoader):
 
 
 def batch_loader(dataset: SliceDataset, batches: Iterable[np.ndarray], workers: int) -> DataLoader:
-    """Return a loader of whole batches, whose positions in the data set `batches` yields."""
+    """Return a loader of whole batches: each element of `batches`, positions, is one request to the data set."""
     parallel = {"timeout": STALL_S, "prefetch_factor": PREFETCH, "worker_init_fn": ignore_signals} if workers else {}
-    # sampler= (not batch_sampler=) with batch_size=None hands the positions to the dataset as one request.
     return BatchLoader(
         dataset, sampler=batches, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(), **parallel
     )
-
-
-def shared_memory_suffices(batch_bytes: int, workers: int, *, warn: bool) -> bool:
-    """Return True if the batches that `workers` read ahead fit into shared memory; if not, print a warning.
-
-    Without this question a worker waits for ever or dies of a bus error. Docker gives a container 64 MB.
-    """
-    need = batch_bytes * (PREFETCH + 1) * workers  # one more is in the hands of the worker or the training process
-    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else need
-    if need > free and warn:
-        print(
-            f"warning: the data workers need {need / 1e6:.0f} MB of {SHARED_MEMORY}, {free / 1e6:.0f} MB are free: the "
-            f"training process reads the data itself. Faster: docker run --shm-size {need / 1e9 + 1:.0f}g, or fewer --workers"
-        )
-    return need <= free
 
 
 def ignore_signals(_worker: int = 0) -> None:
@@ -197,9 +171,12 @@ def ignore_signals(_worker: int = 0) -> None:
 
 
 def scan_loader(data: PreparedData, patients: Sequence[str], *, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """Return a loader of all scans with masks of `patients`, a batch per scan; each process reads its share of them."""
+    """Return a loader of all scans with masks of `patients`, a batch per scan; each process reads its share."""
     dataset = SliceDataset(data, data.rows(list(patients), with_mask=True), with_mask=True)
-    return batch_loader(dataset, scan_batches(data, dataset.rows)[rank::world_size], 0)
+    scans = defaultdict(list)  # positions by patient and phase, in the order of the slices
+    for position, row in enumerate(dataset.rows):
+        scans[data.index["patient"][row], data.index["phase"][row]].append(position)
+    return batch_loader(dataset, [np.array(scans[key]) for key in sorted(scans)][rank::world_size], 0)
 
 
 def usable_cores() -> int:
