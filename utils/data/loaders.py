@@ -30,9 +30,8 @@ STALL_S = 300  # seconds without a batch after which the workers count as stalle
 
 
 class SliceDataset(Dataset):
-    """Slices of prepared data, fetched by the batch: `dataset[[3, 1]]` -> dict of tensors.
-
-    image (B, 1, C, C) float16, mask (B, 1, C, C) uint8 (where `with_mask`), quantiles (B, 256), row (B,): index row.
+    """Slices of prepared data, fetched by the batch: `dataset[[3, 1]]` -> dict of image (B, 1, C, C) float16,
+    mask (B, 1, C, C) uint8 (where `with_mask`), quantiles (B, 256), row (B,): index row.
     """
 
     def __init__(self, data: PreparedData, rows: np.ndarray, *, with_mask: bool):
@@ -133,12 +132,11 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
     batch_bytes = cfg.batch_size * (row_bytes[0] + row_bytes[1] * (1 + cfg.cutmix))
     need = batch_bytes * (PREFETCH + 1) * workers * world_size  # one more is in the hands of worker or training
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else need
-    if need > free:  # a worker would wait for ever; docker run --shm-size gives more
+    if need > free:  # a worker would wait for ever, or die of a bus error
         workers = 0
+        lack = f"{need / 1e6:.0f} MB of shared memory, {free / 1e6:.0f} MB are free"
         if rank == 0:
-            print(
-                f"warning: no data workers: they need {need / 1e6:.0f} MB of shared memory, {free / 1e6:.0f} are free"
-            )
+            print(f"warning: no data workers: they need {lack} (docker run --shm-size gives more)")
     batches = unlabeled_batches(len(unlabeled), cfg, rank=rank, world_size=world_size)
     labeled_loader = batch_loader(labeled, labeled_batches(len(labeled), cfg, rank=rank), workers)
     unlabeled_loader = batch_loader(unlabeled, batches, workers)
@@ -165,7 +163,7 @@ def batch_loader(dataset: SliceDataset, batches: Iterable[np.ndarray], workers: 
 
 
 def ignore_signals(_worker: int = 0) -> None:
-    """Leave signals to the training process: it saves its state, then ends its workers, which also end with it."""
+    """Leave signals to the training process: it saves its state, then ends its workers."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
@@ -180,5 +178,5 @@ def scan_loader(data: PreparedData, patients: Sequence[str], *, rank: int = 0, w
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may use, which can be fewer than the machine has."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
