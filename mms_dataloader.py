@@ -90,9 +90,8 @@ def _read_table(paths: list[Path], raw: Path) -> tuple[dict[str, TableRow], list
             if {*map(str.casefold, COLUMNS)} <= {*map(str.casefold, columns)}:
                 tables[path] = rows
     if len(tables) != 1:
-        names = ", ".join(map(str, tables or paths)) or "none"
         expected = f"expected one info table (CSV or XLSX with {', '.join(COLUMNS)}) here or in OpenDataset"
-        return {}, [f"{raw}: {expected}: {names}"], []
+        return {}, [f"{raw}: {expected}: {', '.join(map(str, tables or paths)) or 'none'}"], []
     ((path, rows),) = tables.items()
     table: dict[str, TableRow] = {}
     warnings = []
