@@ -30,7 +30,6 @@ def raw(mms_raw, tmp_path):
 
 
 def scans_of(raw):
-    """Image and mask of every labelled patient."""
     masks = sorted(path for path in raw.rglob("*_sa_gt.nii.gz") if "Unlabeled" not in path.parts)
     return [(path.with_name(path.name.replace("_gt", "")), path) for path in masks]
 
@@ -59,8 +58,7 @@ def prepared(raw, out, dataset):
 @pytest.mark.parametrize("axes", ["LPI", "PLS", "SAR"])
 def test_turned_masks_are_prepared_as_if_they_were_not(raw, tmp_path, capsys, axes):
     expected, truth = prepared(raw, tmp_path / "straight", MMS)
-    masks = [mask for _, mask in scans_of(raw)]
-    for mask in masks:
+    for _, mask in scans_of(raw):
         turn(mask, axes)
     capsys.readouterr()
     data, turned_truth = prepared(raw, tmp_path / "turned", MMS)
@@ -114,12 +112,11 @@ def test_labels_with_rounding_noise_are_rounded(raw, tmp_path, capsys):
     capsys.readouterr()
     rewrite(scans_of(raw)[3][1], lambda array: np.where(array > 2.5, 2.5, array))
     assert not check_dataset(raw, MMS, workers=1)
-    message = f"error: {scans_of(raw)[3][1]}: the value 2.5 is no label: resample the mask by nearest neighbour"
-    assert message in capsys.readouterr().out
+    assert f"error: {scans_of(raw)[3][1]}: the value 2.5 is no label: resample the mask" in capsys.readouterr().out
 
 
 def test_implausible_scans_are_named_per_patient(raw, capsys):
-    scans = [image for image, _ in scans_of(raw)[:7]]
+    scans = [image for image, _ in scans_of(raw)[:6]]
 
     def exchange(number, axes, affine):
         for path in scans_of(raw)[number]:
@@ -136,7 +133,6 @@ def test_implausible_scans_are_named_per_patient(raw, capsys):
     out = capsys.readouterr().out
     for number, text in enumerate(["the slices measure"] * 2 + ["voxels of "] * 2 + ["all voxels lie in "] * 2):
         assert f"error: {scans[number]}: {text}" in out
-    assert f"error: {scans[6]}" not in out
 
 
 def test_labels_outside_the_field_of_view_are_said_per_patient(raw, capsys):
@@ -150,7 +146,6 @@ def test_labels_outside_the_field_of_view_are_said_per_patient(raw, capsys):
 
 
 def test_unpacked_files_and_dot_files(raw, scgm_raw, tmp_path):
-    expected = len(mms_dataloader.find_cases(raw).cases)
     shutil.copytree(scgm_raw, tmp_path / "scgm")
     image = tmp_path / "scgm/train/site1-sc01-image.nii.gz"
     for path in (*scans_of(raw)[0], image):
@@ -159,7 +154,7 @@ def test_unpacked_files_and_dot_files(raw, scgm_raw, tmp_path):
     for path in (*raw.rglob("*.nii.gz"), image, raw / "table.csv"):
         path.with_name(f"._{path.name}").write_bytes(b"resource fork")
         (path.parent / ".DS_Store").touch()
-    assert check_dataset(raw, MMS, workers=1) and len(mms_dataloader.find_cases(raw).cases) == expected
+    assert check_dataset(raw, MMS, workers=1) and len(mms_dataloader.find_cases(raw).cases) == 17
     assert check_dataset(tmp_path / "scgm", SCGM, workers=1)
 
 

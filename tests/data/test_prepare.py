@@ -78,8 +78,7 @@ def test_truth_is_kept_in_its_own_grid(mms_raw, mms_root):
     raw = nib.load(next(mms_raw.rglob(f"{patient}_sa_gt.nii.gz")))
     kept = nib.load(data.truth_path(patient, "ES"))
     assert (np.asarray(kept.dataobj) == np.asarray(raw.dataobj)[..., int(row["ES"])]).all()
-    assert (kept.affine == raw.affine).all() and kept.header["sform_code"] == raw.header["sform_code"]
-    assert kept.header.get_zooms() == raw.header.get_zooms()[:3]
+    assert (kept.affine == raw.affine).all() and kept.header.get_zooms() == raw.header.get_zooms()[:3]
 
 
 def test_content_hash_covers_table_truth_and_geometry(raw, tmp_path):
@@ -179,7 +178,6 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
         assert expected in out
     assert out.count(f"error: {image(1, '_sa_gt')}") == 1
     assert "unknown vendor 'Z'" not in out  # of a patient who is not on disk
-    assert not check_dataset(raw, MMS, workers=1)
     with pytest.raises(UserError, match="nothing was prepared"):
         prepare_dataset(raw, raw.parent / "out", MMS, workers=2)
     assert sorted(path.name for path in raw.parent.iterdir()) == ["raw"]
@@ -257,7 +255,6 @@ def test_read_only_disk_is_named(mms_raw, small_disk):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_prepare_leaves_nothing_that_looks_ready(mms_raw, tmp_path, number):
-    """Ctrl-C reaches the whole process group, as from a terminal."""
     command = [sys.executable, ROOT / "mms_dataloader.py", "prepare", mms_raw, "--out", tmp_path / "out"]
     started = subprocess.Popen(
         list(map(str, command)),

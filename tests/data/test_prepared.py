@@ -15,13 +15,10 @@ from utils.data.prepared import PreparedData
 from utils.errors import UserError
 
 
-@pytest.mark.parametrize(("ratio", "expected"), [(0.02, [3, 3, 3, 2, 2]), (0.05, [6, 5, 4, 4, 4])])
-def test_labeled_patients_of_mms_as_released(ratio, expected):
-    assert [mms_dataloader.labeled_count(n, ratio) for n in (95, 74, 51, 50, 50)] == expected
-
-
-def test_labeled_subjects_of_scgm():
-    assert [scgm_dataloader.labeled_count(subjects, 0.2) for subjects in (10, 4, 1, 11, 15)] == [2, 1, 1, 3, 3]
+def test_labeled_patients_as_released():
+    for ratio, expected in ((0.02, [3, 3, 3, 2, 2]), (0.05, [6, 5, 4, 4, 4])):
+        assert [mms_dataloader.labeled_count(n, ratio) for n in (95, 74, 51, 50, 50)] == expected
+    assert [scgm_dataloader.labeled_count(n, 0.2) for n in (10, 4, 1, 11, 15)] == [2, 1, 1, 3, 3]
 
 
 @pytest.mark.parametrize("vendor", "ABCD")
