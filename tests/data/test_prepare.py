@@ -164,7 +164,7 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
         f"error: {image(2, '_sa_gt')}: shape",
         f"error: {image(3, '_sa_gt')}: shape",
         f"error: {image(4)}: 1 voxels are NaN",
-        f"error: {image(5, '_sa_gt')}: labels [7] beside [0, 1, 2, 3]",
+        f"error: {image(5, '_sa_gt')}: labels [7] beside 0, 1, 2, 3;",
         f"error: patient {codes[6]} is there 2 times",
         "error: " + str(folders[7].with_name("Z9Z9Z9")) + ": patient Z9Z9Z9 is not in the info table",
         "unknown vendor 'X', expected one of A, B, C, D",
@@ -211,7 +211,7 @@ def test_phases_that_are_not_those_of_the_masks_are_an_error(raw, capsys):
     voxels = np.asarray(nib.load(scan).dataobj)
     nib.save(nib.Nifti1Image(np.concatenate([voxels, voxels], 3), nib.load(scan).affine), scan)
     assert not check_dataset(raw, MMS, workers=1)
-    assert f"error: {mask}: labels in frames [2, 3], but by the table " in capsys.readouterr().out
+    assert f"error: {mask}: labels in frames [2, 3], in the table (from 0) " in capsys.readouterr().out
 
 
 def test_changed_description_is_refused(mms_root, tmp_path):

@@ -10,6 +10,7 @@ import signal
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import fields
 from itertools import repeat
 from pathlib import Path
@@ -38,13 +39,12 @@ class ScanReport(NamedTuple):
     digest: bytes = b""  # SHA-256 of everything written
 
 
-Reports = list[ScanReport]
 Target = tuple[Path, int, int]  # folder of the arrays, first slice and first mask of a scan
 
 
 def check_dataset(raw: Path, dataset: DatasetInfo, *, workers: int) -> bool:
     """Read every file of a raw data set and print every problem; return True if there is none."""
-    return _summarise(raw, dataset, *_convert_all(raw, dataset, workers, None))
+    return _summarise(raw, dataset, *_check_all(raw, dataset, workers, None))
 
 
 def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int) -> None:
@@ -60,7 +60,7 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
             if out.exists():  # asked under the lock: another process may have made it just now
                 raise UserError(f"{out} exists already: remove it, or choose another --out")
             shutil.rmtree(unfinished / "truth", ignore_errors=True)  # of a process that was killed
-            cases, reports = _convert_all(raw, dataset, workers, unfinished)
+            cases, reports = _check_all(raw, dataset, workers, unfinished)
             if not _summarise(raw, dataset, cases, reports):
                 raise UserError(f"{raw} has the errors listed above: nothing was prepared")
             rows = [row for report in reports for row in report.rows]
@@ -82,7 +82,7 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
     print(f"{out}: {len(rows)} slices")
 
 
-def _convert_all(raw: Path, dataset: DatasetInfo, workers: int, out: Path | None) -> tuple[list[Case], Reports]:
+def _check_all(raw: Path, dataset: DatasetInfo, workers: int, out: Path | None) -> tuple[list[Case], list[ScanReport]]:
     """Check every scan and, if `out` is given, convert it; each worker holds one scan in memory."""
     if not raw.is_dir():
         raise UserError(f"{raw}: no such folder\n{dataset.download_help}")
@@ -113,9 +113,10 @@ def _allocate(cases: list[Case], out: Path) -> list[Target]:
     targets, slices, masks = [], 0, 0
     for case in cases:
         targets.append((out, slices, masks))
-        _, shape = volume.read_header(case.image)
-        slices += shape[2] * len(_frames(case, math.prod(shape[3:])))
-        masks += shape[2] * len(case.phases)
+        with suppress(UserError):  # of a damaged header: the scan's own check will say why
+            _, shape = volume.read_header(case.image)
+            slices += shape[2] * len(_frames(case, math.prod(shape[3:])))
+            masks += shape[2] * len(case.phases)
     arrays = {
         "images": (np.float16, (slices, CANVAS_PX, CANVAS_PX)),
         "masks": (np.uint8, (masks, CANVAS_PX, CANVAS_PX)),
@@ -160,8 +161,7 @@ def convert_scan(case: Case, dataset: DatasetInfo, target: Target | None) -> Sca
     empty = [phase for phase, label in truth.items() if not label.any()]
     drawn = [frame for frame in range(last + 1) if empty and frame_slices(masks[0], frame).any()]
     if {*drawn} - {*case.phases.values()}:
-        error = f"{case.masks[0]}: labels in frames {drawn}, but by the table {case.phases} (counted from 0)"
-        return ScanReport([error], warnings)
+        return ScanReport([f"{case.masks[0]}: labels in frames {drawn}, in the table (from 0) {case.phases}"], warnings)
     warnings += [f"{case.masks[0]}: no label in {phase}" for phase in empty]
     for phase, label in truth.items():
         if dataset.label_warning and (text := dataset.label_warning(label)):
@@ -183,7 +183,8 @@ def _labels(mask: volume.Volume, dataset: DatasetInfo) -> volume.Volume:
     labels, drawn = np.zeros(mask.array.shape, np.uint8), mask.array != 0
     values, position = np.unique(mask.array[drawn], return_inverse=True)
     if unknown := [value for value in values.tolist() if value not in label_of]:
-        raise UserError(f"labels {unknown[:5]} beside {[*label_of]}: use --labels VALUE=STRUCTURE for your own")
+        named = ", ".join(map(str, label_of))
+        raise UserError(f"labels {unknown[:5]} beside {named}; of your own scans, --labels VALUE=STRUCTURE names them")
     labels[drawn] = np.array([label_of[value] for value in values], np.uint8)[position]
     return mask._replace(array=labels)
 
@@ -202,9 +203,8 @@ def _convert(case: Case, dataset: DatasetInfo, image: volume.Volume, truth: dict
         quantiles[row : row + depth] = prepared.quantile_curves(canvas)
         row += depth
         digest.update(canvas.tobytes())
-        common, geometry = (case.patient, case.domain, case.group, phase, frame), (*plane.shape, *image.zooms)
-        checksum = prepared.voxel_checksum(slices)
-        index += [(*common, z, mask_row + z if phase else -1, *geometry, checksum) for z in range(depth)]
+        key, facts = (*case[:3], phase, frame), (*plane.shape, *image.zooms, prepared.voxel_checksum(slices))
+        index += [(*key, z, mask_row + z if phase else -1, *facts) for z in range(depth)]
         if phase:
             label = plane.to_canvas(truth[phase] * (truth[phase] < len(dataset.class_names)))
             masks[mask_row : mask_row + depth] = label
@@ -216,7 +216,7 @@ def _convert(case: Case, dataset: DatasetInfo, image: volume.Volume, truth: dict
     return index, digest.digest()
 
 
-def _summarise(raw: Path, dataset: DatasetInfo, cases: list[Case], reports: Reports) -> bool:
+def _summarise(raw: Path, dataset: DatasetInfo, cases: list[Case], reports: list[ScanReport]) -> bool:
     """Print every problem and the counts; return True if there is no error."""
     errors = [f"error: {text}" for report in reports for text in report.errors]
     warnings = [f"warning: {text}" for report in reports for text in report.warnings]
