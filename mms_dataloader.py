@@ -7,10 +7,8 @@ python mms_dataloader.py preview --data data/mms --out preview.png
 """
 
 import math
-import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -46,14 +44,12 @@ UNKNOWN = TableRow("unknown", "", {}, [])
 def find_cases(raw: Path) -> RawDataset:
     """Match the folders of OpenDataset with the info table; nothing is read but the table."""
     base = raw / "OpenDataset" if (raw / "OpenDataset").is_dir() else raw
-    location = Path(os.path.abspath(raw))  # which has a name and a parent, even where `raw` is "."
-    beside = location.parent if location.name == "OpenDataset" else raw
+    beside = raw.absolute().parent if raw.absolute().name == "OpenDataset" else raw
     tables = {path for folder in (beside, base) for path in folder.glob("[!.]*")}
     table, errors, warnings = _read_table(sorted(p for p in tables if p.suffix.lower() in (".csv", ".xlsx")), raw)
     folders_of: dict[str, list[Path]] = defaultdict(list)
-    for part in PARTS:
-        for folder in sorted((base / part).glob("[!.]*/")):
-            folders_of[folder.name].append(folder)
+    for folder in (folder for part in PARTS for folder in sorted((base / part).glob("[!.]*/"))):
+        folders_of[folder.name].append(folder)
     if not folders_of:
         errors.append(f"{base}: no patient folders in {', '.join(PARTS)}")
     cases = []
@@ -62,27 +58,22 @@ def find_cases(raw: Path) -> RawDataset:
             errors.append(f"patient {code} is there {len(folders)} times: {', '.join(map(str, folders))}")
         elif table and code not in table:
             errors.append(f"{folders[0]}: patient {code} is not in the info table")
-        if not CODE.fullmatch(code):
-            errors.append(f"{folders[0]}: a patient's folder is named by letters, digits, _ and -")
-        for folder in folders:  # the files are checked whatever the table says, so that one pass names every problem
+        for folder in folders:  # checked whatever the table says, so that one pass names every problem
             case, problems = _case(folder, base, table.get(code, UNKNOWN))
             cases += [case] if case else []
             errors += problems
-    missing = sorted(set(table) - set(folders_of))
-    if missing:
+    if missing := sorted({*table} - {*folders_of}):
         warnings.append(f"{len(missing)} patients of the info table are not on disk: {', '.join(missing[:10])}")
     return RawDataset(cases, errors, warnings)
 
 
 def _case(folder: Path, base: Path, row: TableRow) -> tuple[Case | None, list[str]]:
-    """Return the scan of a patient's folder, of the files that are there (None without an image), and its problems."""
+    """Return the scan of a patient's folder, None without an image, and its problems."""
     image, mask = (nifti_path(folder, f"{folder.name}_sa{suffix}") for suffix in ("", "_gt"))
-    labeled = folder.parent.name != "Unlabeled"
-    files = [image, mask] if labeled else [image]  # the masks in Unlabeled are empty
-    problems = {path: missing_or_outside(path, base) for path in files}
-    masks = tuple(path for path in files[1:] if not problems[path])
-    # Vendor B stands in two centres, and labelled patients are counted in each.
-    group = f"B{row.centre}" if row.vendor == "B" else row.vendor
+    labeled = folder.parent.name != "Unlabeled"  # its masks are empty
+    problems = {path: missing_or_outside(path, base) for path in ([image, mask] if labeled else [image])}
+    masks = (mask,) if problems.get(mask) == "" else ()
+    group = f"B{row.centre}" if row.vendor == "B" else row.vendor  # its two centres are counted apart
     case = None if problems[image] else Case(folder.name, row.vendor, group, image, masks, row.phases if masks else {})
     of_table = [*row.problems]
     if row is not UNKNOWN and labeled and not row.phases:
@@ -92,15 +83,15 @@ def _case(folder: Path, base: Path, row: TableRow) -> tuple[Case | None, list[st
 
 def _read_table(paths: list[Path], raw: Path) -> tuple[dict[str, TableRow], list[str], list[str]]:
     """Read the info table by its header; return its rows by patient code, errors and warnings."""
-    tables: dict[Path, list[dict[str, str]]] = {}
+    tables = {}
     for path in paths:
         with suppress(UserError):  # one that cannot be read is none
             columns, rows = read_table(path)
             if {*map(str.casefold, COLUMNS)} <= {*map(str.casefold, columns)}:
                 tables[path] = rows
     if len(tables) != 1:
-        names, columns = (", ".join(map(str, names)) or "none" for names in (tables or paths, COLUMNS))
-        return {}, [f"{raw}: expected one info table (CSV or XLSX with {columns}) here or in OpenDataset: {names}"], []
+        expected = f"expected one info table (CSV or XLSX with {', '.join(COLUMNS)}) here or in OpenDataset"
+        return {}, [f"{raw}: {expected}: {', '.join(map(str, tables or paths)) or 'none'}"], []
     ((path, rows),) = tables.items()
     table: dict[str, TableRow] = {}
     warnings = []
@@ -144,23 +135,15 @@ def labeled_count(patients: int, ratio: float) -> int:
     return math.ceil(round(patients * ratio + 1, 6))  # rounded, or 0.07 * 100 would count as more than 7
 
 
-def cardiac_metrics(volumes: Mapping[tuple[str, str], float]) -> dict[str, tuple[float, str]]:
-    """Return the clinical quantities of a heart.
-
-    Args:
-        volumes: ml by (phase "ED" or "ES", structure "LV", "MYO" or "RV").
-
-    Returns:
-        (value, unit) by name: end-diastolic and end-systolic volumes, ejection fractions (NaN for an empty
-        ventricle), and the myocardial mass at ED, by a density of 1.05 g/ml.
-    """
+def cardiac_metrics(volumes: dict[tuple[str, str], float]) -> dict[str, tuple[float, str]]:
+    """Return the clinical quantities, (value, unit) by name, of a heart's ml by (phase, structure)."""
     quantities = {}
     for ventricle in ("LV", "RV"):
         diastolic, systolic = volumes["ED", ventricle], volumes["ES", ventricle]
         quantities[f"{ventricle} EDV"] = (diastolic, "ml")
         quantities[f"{ventricle} ESV"] = (systolic, "ml")
-        quantities[f"{ventricle} EF"] = (100 * (1 - systolic / diastolic) if diastolic else float("nan"), "%")
-    return quantities | {"MYO mass": (1.05 * volumes["ED", "MYO"], "g")}
+        quantities[f"{ventricle} EF"] = (100 * (1 - systolic / diastolic) if diastolic else math.nan, "%")
+    return quantities | {"MYO mass": (1.05 * volumes["ED", "MYO"], "g")}  # 1.05 g/ml
 
 
 # fmt: off

@@ -21,7 +21,6 @@ from utils.data.phantom import write_scgm
 
 SITES = ("1", "2", "3", "4")
 RATERS = (1, 2, 3, 4)
-KINDS = ("image", *(f"mask-r{rater}" for rater in RATERS))
 PHASE = "scan"  # the data have no phases: the one volume of a subject carries this name
 
 
@@ -29,21 +28,16 @@ def find_cases(raw: Path) -> RawDataset:
     """Find the subjects by the file names: those of `train` with four raters each, those of `test` without."""
     cases, errors = [], []
     for path in sorted(path for part in ("train", "test") for path in (raw / part).glob("[!.]*.nii*")):
-        name = re.fullmatch(r"(site(\w+?)-sc\d+)-(image|mask-r\d+)\.nii(?:\.gz)?", path.name)
+        name = re.fullmatch(r"(site([1-4])-sc\d+)-(image|mask-r[1-4])\.nii(?:\.gz)?", path.name)
         if not name:
-            errors.append(f"{path}: expected a name like site1-sc01-image.nii.gz or site1-sc01-mask-r1.nii.gz")
-            continue
-        subject, site, kind = name.groups()
-        if site not in SITES:
-            errors.append(f"{path}: unknown site {site!r}, expected one of {', '.join(SITES)}")
+            errors.append(f"{path}: not a name like site1-sc01-image.nii.gz or site1-sc01-mask-r1.nii.gz (1 to 4)")
         elif problem := missing_or_outside(path, path.parent):
             errors.append(problem)
-        elif kind not in KINDS:
-            errors.append(f"{path}: a rater beside {', '.join(map(str, RATERS))}")
-        elif kind != "image":
-            image = nifti_path(path.parent, f"{subject}-image")
+        elif name[3] != "image":
+            image = nifti_path(path.parent, f"{name[1]}-image")
             errors += [] if image.is_file() else [f"{path}: a mask without its image {image.name}"]
         else:
+            subject, site, _ = name.groups()
             masks = [nifti_path(path.parent, f"{subject}-mask-r{rater}") for rater in RATERS]
             masks = masks if path.parent.name == "train" else []
             errors += [f"{mask}: missing; an image in train needs all raters" for mask in masks if not mask.exists()]
@@ -52,9 +46,7 @@ def find_cases(raw: Path) -> RawDataset:
     names = [case.patient for case in cases]
     errors += [f"subject {name} is there more than once" for name in sorted({n for n in names if names.count(n) > 1})]
     if not any(case.masks for case in cases):
-        errors.append(
-            f"{raw}: no images with masks like train/site1-sc01-image.nii.gz, train/site1-sc01-mask-r1.nii.gz"
-        )
+        errors.append(f"{raw}: no images with masks like train/site1-sc01-image.nii.gz, ...-mask-r1.nii.gz")
     return RawDataset(sorted(cases, key=lambda case: case.patient), errors, [])
 
 

@@ -73,11 +73,11 @@ def folder_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def require_space(folder: Path, need: int) -> None:
-    """Raise UserError when fewer than `need` bytes are free where `folder` is."""
+def require_space(folder: Path, need: int, content: str = "checkpoints") -> None:
+    """Raise UserError when fewer than the `need` bytes of a content are free where `folder` is."""
     free = shutil.disk_usage(folder).free
     if free < need:
-        raise UserError(f"{folder}: checkpoints take {need / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free there")
+        raise UserError(f"{folder}: {content} take {need / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free there")
 
 
 def require_writable(folder: Path, choice: str) -> None:

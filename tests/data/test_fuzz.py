@@ -7,7 +7,6 @@ import csv
 import gzip
 import io
 import os
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -15,14 +14,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import mms_dataloader
-from utils.data.dataset import RawDataset
 from utils.data.prepare import convert_scan
 from utils.data.volume import Volume, read_header, read_volume
 from utils.errors import UserError
-from utils.run.checkpoint import load_checkpoint, load_networks, read_metadata, save_checkpoint, save_networks
+from utils.run.checkpoint import load_checkpoint, save_checkpoint
 
 fuzz = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")),
@@ -45,8 +42,7 @@ def edited(content, changes, cut=None):
 
 def nifti(shape=(6, 5, 3, 2), seed=0):
     array = np.random.default_rng(seed).integers(0, 4, shape).astype(np.int16)
-    image = nib.Nifti1Image(array, np.diag([4.5, 4.5, 8, 1]))
-    return image.to_bytes()
+    return nib.Nifti1Image(array, np.diag([4.5, 4.5, 8, 1])).to_bytes()
 
 
 def clear(call, *arguments):
@@ -92,19 +88,13 @@ def test_damaged_scan_in_prepare(place, image, mask):
     assert sorted(place.rglob("*")) == before
 
 
-cells = st.text(max_size=12) | st.sampled_from(
-    ["A0S9V9", "A", "B", "1", "2", "0", "5", "../../x", "/etc", "", "NaN", "1.0"]
-)
+cells = st.text(max_size=12) | st.sampled_from(["A0S9V9", "A", "B", "1", "0", "../../x", "/etc", "", "NaN", "1.0"])
+tables = st.lists(st.lists(cells, max_size=9), max_size=6)
 headers = st.permutations(["", "External code", "VendorName", "Vendor", "Centre", "ED", "ES"])
 
 
 @fuzz
-@given(
-    header=headers,
-    rows=st.lists(st.lists(cells, max_size=9), max_size=6),
-    changes=edits,
-    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]),
-)
+@given(header=headers, rows=tables, changes=edits, encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
 def test_info_tables(place, header, rows, changes, encoding):
     raw = place / "raw"
     (raw / "OpenDataset/Testing/A0S9V9").mkdir(parents=True, exist_ok=True)
@@ -112,43 +102,19 @@ def test_info_tables(place, header, rows, changes, encoding):
     csv.writer(text).writerows([header, *rows])
     content = text.getvalue().encode(encoding, "surrogatepass")
     (raw / "M&Ms Dataset Information.csv").write_bytes(edited(content, changes))
-    found = mms_dataloader.find_cases(raw)
-    assert isinstance(found, RawDataset)
-    assert all(case.image.is_relative_to(raw) and ".." not in case.image.parts for case in found.cases)
-    (raw / "M&Ms Dataset Information.xlsx").write_bytes(edited(content, changes))
-    assert isinstance(mms_dataloader.find_cases(raw), RawDataset)
-    (raw / "M&Ms Dataset Information.xlsx").unlink()
+    cases, _, _ = mms_dataloader.find_cases(raw)
+    assert all(case.image.is_relative_to(raw) and ".." not in case.image.parts for case in cases)
 
 
 @fuzz
 @given(changes=edits, cut=cuts)
 def test_damaged_checkpoints(place, changes, cut):
-    place.mkdir(exist_ok=True)
     folder = place / "run"
-    if not folder.exists():
-        folder.mkdir()
-        save_checkpoint(folder, {"step": 1, "weights": torch.arange(50.0)})
-        (place / "sound.pt").write_bytes((folder / "last.pt").read_bytes())
-    sound = (place / "sound.pt").read_bytes()
-    (folder / "last.pt").write_bytes(edited(sound, changes, cut))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(folder, {"step": 1, "weights": torch.arange(50.0)})
+    (folder / "previous.pt").unlink(missing_ok=True)
+    (folder / "last.pt").write_bytes(edited((folder / "last.pt").read_bytes(), changes, cut))
     state = clear(load_checkpoint, folder)
-    # Never a changed value: the file is as it was, or refused.
-    if isinstance(state, dict):
+    if isinstance(state, dict):  # never a changed value: the file is as it was, or refused
         assert state["step"] == 1 and torch.equal(state["weights"], torch.arange(50.0))
     assert {path.name for path in folder.iterdir()} == {"last.pt"}
-
-
-@fuzz
-@given(changes=edits, cut=cuts)
-def test_damaged_networks(place, changes, cut):
-    place.mkdir(exist_ok=True)
-    path = Path(place, "best.safetensors")
-    nets = [nn.Linear(3, 2), nn.Linear(3, 2)]
-    save_networks(path, nets, {"dataset": "mms"})
-    sound = path.read_bytes()
-    path.write_bytes(edited(sound, changes, cut))
-    clear(read_metadata, path)
-    others = [nn.Linear(3, 2), nn.Linear(3, 2)]
-    if clear(load_networks, path, others) is None:
-        for net, other in zip(nets, others, strict=True):
-            assert torch.equal(net.weight, other.weight) and torch.equal(net.bias, other.bias)

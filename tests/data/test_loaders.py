@@ -1,12 +1,14 @@
 """Worker processes of the loaders: little shared memory, stalls, deaths and signals."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT
@@ -59,6 +61,17 @@ def test_too_little_shared_memory_is_said_and_avoided(mms_config, small_disk, mo
     assert f"need {need / 1e6:.0f} MB of shared memory" in out and "--shm-size" in out
     build_loaders(cfg, MMS, rank=1, world_size=2)
     assert capsys.readouterr().out == ""  # the main process has said it
+
+
+def test_empty_slices_are_no_reference(mms_config, tmp_path):
+    """An image whose histogram is matched to that of an empty slice would be black."""
+    root = tmp_path / "prepared"
+    shutil.copytree(mms_config.data_root, root)
+    curves = np.load(root / "quantiles.npy", mmap_mode="r+")
+    curves[::3] = np.float32(0.5)
+    curves.flush()
+    reference = build_loaders(replace(mms_config, data_root=str(root)), MMS).reference
+    assert len(reference) and (reference[:, 0] < reference[:, -1]).all()
 
 
 @pytest.mark.slow

@@ -30,7 +30,6 @@ def raw(mms_raw, tmp_path):
 
 
 def scans_of(raw):
-    """Image and mask of every labelled patient."""
     masks = sorted(path for path in raw.rglob("*_sa_gt.nii.gz") if "Unlabeled" not in path.parts)
     return [(path.with_name(path.name.replace("_gt", "")), path) for path in masks]
 
@@ -56,14 +55,10 @@ def prepared(raw, out, dataset):
     return data, truth
 
 
-# --- masks in another orientation than their image -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("axes", ["LPI", "PLS", "SAR"])
 def test_turned_masks_are_prepared_as_if_they_were_not(raw, tmp_path, capsys, axes):
     expected, truth = prepared(raw, tmp_path / "straight", MMS)
-    masks = [mask for _, mask in scans_of(raw)]
-    for mask in masks:
+    for _, mask in scans_of(raw):
         turn(mask, axes)
     capsys.readouterr()
     data, turned_truth = prepared(raw, tmp_path / "turned", MMS)
@@ -71,15 +66,6 @@ def test_turned_masks_are_prepared_as_if_they_were_not(raw, tmp_path, capsys, ax
     assert all((turned_truth[name].affine == truth[name].affine).all() for name in truth)
     assert all((turned_truth[name].get_fdata() == truth[name].get_fdata()).all() for name in truth)
     assert f"orientation {axes} against" in capsys.readouterr().out
-
-
-def test_turned_raters_of_scgm(scgm_raw, tmp_path):
-    expected, _ = prepared(scgm_raw, tmp_path / "straight", SCGM)
-    shutil.copytree(scgm_raw, tmp_path / "raw")
-    for number, axes in enumerate(("LPI", "ASR", "RAI"), start=1):
-        for mask in (tmp_path / "raw").rglob(f"*-mask-r{number}.nii.gz"):
-            turn(mask, axes)
-    assert (prepared(tmp_path / "raw", tmp_path / "turned", SCGM)[0].masks == expected.masks).all()
 
 
 def test_masks_that_lie_elsewhere_are_refused_with_both_orientations(raw, capsys):
@@ -94,12 +80,11 @@ def test_masks_that_lie_elsewhere_are_refused_with_both_orientations(raw, capsys
     assert not check_dataset(raw, MMS, workers=1)
     out = capsys.readouterr().out
     codes = "".join(nib.aff2axcodes(affine))
-    assert f"error: {moved}: its orientation {codes} and place do not fit the image's {codes}: " in out
-    assert f"corners lie {0.6 * zooms[0]:.1f} mm apart" in out
-    assert f"error: {rotated}: its orientation " in out
+    assert f"error: {moved}: orientation {codes} against {codes}, corners {0.6 * zooms[0]:.2g} mm apart" in out
+    assert f"error: {rotated}: orientation " in out
     assert f"warning: {near}: its affine differs from the image's" in out
-    assert f"warning: {lost}: the affine of the mask is lost" in out
-    assert "the affine of the image is lost" in out
+    assert f"warning: {lost}: the affine of mask or image is lost" in out
+    assert out.count("the affine of mask or image is lost") == 2
 
 
 def test_mask_in_grid_near_45_degrees(tmp_path):
@@ -110,9 +95,6 @@ def test_mask_in_grid_near_45_degrees(tmp_path):
         nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{angle > np.pi / 4}.nii")
     mask, image = (read_volume(tmp_path / f"{name}.nii") for name in (True, False))
     assert (mask_in_grid(mask, image).array == array).all()
-
-
-# --- values --------------------------------------------------------------------------------------------------------
 
 
 def test_labels_with_rounding_noise_are_rounded(raw, tmp_path, capsys):
@@ -130,124 +112,89 @@ def test_labels_with_rounding_noise_are_rounded(raw, tmp_path, capsys):
     capsys.readouterr()
     rewrite(scans_of(raw)[3][1], lambda array: np.where(array > 2.5, 2.5, array))
     assert not check_dataset(raw, MMS, workers=1)
-    message = f"error: {scans_of(raw)[3][1]}: the value 2.5 is no label: resample the mask by nearest neighbour"
-    assert message in capsys.readouterr().out
-
-
-# --- geometry and intensities --------------------------------------------------------------------------------------
+    assert f"error: {scans_of(raw)[3][1]}: the value 2.5 is no label: resample the mask" in capsys.readouterr().out
 
 
 def test_implausible_scans_are_named_per_patient(raw, capsys):
-    scans = [image for image, _ in scans_of(raw)[:8]]
+    scans = [image for image, _ in scans_of(raw)[:6]]
 
-    def spoil(number, axes=None, scale=1.0, change=None):
+    def exchange(number, axes, affine):
         for path in scans_of(raw)[number]:
-            image = nib.load(path)
-            array, affine = np.asarray(image.dataobj), image.affine * [scale, scale, 1, 1]
-            if axes:
-                array, affine = (
-                    array.transpose(axes),
-                    affine[:, [*axes[:3], 3]] if 3 not in axes[:3] else np.diag([1.3, 1.3, 30, 1]),
-                )
-            if change and path == scans[number]:
-                array = change(array)
-            nib.save(nib.Nifti1Image(array, affine), path)
+            nib.save(nib.Nifti1Image(np.asarray(nib.load(path).dataobj).transpose(axes), affine), path)
 
-    spoil(0, scale=0.05)
-    spoil(1, scale=10)
-    spoil(2, axes=(2, 0, 1, 3))  # slices on the first axis
-    spoil(3, axes=(0, 1, 3, 2))  # time on the third, in ms
-    spoil(4, change=lambda array: array * 0 + 7)
-    spoil(5, change=np.zeros_like)
-    spoil(6, change=lambda array: -1 - np.abs(array))
+    for number, scale in enumerate((0.05, 10)):
+        for path in scans_of(raw)[number]:
+            rewrite(path, affine=nib.load(path).affine * [scale, scale, 1, 1])
+    exchange(2, (2, 0, 1, 3), nib.load(scans[2]).affine[:, [2, 0, 1, 3]])  # slices on the first axis
+    exchange(3, (0, 1, 3, 2), np.diag([1.3, 1.3, 30, 1]))  # time on the third, in ms
+    rewrite(scans[4], lambda array: array * 0 + 7)
+    rewrite(scans[5], lambda array: -1 - np.abs(array))
     assert not check_dataset(raw, MMS, workers=1)
     out = capsys.readouterr().out
-    for number, text in enumerate(["the slices measure"] * 2 + ["voxels of "] * 2 + ["all voxels lie in "] * 3):
+    for number, text in enumerate(["the slices measure"] * 2 + ["voxels of "] * 2 + ["all voxels lie in "] * 2):
         assert f"error: {scans[number]}: {text}" in out
-    assert f"error: {scans[7]}" not in out
 
 
 def test_labels_outside_the_field_of_view_are_said_per_patient(raw, capsys):
     images = scans_of(raw)
     assert check_dataset(raw, MMS, workers=1)
-    assert "of its labelled voxels" not in capsys.readouterr().out
+    assert "of its labels" not in capsys.readouterr().out
     for path in images[0]:  # the organ moves to the border of a large matrix
         rewrite(path, lambda array: np.pad(array, [(300, 0), (0, 0), (0, 0), (0, 0)]))
     assert check_dataset(raw, MMS, workers=1)
-    assert f"warning: {images[0][0]}: 100.0 % of its labelled voxels lie outside" in capsys.readouterr().out
-
-
-# --- files and folders ---------------------------------------------------------------------------------------------
+    assert f"warning: {images[0][0]}: 100.0 % of its labels lie outside" in capsys.readouterr().out
 
 
 def test_unpacked_files_and_dot_files(raw, scgm_raw, tmp_path):
-    expected = len(mms_dataloader.find_cases(raw).cases)
-    for path in scans_of(raw)[0]:
-        nib.save(nib.load(path), path.with_suffix(""))
-        path.unlink()
-    for folder in {path.parent for path in raw.rglob("*.nii.gz")}:
-        (folder / f"._{folder.name}_sa.nii.gz").write_bytes(b"resource fork")
-        (folder / ".DS_Store").touch()
-    (raw / "OpenDataset/Testing/.DS_Store").touch()
-    (raw / "._table.csv").write_bytes(b"resource fork")
-    assert check_dataset(raw, MMS, workers=1) and len(mms_dataloader.find_cases(raw).cases) == expected
     shutil.copytree(scgm_raw, tmp_path / "scgm")
     image = tmp_path / "scgm/train/site1-sc01-image.nii.gz"
-    nib.save(nib.load(image), image.with_suffix(""))
-    image.unlink()
-    (image.parent / "._site1-sc01-image.nii.gz").write_bytes(b"resource fork")
+    for path in (*scans_of(raw)[0], image):
+        nib.save(nib.load(path), path.with_suffix(""))
+        path.unlink()
+    for path in (*raw.rglob("*.nii.gz"), image, raw / "table.csv"):
+        path.with_name(f"._{path.name}").write_bytes(b"resource fork")
+        (path.parent / ".DS_Store").touch()
+    assert check_dataset(raw, MMS, workers=1) and len(mms_dataloader.find_cases(raw).cases) == 17
     assert check_dataset(tmp_path / "scgm", SCGM, workers=1)
 
 
 def test_data_set_linked_as_a_whole(raw, scgm_raw, tmp_path):
     shutil.move(raw / "OpenDataset", tmp_path / "shared")
     (raw / "OpenDataset").symlink_to(tmp_path / "shared")
-    found = mms_dataloader.find_cases(raw)
-    assert found.errors == [] and len(found.cases) == 17
-    image = scans_of(raw)[0][0] if scans_of(raw) else next((tmp_path / "shared").rglob("*_sa.nii.gz"))
-    shutil.move(image, tmp_path / "elsewhere.nii.gz")
-    image.symlink_to(tmp_path / "elsewhere.nii.gz")
+    cases, errors, _ = mms_dataloader.find_cases(raw)
+    assert errors == [] and len(cases) == 17
+    shutil.move(cases[0].image, tmp_path / "elsewhere.nii.gz")
+    cases[0].image.symlink_to(tmp_path / "elsewhere.nii.gz")
     (error,) = mms_dataloader.find_cases(raw).errors
     assert "a link that leads out of" in error and "put a copy of the file in its place" in error
-    (tmp_path / "scgm").mkdir()
-    for part in ("train", "test"):
-        (tmp_path / "scgm" / part).symlink_to(scgm_raw / part)
+    (tmp_path / "scgm").symlink_to(scgm_raw)
     assert scgm_dataloader.find_cases(tmp_path / "scgm").errors == []
 
 
 def test_open_dataset_from_inside(raw, tmp_path):
     """`check .` finds the table beside the folder, and a phantom stays one."""
-    command = [sys.executable, str(ROOT / "mms_dataloader.py")]
     inside = raw / "OpenDataset"
-    done = subprocess.run([*command, "check", "."], cwd=inside, capture_output=True, text=True)
+    command = [sys.executable, ROOT / "mms_dataloader.py", "check", "."]
+    done = subprocess.run(command, cwd=inside, capture_output=True, text=True)
     assert done.returncode == 0 and "0 errors, 0 warnings" in done.stdout
     prepare_dataset(inside, tmp_path / "out", MMS, workers=1)
     assert PreparedData.open(tmp_path / "out", MMS).info["phantom"]
 
 
-# --- what is refused later -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def unlabeled_root(raw, tmp_path):
+def test_data_without_any_label(raw, mms_config, monkeypatch, tmp_path):
     for _, mask in scans_of(raw):
         rewrite(mask, np.zeros_like)
     prepare_dataset(raw, tmp_path / "empty", MMS, workers=2)
-    return tmp_path / "empty"
-
-
-def test_data_without_any_label(unlabeled_root, mms_config, monkeypatch, tmp_path):
-    out = tmp_path / "preview.png"
-    monkeypatch.setattr("sys.argv", ["x", "preview", "--data", str(unlabeled_root), "--out", str(out)])
+    monkeypatch.setattr("sys.argv", ["x", "preview", "--data", f"{tmp_path}/empty", "--out", f"{tmp_path}/preview.png"])
     with pytest.raises(SystemExit, match=r"no slice in .* has a label"):
         run_data_command(MMS, config.MMS)
     with pytest.raises(UserError, match=r"the masks of all labelled patients in .* are empty"):
-        build_loaders(replace(mms_config, data_root=str(unlabeled_root)), MMS)
+        build_loaders(replace(mms_config, data_root=str(tmp_path / "empty")), MMS)
 
 
 def test_prepared_data_named_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=rf"folder data/mms of {tmp_path}: .* name them by --data-root\nM&Ms is free"):
+    with pytest.raises(UserError, match=rf"no data in {tmp_path}/data/mms: .*--data-root\nM&Ms is free"):
         PreparedData.open("data/mms", MMS)
-    with pytest.raises(UserError, match="data in the folder /nowhere\n"):
+    with pytest.raises(UserError, match="no data in /nowhere: "):
         PreparedData.open("/nowhere", MMS)

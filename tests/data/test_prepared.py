@@ -10,21 +10,15 @@ import pytest
 import mms_dataloader
 import scgm_dataloader
 from config import MMS
-from utils.data.loaders import SliceDataset, build_loaders, labeled_batches, scan_batches, unlabeled_batches
+from utils.data.loaders import build_loaders, labeled_batches, scan_loader, unlabeled_batches
 from utils.data.prepared import PreparedData
 from utils.errors import UserError
 
-GROUPS = {"A": 95, "B centre 2": 74, "B centre 3": 51, "C": 50, "D": 50}  # of the release
 
-
-@pytest.mark.parametrize(("ratio", "expected"), [(0.02, [3, 3, 3, 2, 2]), (0.05, [6, 5, 4, 4, 4])])
-def test_labeled_patients_of_mms_as_released(ratio, expected):
-    assert [mms_dataloader.labeled_count(n, ratio) for n in GROUPS.values()] == expected
-
-
-@pytest.mark.parametrize(("subjects", "expected"), [(10, 2), (4, 1), (1, 1), (11, 3), (15, 3)])
-def test_labeled_subjects_of_scgm(subjects, expected):
-    assert scgm_dataloader.labeled_count(subjects, 0.2) == expected
+def test_labeled_patients_as_released():
+    for ratio, expected in ((0.02, [3, 3, 3, 2, 2]), (0.05, [6, 5, 4, 4, 4])):
+        assert [mms_dataloader.labeled_count(n, ratio) for n in (95, 74, 51, 50, 50)] == expected
+    assert [scgm_dataloader.labeled_count(n, 0.2) for n in (10, 4, 1, 11, 15)] == [2, 1, 1, 3, 3]
 
 
 @pytest.mark.parametrize("vendor", "ABCD")
@@ -50,9 +44,6 @@ def test_split_takes_the_first_patients_of_each_group(mms_config):
     extra = build_loaders(replace(mms_config, use_extra_unlabeled=True), mms_dataloader.DATASET).split
     assert without and not without & {*loaders.split.unlabeled, *loaders.split.held_out}
     assert set(extra.unlabeled) - set(loaders.split.unlabeled) == without
-
-
-def test_validation_patients_are_kept_out_of_training(mms_config):
     split = build_loaders(replace(mms_config, val_patients=1), mms_dataloader.DATASET).split
     assert len(split.validation) == 3 and not set(split.validation) & {*split.labeled, *split.unlabeled}
 
@@ -72,23 +63,16 @@ def test_impossible_splits_are_refused(mms_config, change, message):
         build_loaders(replace(mms_config, **change), mms_dataloader.DATASET)
 
 
-def test_data_of_the_other_set_are_refused(mms_config, scgm_root):
-    with pytest.raises(UserError, match="holds scgm data"):
-        build_loaders(replace(mms_config, data_root=str(scgm_root)), mms_dataloader.DATASET)
-
-
-class Hostile:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
 def test_array_with_objects_is_refused_and_never_executed(mms_root, tmp_path, monkeypatch):
+    hostile = type("Hostile", (), {"__reduce__": lambda self: (os.system, ("touch executed",))})
     root = tmp_path / "prepared"
     shutil.copytree(mms_root, root)
-    np.save(root / "quantiles.npy", np.array([Hostile()], object), allow_pickle=True)
+    np.save(root / "quantiles.npy", np.array([hostile()], object), allow_pickle=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"prepared is damaged.*prepare the data again"):
         PreparedData.open(root, mms_dataloader.DATASET)
+    with pytest.raises(UserError, match="holds mms data"):
+        PreparedData.open(mms_root, scgm_dataloader.DATASET)
     assert not (tmp_path / "executed").exists()
 
 
@@ -133,22 +117,14 @@ def test_batches_follow_from_the_step_alone():
     assert labeled_batches(50, cfg, rank=1).batch_of_number(0).tolist() != batches(0, 1)[0]
 
 
-def test_scans_come_whole_and_in_order(mms_root):
+def test_scans_come_whole_and_in_order_with_their_masks(mms_root):
     data = PreparedData.open(mms_root, mms_dataloader.DATASET)
-    rows = np.random.default_rng(0).permutation(np.flatnonzero(data.index["mask"] >= 0))
-    batches = [rows[positions] for positions in scan_batches(data, rows)]
+    batches = list(scan_loader(data, data.patients_with_masks("none")))
     assert len(batches) == 32  # 16 patients, ED and ES
     for batch in batches:
-        assert len(set(zip(data.index["patient"][batch], data.index["phase"][batch], strict=True))) == 1
-        assert data.index["slice"][batch].tolist() == list(range(len(batch)))
-
-
-def test_dataset_pairs_image_and_mask(mms_root):
-    data = PreparedData.open(mms_root, mms_dataloader.DATASET)
-    rows = np.flatnonzero(data.index["mask"] >= 0)[[7, 3]]
-    batch = SliceDataset(data, rows, with_mask=True)[[1, 0]]
-    for position, row in enumerate(rows[::-1]):
-        assert (batch["image"][position, 0].numpy() == data.images[row]).all()
-        assert (batch["mask"][position, 0].numpy() == data.masks[data.index["mask"][row]]).all()
-        assert (batch["quantiles"][position].numpy() == data.quantiles[row]).all()
-        assert batch["row"][position] == row
+        rows = batch["row"].numpy()
+        assert len(set(zip(data.index["patient"][rows], data.index["phase"][rows], strict=True))) == 1
+        assert data.index["slice"][rows].tolist() == list(range(len(rows)))
+        assert (batch["image"][:, 0].numpy() == data.images[rows]).all()
+        assert (batch["mask"][:, 0].numpy() == data.masks[data.index["mask"][rows]]).all()
+        assert (batch["quantiles"].numpy() == data.quantiles[rows]).all()

@@ -1,12 +1,12 @@
 """Batches of prepared data for training and evaluation.
 
-Data sets have no randomness of their own. What a training step reads follows from (seed, step, process) alone, so
-that a run resumes at any step with the very images the uninterrupted run would see.
+What a training step reads follows from (seed, step, process) alone, so that a resumed run sees the same images.
 """
 
 import os
 import shutil
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, islice, repeat
@@ -23,15 +23,15 @@ from utils.data.prepared import PreparedData, Split, split_patients
 from utils.errors import UserError
 
 Batch = dict[str, torch.Tensor]  # as SliceDataset gives it
+Pairs = list[tuple[Batch, Batch | None]]  # a labelled and an unlabelled batch for each micro-step of a step
 SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over their batches, on Linux
 PREFETCH = 2  # batches that each worker reads ahead
 STALL_S = 300  # seconds without a batch after which the workers count as stalled
 
 
 class SliceDataset(Dataset):
-    """Slices of prepared data, fetched by the batch: `dataset[[3, 1]]` -> dict of tensors.
-
-    image (B, 1, C, C) float16, mask (B, 1, C, C) uint8 (where `with_mask`), quantiles (B, 256), row (B,): index row.
+    """Slices of prepared data, fetched by the batch: `dataset[[3, 1]]` -> dict of image (B, 1, C, C) float16,
+    mask (B, 1, C, C) uint8 (where `with_mask`), quantiles (B, 256), row (B,): index row.
     """
 
     def __init__(self, data: PreparedData, rows: np.ndarray, *, with_mask: bool):
@@ -67,8 +67,7 @@ def unlabeled_batches(count: int, cfg: Config, *, rank: int = 0, world_size: int
     """Return batches of unlabelled positions: an epoch is a permutation of all images, cut into whole steps.
 
     With CutMix a batch holds 2 x batch_size positions: u0 and its partners u1, the same permutation rotated by a
-    random distance. So every image is used once in each, and never as its own partner. If there are enough images,
-    none is twice in a batch over all processes.
+    random distance. So every image is used once in each, and never as its own partner.
     """
     size = cfg.batch_size
     batches = count // (size * world_size * cfg.accumulate) * cfg.accumulate  # in an epoch
@@ -88,15 +87,6 @@ def unlabeled_batches(count: int, cfg: Config, *, rank: int = 0, world_size: int
     return BatchSampler(batch_of_number)
 
 
-def scan_batches(data: PreparedData, rows: np.ndarray) -> list[np.ndarray]:
-    """Return the positions in `rows` by scan: one batch per patient and phase, slices in order."""
-    scans: dict[tuple[str, str], list[int]] = {}
-    for position, row in enumerate(rows):
-        scans.setdefault((data.index["patient"][row], data.index["phase"][row]), []).append(position)
-    by_slice = data.index["slice"][rows]
-    return [np.array(sorted(scans[key], key=by_slice.__getitem__)) for key in sorted(scans)]
-
-
 class Loaders(NamedTuple):
     """Batches that a run reads, and the data they come from."""
 
@@ -109,13 +99,8 @@ class Loaders(NamedTuple):
     reference: np.ndarray  # (P, 256) quantile curves of the first source domain
     steps_per_epoch: int
 
-    def training_batches(
-        self, accumulate: int, first: int, last: int, *, unlabeled_from: int = 0
-    ) -> Iterator[list[tuple[Batch, Batch | None]]]:
-        """Yield the `accumulate` pairs of a labelled and an unlabelled batch of each step, from `first` to `last`.
-
-        Before step `unlabeled_from` no unlabelled batch is read: it is None.
-        """
+    def training_batches(self, accumulate: int, first: int, last: int, *, unlabeled_from: int = 0) -> Iterator[Pairs]:
+        """Yield what each step from `first` to `last` reads; None for unlabelled ones before `unlabeled_from`."""
         begin = max(first, unlabeled_from)
         for loader, start in ((self.labeled, first), (self.unlabeled, begin)):
             loader.sampler.start, loader.sampler.stop = start * accumulate, last * accumulate
@@ -132,34 +117,31 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
     unlabeled_rows = data.rows(split.unlabeled)
     steps = len(unlabeled_rows) // (cfg.batch_size * world_size * cfg.accumulate)
     if not steps:
-        raise UserError(
-            f"{len(unlabeled_rows)} unlabelled images in {data.root} are fewer than one step takes: batches of "
-            f"{cfg.batch_size} x {world_size} process(es) x --accumulate {cfg.accumulate}. Use a smaller --batch-size"
-        )
-    first_domain = min({*data.index["domain"][unlabeled_rows]} & {*dataset.domains})
+        need = f"{cfg.batch_size} x {world_size} process(es) x --accumulate {cfg.accumulate}"
+        raise UserError(f"{len(unlabeled_rows)} unlabelled images, a step takes {need}: use a smaller --batch-size")
     labeled = SliceDataset(data, data.rows(split.labeled, with_mask=True), with_mask=True)
     unlabeled = SliceDataset(data, unlabeled_rows, with_mask=False)
     for part, rows in (("labelled", labeled.rows), ("validation", data.rows(split.validation, with_mask=True))):
         if not any(data.masks[number].any() for number in data.index["mask"][rows]):
-            raise UserError(
-                f"the masks of all {part} patients in {data.root} are empty: nothing can be learnt or measured. Check "
-                f"the masks, and prepare the data again: {', '.join(sorted(set(data.index['patient'][rows])))}"
-            )
+            raise UserError(f"the masks of all {part} patients in {data.root} are empty: check them, and prepare anew")
+    domain = data.index["domain"][unlabeled_rows]
+    reference = data.quantiles[unlabeled_rows[domain == min({*domain} & {*dataset.domains})]]
+    reference = reference[reference[:, 0] < reference[:, -1]]  # an image matched to an empty slice would be black
     workers = min(cfg.workers, usable_cores())  # more only slow each other down
     row_bytes = [sum(tensor.nbytes for tensor in dataset[[0]].values()) for dataset in (labeled, unlabeled)]
     batch_bytes = cfg.batch_size * (row_bytes[0] + row_bytes[1] * (1 + cfg.cutmix))
-    if not shared_memory_suffices(batch_bytes, workers * world_size, warn=rank == 0):
+    need = batch_bytes * (PREFETCH + 1) * workers * world_size  # one more is in the hands of worker or training
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else need
+    if need > free:  # a worker would wait for ever, or die of a bus error
         workers = 0
-    return Loaders(
-        batch_loader(labeled, labeled_batches(len(labeled), cfg, rank=rank), workers),
-        batch_loader(unlabeled, unlabeled_batches(len(unlabeled), cfg, rank=rank, world_size=world_size), workers),
-        scan_loader(data, split.validation, rank=rank, world_size=world_size),
-        data,
-        dataset,
-        split,
-        data.quantiles[unlabeled_rows[data.index["domain"][unlabeled_rows] == first_domain]],
-        steps,
-    )
+        lack = f"{need / 1e6:.0f} MB of shared memory, {free / 1e6:.0f} MB are free"
+        if rank == 0:
+            print(f"warning: no data workers: they need {lack} (docker run --shm-size gives more)")
+    batches = unlabeled_batches(len(unlabeled), cfg, rank=rank, world_size=world_size)
+    labeled_loader = batch_loader(labeled, labeled_batches(len(labeled), cfg, rank=rank), workers)
+    unlabeled_loader = batch_loader(unlabeled, batches, workers)
+    val_loader = scan_loader(data, split.validation, rank=rank, world_size=world_size)
+    return Loaders(labeled_loader, unlabeled_loader, val_loader, data, dataset, split, reference, steps)
 
 
 class BatchLoader(DataLoader):
@@ -173,47 +155,28 @@ class BatchLoader(DataLoader):
 
 
 def batch_loader(dataset: SliceDataset, batches: Iterable[np.ndarray], workers: int) -> DataLoader:
-    """Return a loader of whole batches, whose positions in the data set `batches` yields."""
+    """Return a loader of whole batches: each element of `batches`, positions, is one request to the data set."""
     parallel = {"timeout": STALL_S, "prefetch_factor": PREFETCH, "worker_init_fn": ignore_signals} if workers else {}
-    # sampler= (not batch_sampler=) with batch_size=None hands the positions to the dataset as one request.
     return BatchLoader(
-        dataset,
-        sampler=batches,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        **parallel,
+        dataset, sampler=batches, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(), **parallel
     )
 
 
-def shared_memory_suffices(batch_bytes: int, workers: int, *, warn: bool) -> bool:
-    """Return True if the batches that `workers` read ahead fit into shared memory; if not, print a warning.
-
-    Without this question a worker waits for ever or dies of a bus error. Docker gives a container 64 MB.
-    """
-    need = batch_bytes * (PREFETCH + 1) * workers  # one more is in the hands of the worker or the training process
-    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else need
-    if need > free and warn:
-        print(
-            f"warning: the data workers need {need / 1e6:.0f} MB of shared memory, {SHARED_MEMORY} has "
-            f"{free / 1e6:.0f} MB free: the training process reads the data itself, which is slower. Give a container "
-            f"more (docker run --shm-size {need / 1e9 + 1:.0f}g), or choose fewer --workers"
-        )
-    return need <= free
-
-
 def ignore_signals(_worker: int = 0) -> None:
-    """Leave signals to the training process: it saves its state, then ends its workers, which also end with it."""
+    """Leave signals to the training process: it saves its state, then ends its workers."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def scan_loader(data: PreparedData, patients: Sequence[str], *, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """Return a loader of all scans with masks of `patients`, a batch per scan; each process reads its share of them."""
+    """Return a loader of all scans with masks of `patients`, a batch per scan; each process reads its share."""
     dataset = SliceDataset(data, data.rows(list(patients), with_mask=True), with_mask=True)
-    return batch_loader(dataset, scan_batches(data, dataset.rows)[rank::world_size], 0)
+    scans = defaultdict(list)  # positions by patient and phase, in the order of the slices
+    for position, row in enumerate(dataset.rows):
+        scans[data.index["patient"][row], data.index["phase"][row]].append(position)
+    return batch_loader(dataset, [np.array(scans[key]) for key in sorted(scans)][rank::world_size], 0)
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may use, which can be fewer than the machine has."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,10 +3,9 @@
     write_mms(Path("raw/mms"), patients=4, frames=6, seed=0)
     write_scgm(Path("raw/scgm"), patients=4, seed=0)
 
-Every structure is an analytic signed distance (mm, positive inside) on coordinates bent by a smooth field.
-The image is painted from it with soft edges and the mask is its positive side, so the truth is exact.
-Coordinates are the patient's: x to the left, y to the back, z across the slices (heart: from base to apex);
-the affine says how a scanner's array lies to them. All randomness derives from (seed, scanner, subject).
+Every structure is an analytic signed distance (mm, positive inside) on coordinates bent by a smooth field: the
+image is painted from it with soft edges, the mask is its positive side. Coordinates are the patient's: x to the left,
+y to the back, z across the slices. All randomness derives from (seed, scanner, subject).
 """
 
 import csv
@@ -49,15 +48,12 @@ VENDORS = {
     "C": Scanner((192, 208), 1.5, 10, (7, 9), "PLS", 1400, 1.15, 0.035, 0.2, 0.5, (0.9, 0.36, 1.05, 0.12, 0.46, 0.5)),
     "D": Scanner((320, 288), 0.98, 9, (8, 10), "LAI", 600, 0.95, 0.045, 0.3, 1.0, (1.0, 0.28, 0.85, 0.09, 0.5, 0.35)),
 }
-# Vendor -> name and centres.
-MAKERS = {"A": ("Siemens", (1,)), "B": ("Philips", (2, 3)), "C": ("GE", (4,)), "D": ("Canon", (5,))}
+MAKERS = {"A": ("Siemens", (1,)), "B": ("Philips", (2, 3)), "C": ("GE", (4,)), "D": ("Canon", (5,))}  # name, centres
 # T2*-weighted: fluid brightest, grey above white matter, bone dark. Sites 1 and 3 see little but the canal.
 NECK = ("fluid", "grey", "white", "muscle", "fat", "bone", "blood")
 SITES = {
     1: Scanner((100, 100), 0.5, 5, (3, 3), "RAS", 300, 1, 0.02, 0.1, 0.4, (0.95, 0.68, 0.46, 0.4, 0.3, 0.12, 0.8)),
-    2: Scanner(
-        (650, 600), 0.25, 7.5, (3, 5), "LAS", 800, 0.85, 0.03, 0.2, 1.2, (0.8, 0.62, 0.44, 0.32, 0.6, 0.15, 0.7)
-    ),
+    2: Scanner((650, 600), 0.25, 7.5, (3, 5), "LAS", 800, .85, 0.03, 0.2, 1.2, (0.8, 0.62, 0.44, 0.32, 0.6, 0.15, 0.7)),
     3: Scanner((192, 180), 0.25, 2.5, (20, 28), "RAS", 1500, 1.2, 0.04, 0.15, 1, (1, 0.78, 0.58, 0.5, 0.6, 0.2, 0.95)),
     4: Scanner((380, 340), 0.29, 5, (8, 12), "LAI", 500, 1, 0.025, 0.25, 0.8, (0.9, 0.58, 0.4, 0.45, 0.55, 0.1, 0.85)),
 }
@@ -102,8 +98,7 @@ def smooth_field(shape, zooms, rng: np.random.Generator, size: float) -> np.ndar
 def scan_grid(scanner: Scanner, tilt: float, rng: np.random.Generator):
     """Draw the voxel grid of one scan, oblique by about `tilt` rad.
 
-    Returns the coordinates x, y, z (mm from the image centre), each (X, Y, Z), the affine, and `smooth_field` on
-    this grid as a function of the size.
+    Returns x, y, z (mm from the image centre; each (X, Y, Z)), the affine, and `smooth_field` as a function of size.
     """
     shape = np.array((*scanner.matrix, rng.integers(*scanner.slices, endpoint=True)))
     zooms = np.array((scanner.spacing, scanner.spacing, scanner.thickness))
@@ -115,10 +110,9 @@ def scan_grid(scanner: Scanner, tilt: float, rng: np.random.Generator):
         np.float32(turn[row, axis] * zooms[axis]) * (index[axis] - np.float32((shape[axis] - 1) / 2))
         for row, axis in enumerate(np.abs(turn).argmax(axis=1))
     ]
-    affine = np.eye(4)
     oblique = Rotation.from_rotvec(rng.normal(0, tilt, 3)).as_matrix()
-    affine[:3, :3] = oblique @ np.diag((-1, -1, 1)) @ turn @ np.diag(zooms)  # the world is right, front, head
-    affine[:3, 3] = rng.uniform(-30, 30, 3) - affine[:3, :3] @ (shape - 1) / 2
+    matrix = oblique @ np.diag((-1, -1, 1)) @ turn @ np.diag(zooms)  # the world is right, front, head
+    affine = nib.affines.from_matvec(matrix, rng.uniform(-30, 30, 3) - matrix @ (shape - 1) / 2)
     return position, affine, partial(smooth_field, shape, zooms, rng)
 
 
@@ -153,12 +147,8 @@ def chest(x, y, depth, spacing, tissue, field, rng) -> np.ndarray:
     draw(np.minimum(liver, trunk - 10), tissue["liver"])
     draw(np.minimum(stomach, trunk - 10), 0.85 * tissue["liver"])
     draw(np.minimum(stomach - 9 - 3 * field(40), trunk - 10), tissue["muscle"])
-    for centre, radius, name in (  # vertebra and its canal, wall and blood of the descending aorta
-        ((-25, 104), 22, "bone"),
-        ((-25, 130), 8, "blood"),
-        ((2, 80), 13, "muscle"),
-        ((2, 80), 11, "blood"),
-    ):
+    parts = ((-25, 104), 22, "bone"), ((-25, 130), 8, "blood"), ((2, 80), 13, "muscle"), ((2, 80), 11, "blood")
+    for centre, radius, name in parts:  # vertebra and its canal, wall and blood of the descending aorta
         draw(ellipse(x, y, centre, (radius, radius)), tissue[name])
     above = np.where(depth < 0, 0, 1e3).astype(np.float32)  # fat with the great vessels, unlabelled
     draw(ellipse(x, y, (-4, 6), (38, 27), 0.5) - above, 0.6 * tissue["fat"])
@@ -236,14 +226,12 @@ def write_mms(out: Positional[Path], *, patients: int = 4, frames: int = 6, seed
     """
     begin(out, patients >= 1 and frames >= 2, seed)
     people = [(vendor, number) for vendor in VENDORS for number in range(patients)] + [("C", patients)]
-    sizes = (26, 10) * 3  # a code is letter, digit, three times
-    draws = np.random.default_rng(seed).choice(np.prod(sizes), len(people), replace=False)
-    systole = round(frames / 3)
-    rows = []
+    draws = np.random.default_rng(seed).choice(260**3, len(people), replace=False)
+    rows, systole = [], round(frames / 3)
     for index, (vendor, number) in enumerate(tqdm(people, desc="phantom patients")):
         scanner, rng = VENDORS[vendor], np.random.default_rng([seed, ord(vendor), number])
-        letters = np.unravel_index(draws[index], sizes)
-        code = "".join(chr(65 + n) if size == 26 else str(n) for n, size in zip(letters, sizes, strict=True))
+        pairs = np.unravel_index(draws[index], (260, 260, 260))
+        code = "".join(f"{chr(65 + pair // 10)}{pair % 10}" for pair in pairs)  # letter and digit, three times
         ed = frames - systole if index % 5 == 1 else 0
         es = (ed + systole) % frames
         step = (np.arange(frames) - ed) % frames
@@ -261,8 +249,7 @@ def write_mms(out: Positional[Path], *, patients: int = 4, frames: int = 6, seed
         age, height, weight = rng.integers((20, 155, 50), (80, 195, 100))
         disease, sex = rng.choice(["NOR", "HCM", "DCM"]), rng.choice(["F", "M"])
         centre = centres[number % len(centres)]
-        phases = (ed, es) if labeled else (0, 0)  # as in the published table
-        rows.append((code, name, vendor, centre, *phases, age, disease, sex, height, weight))
+        rows.append((code, name, vendor, centre, ed * labeled, es * labeled, age, disease, sex, height, weight))
     with open(Path(out) / TABLE, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([COLUMNS.split(","), *((i, *row) for i, row in enumerate(sorted(rows)))])
 

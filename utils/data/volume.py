@@ -7,7 +7,7 @@ import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -17,8 +17,7 @@ from utils.files import atomic_write
 
 PROGRAM = "SemiDG-Seg"  # begins the description of every map that is written with one
 LARGEST = 1e30  # absolute value of a voxel: differences and products of such stay within float32
-MAX_DEFLATE_RATIO = 1032  # zlib's densest possible compression: more data than this a file cannot hold
-HEADER_BYTES = 540  # of the longer kind, NIfTI-2
+MAX_DEFLATE_RATIO = 1032  # zlib's densest compression: a file cannot hold more data
 UNREADABLE = (OSError, EOFError, zlib.error)
 AGAIN = "; copy or download it again"
 
@@ -34,95 +33,72 @@ class Volume(NamedTuple):
 
 
 def read_volume(path: Path, max_ndim: int = 4) -> Volume:
-    """Read a .nii or .nii.gz file whole, checksum included, and validate it.
+    """Read a .nii or .nii.gz file whole, checksum included, and drop trailing axes of length 1.
 
-    nibabel accepts many damaged files in silence, so header, length and values are checked here. Trailing axes of
-    length 1 are dropped. Bytes after the end of the gzip stream are ignored, with a warning.
+    nibabel accepts many damaged files in silence, so header, length and values are checked here.
 
     Raises:
-        UserError: names the file and what is wrong with it: truncated or corrupt gzip, short data, impossible
-            dimensions, voxel size or affine, NaN or infinite voxels, neither 3 dimensions nor up to `max_ndim`.
+        UserError: names the file and its fault: truncated or corrupt data, impossible dimensions, voxel
+            size or affine, NaN or infinite voxels, fewer than 3 or more than `max_ndim` dimensions.
     """
-    warnings = []
-    with naming(path, "cannot be read whole", errors=UNREADABLE, remedy=AGAIN), _open(path) as file:
-        content = bytearray(file.read(HEADER_BYTES))
-        header, shape, size = _parse_header(path, content, max_ndim)
-        while len(content) < size and (piece := file.read(min(size - len(content), 1 << 24))):
-            content += piece  # piece by piece: a damaged header may claim any size
-        try:
-            while file.read(1 << 20):  # what follows is not data, but the gzip checksum comes after it
-                pass
-        except gzip.BadGzipFile as error:
-            if not str(error).startswith("Not a gzipped file"):  # the checksum is wrong
-                raise
-            warnings.append("the bytes after the end of its gzip stream are ignored")
+    content = _read(path)
+    header, shape, size = _parse_header(path, content, max_ndim)
     if len(content) < size:
         raise UserError(f"{path}: {len(content)} bytes, but its header promises {size}{AGAIN}")
-    with naming(path, "is not a valid NIfTI file"):  # nibabel raises a dozen kinds for what a header can hold
+    with naming(path, "is not a valid NIfTI file"):  # nibabel raises a dozen kinds here
         array = header.data_from_fileobj(io.BytesIO(content)).reshape(shape)
         affine = header.get_best_affine()
     if array.dtype.kind not in "biuf":
         raise UserError(f"{path}: voxels are of type {array.dtype}, expected one number per voxel")
-    del content  # its memory, before more is needed
     if not (array.min() >= -LARGEST and array.max() <= LARGEST):  # NaN is neither
         bad, slope = np.count_nonzero(~(np.abs(array) <= LARGEST)), header["scl_slope"]
         raise UserError(f"{path}: {bad} voxels are NaN, infinite or above {LARGEST:g} (the header scales by {slope})")
     if not (np.abs(affine) < 1e6).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise UserError(f"{path}: the affine (sform or qform) is NaN, beyond 1 km or singular")
     norms, zooms = np.linalg.norm(affine[:3, :3], axis=0), tuple(map(float, header.get_zooms()[:3]))
-    if not np.allclose(norms, zooms, rtol=0.01):
-        warnings.append(f"voxel size by the affine {np.round(norms, 3).tolist()} is not that of the header {zooms}")
-    return Volume(array, header, affine, zooms, "; ".join(warnings))
+    differ = f"voxel size {zooms} in the header, but {np.round(norms, 3).tolist()} by the affine"
+    return Volume(array, header, affine, zooms, "" if np.allclose(norms, zooms, rtol=0.01) else differ)
 
 
 def read_header(path: Path) -> tuple[nib.Nifti1Header, tuple[int, ...]]:
-    """Return the header and the shape that it gives, without the voxels; raises UserError as `read_volume` does."""
-    with naming(path, "cannot be read", errors=UNREADABLE, remedy=AGAIN), _open(path) as file:
-        return _parse_header(path, file.read(HEADER_BYTES), 4)[:2]
+    """Return the header and the shape that it gives, not the voxels; raise UserError as `read_volume`."""
+    return _parse_header(path, _read(path, nib.Nifti2Header.sizeof_hdr), 4)[:2]
 
 
-def _open(path: Path) -> BinaryIO:
-    with open(path, "rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"  # the content says so, whatever the name
-    return gzip.open(path) if packed else open(path, "rb")
+def _read(path: Path, size: int = -1) -> bytes:
+    """Return the first `size` bytes of a file, or all; unpacked if its content is that of gzip."""
+    with naming(path, "cannot be read whole", errors=UNREADABLE, remedy=AGAIN), open(path, "rb") as file:
+        packed = file.peek(2).startswith(b"\x1f\x8b")
+        return (gzip.GzipFile(fileobj=file) if packed else file).read(size)  # the checksum comes last
 
 
 def _parse_header(path: Path, head: bytes, max_ndim: int) -> tuple[nib.Nifti1Header, tuple[int, ...], int]:
-    """Parse and check the header; return it with the shape, and the length in bytes, of the file it describes."""
+    """Check the header; return it, and the shape and the length in bytes of the file that it describes."""
     sizes = {int.from_bytes(head[:4], order) for order in ("little", "big")}
     kind = next((kind for kind in (nib.Nifti1Header, nib.Nifti2Header) if kind.sizeof_hdr in sizes), None)
     if kind is None or len(head) < kind.sizeof_hdr:
         raise UserError(f"{path}: not a NIfTI file (expected .nii or .nii.gz)")
     with naming(path, "is not a valid NIfTI file"):
-        header = kind(bytes(head[: kind.sizeof_hdr]), check=False)
+        header = kind(head[: kind.sizeof_hdr], check=False)
         itemsize = header.get_data_dtype().itemsize
-    turn = np.array([header[f"quatern_{axis}"] for axis in "bcd"], float)
-    if 1 < turn @ turn < 1 + 1.1e-5:  # by rounding; nibabel refuses such quaternions
-        header["quatern_b"], header["quatern_c"], header["quatern_d"] = turn / np.linalg.norm(turn)
-    dim, voxel_mm = header["dim"].tolist(), header["pixdim"][1:4]
-    shape = dim[1 : dim[0] + 1]
-    offset, data_bytes = float(header["vox_offset"]), math.prod(shape) * itemsize
-    limit = path.stat().st_size * MAX_DEFLATE_RATIO + 1024
-    problem = ""
-    if not header["magic"].item().startswith(b"n+"):
-        problem = f"not a single-file NIfTI (magic {header['magic'].item()!r})"
+    dim, voxel_mm, magic = header["dim"].tolist(), header["pixdim"][1:4], header["magic"].item()
+    shape, offset = dim[1 : dim[0] + 1], float(header["vox_offset"])
+    size = offset + math.prod(shape) * itemsize
+    while len(shape) > 3 and shape[-1] == 1:
+        shape.pop()
+    if not magic.startswith(b"n+"):
+        problem = f"not a single-file NIfTI (magic {magic!r})"
     elif not 1 <= dim[0] <= 7 or min(shape) < 1:
         problem = f"impossible dimensions {dim} in the header"
     elif not (np.isfinite(voxel_mm) & (voxel_mm > 0)).all():
         problem = f"voxel size {voxel_mm.tolist()} mm in the header; must be positive"
-    elif (unit := int(header["xyzt_units"]) & 7) in (1, 3):
-        problem = f"the header gives lengths in {'metres' if unit == 1 else 'micrometres'}; rewrite it in mm"
-    elif not offset >= kind.sizeof_hdr:  # NaN is not
-        problem = f"the header says that the data begin at byte {offset:g}, which is within the header"
-    elif offset > limit or data_bytes > limit:
-        problem = f"the header claims {data_bytes:.3g} bytes of data, more than the file can hold"
-    while len(shape) > 3 and shape[-1] == 1:
-        shape.pop()
-    if not problem and not 3 <= len(shape) <= max_ndim:
-        problem = f"{len(shape)}D image of shape {shape}, expected 3D{' or 4D' if max_ndim == 4 else ''}"
-    if problem:
-        raise UserError(f"{path}: {problem}")
-    return header, tuple(shape), int(offset) + data_bytes
+    elif not kind.sizeof_hdr <= offset <= size <= path.stat().st_size * MAX_DEFLATE_RATIO + 1024:  # NaN is not
+        problem = f"the header claims data at bytes {offset:g} to {size:.3g}, where the file has none"
+    elif not 3 <= len(shape) <= max_ndim:
+        problem = f"{len(shape)}D image of shape {shape}, expected at least 3D, at most {max_ndim}D"
+    else:
+        return header, tuple(shape), int(size)
+    raise UserError(f"{path}: {problem}")
 
 
 def frame_count(volume: Volume) -> int:
@@ -137,59 +113,48 @@ def frame_slices(volume: Volume, frame: int) -> np.ndarray:
 
 
 def implausible(volume: Volume, *, any_thickness: bool = False) -> list[str]:
-    """Return reasons why a scan cannot be a stack of slices along its third axis; empty for a plausible one."""
+    """Return reasons why a scan cannot be a stack of slices along its third axis."""
     reasons, zooms = [], np.round(volume.zooms, 3).tolist()
-    field = [round(n * zoom, 1) for n, zoom in zip(volume.array.shape[:2], volume.zooms, strict=False)]
+    field = np.round(np.multiply(volume.array.shape[:2], volume.zooms[:2]), 1).tolist()
     if min(field) < 20 or max(field) > 1000:
-        reasons.append(f"the slices measure {field} mm, expected 20 to 1000 mm: correct the voxel size in the header")
+        reasons.append(f"the slices measure {field} mm, not 20 to 1000 mm: correct the header")
     if not any_thickness and (max(zooms[:2]) > 1.05 * zooms[2] or zooms[2] > 25):
-        reasons.append(
-            f"voxels of {zooms} mm: the third axis must be that of the slices, up to 25 mm thick, and the fourth that "
-            "of the frames; exchange the axes"
-        )
+        reasons.append(f"voxels of {zooms} mm: slices (up to 25 mm) belong on axis 3, frames on 4")
     low, high = volume.array.min(), volume.array.max()
     if low == high or high <= 0:
-        reasons.append(f"all voxels lie in {low:g} to {high:g}, so there is no image; copy or convert the file again")
+        reasons.append(f"all voxels lie in {low:g} to {high:g}, no image: copy or convert it again")
     return reasons
 
 
 def whole_numbers(mask: Volume) -> Volume:
     """Return a mask with rounded values: scaling by the header can leave 0.9999999998 where a 1 was.
 
-    Raises:
-        UserError: a value is more than 1e-3 away from a whole number; the message names no file.
+    Raises UserError, which names no file, for a value more than 1e-3 away from a whole number.
     """
     if mask.array.dtype.kind != "f":
         return mask
     rounded = np.rint(mask.array)
-    distance = np.abs(mask.array - rounded)
-    if distance.max() > 1e-3:
-        value = mask.array.flat[distance.argmax()]
-        raise UserError(
-            f"the value {value:g} is no label: resample the mask by nearest neighbour, and save it with an integer type"
-        )
+    if (far := np.abs(mask.array - rounded) > 1e-3).any():
+        remedy = "resample the mask by nearest neighbour, and save it with an integer type"
+        raise UserError(f"the value {mask.array[far][0]:g} is no label: {remedy}")
     return mask._replace(array=rounded)
 
 
 def mask_in_grid(mask: Volume, image: Volume) -> Volume:
-    """Return a mask in the voxel grid of its image: flipped or exchanged axes are turned as the affines say.
+    """Return a mask in the voxel grid of its image, turned as the affines say, with a `warning`.
 
-    The result's `warning` says so, or that the affines differ by up to half a voxel. An affine that is lost (identity,
-    or none) says nothing about the axes: such a mask is taken as it is stored, with a warning.
-
-    Raises:
-        UserError: the shapes differ, or the affines by more than half a voxel; the message names no file.
+    A lost affine (identity or none) says nothing: such a mask is taken as it is stored.
+    Raises UserError, which names no file, for another shape or affines over half a voxel apart.
     """
-    array, warnings = mask.array, [mask.warning] if mask.warning else []
-    codes, image_codes = ("".join(map(str, nib.aff2axcodes(volume.affine))) for volume in (mask, image))
-    shift, shift_mm = np.zeros(1), 0.0
-    lost = [name for name, volume in (("mask", mask), ("image", image)) if _affine_is_lost(volume)]
-    if np.allclose(mask.affine, image.affine, atol=1e-3):
-        pass
-    elif lost:
-        warnings.append(f"the affine of the {' and the '.join(lost)} is lost (identity or none): axes taken as stored")
-    else:
-        to_image = np.linalg.inv(image.affine) @ mask.affine  # voxels of the mask -> voxels of the image
+    array, warnings, shift, volumes = mask.array, [mask.warning], np.zeros((3, 8)), (mask, image)
+    codes, image_codes = ("".join(map(str, nib.aff2axcodes(volume.affine))) for volume in volumes)
+    placed = all(volume.header["sform_code"] or volume.header["qform_code"] for volume in volumes)
+    identity = any(np.array_equal(np.abs(volume.affine), np.eye(4)) for volume in volumes)
+    differ = not np.allclose(mask.affine, image.affine, atol=1e-3)
+    if differ and (identity or not placed):
+        warnings.append("the affine of mask or image is lost (identity or none): axes taken as stored")
+    elif differ:
+        to_image = np.linalg.inv(image.affine) @ mask.affine  # in voxels
         axes = nib.io_orientation(to_image)
         axes = nib.orientations.axcodes2ornt("RAS") if np.isnan(axes).any() else axes
         array = nib.apply_orientation(array, axes)
@@ -198,68 +163,51 @@ def mask_in_grid(mask: Volume, image: Volume) -> Volume:
         shift = (moved @ corners)[:3]  # voxels
         shift_mm = np.linalg.norm(image.affine[:3, :3] @ shift, axis=0).max()
         difference = f"orientation {codes} against {image_codes}, corners {shift_mm:.2g} mm apart"
-        warnings.append(f"its affine differs from the image's: {difference}, brought into the image's voxel grid")
+        warnings.append(f"its affine differs from the image's: {difference}, turned into its grid")
     if array.shape != image.array.shape:
-        shape = f"shape {mask.array.shape} ({codes})"
-        raise UserError(f"{shape} differs from the image's {image.array.shape} ({image_codes})")
+        raise UserError(f"shape {mask.array.shape} ({codes}), the image's is {image.array.shape} ({image_codes})")
     if not np.abs(shift).max() <= 0.5:
-        raise UserError(
-            f"its orientation {codes} and place do not fit the image's {image_codes}: corners lie {shift_mm:.1f} mm "
-            "apart. Resample the mask to its image, or correct the wrong affine"
-        )
-    return image._replace(array=array, warning="; ".join(warnings))
-
-
-def _affine_is_lost(volume: Volume) -> bool:
-    """Return True if the file does not say where its voxels lie: no qform and sform, or voxels of 1 mm from 0."""
-    named = volume.header["sform_code"] or volume.header["qform_code"]
-    return not named or np.array_equal(np.abs(volume.affine), np.eye(4))
+        raise UserError(f"{difference}: resample the mask to its image, or correct the wrong affine")
+    return image._replace(array=array, warning="; ".join(filter(None, warnings)))
 
 
 def write_volume(path: Path, array: np.ndarray, like: Volume, description: str = "") -> None:
-    """Write `array` in the voxel grid of `like`: its affine, zooms, qform and sform codes.
-
-    `description` goes into the header, cut to the 79 characters that it holds.
-    """
+    """Write `array` in the voxel grid of `like`, with a description of up to 79 characters."""
     header = like.header.copy()
     header.set_data_dtype(array.dtype)
     header.set_slope_inter(1, 0)
     header["descrip"] = description[:79].encode()
     header["cal_min"] = header["cal_max"] = 0  # display window of the scan, not of this map
-    header["vox_offset"] = 0  # of a new file; the scan's extensions, which may hold a patient's name, are never read
+    header["vox_offset"] = 0  # the scan's extensions, which may hold a patient's name, are not copied
     for field in {"db_name", "aux_file", "intent_name"} & set(header):
         header[field] = b""
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    image = image_class(array, None, header)  # affine None: the header's own qform and sform stay to the bit
+    image = image_class(array, None, header)  # None: qform and sform stay to the bit
     with atomic_write(path) as temporary:
         nib.save(image, temporary)
 
 
 @dataclass(frozen=True)
 class PlaneMap:
-    """Resampling between the slices of a scan and a square canvas on the same centre.
+    """Resampling between the slices of a scan and a square canvas, axis by axis; outside is 0."""
 
-    Both directions interpolate along one axis after the other; the outside is 0. `shape`, `zooms` and `center` belong
-    to the scan's first two axes, in voxels, mm and voxels; `center` None is the centre of the slice.
-    """
-
-    shape: tuple[int, int]
-    zooms: tuple[float, float]
+    shape: tuple[int, int]  # of a slice, voxels
+    zooms: tuple[float, float]  # mm per voxel
     size: int  # px of the canvas
     spacing: float  # mm per canvas px
-    center: tuple[float, float] | None = None
+    center: tuple[float, float] | None = None  # of the canvas, voxel; None: the slice's
 
     def to_canvas(self, array: np.ndarray) -> np.ndarray:
-        """Resample (..., X, Y) to (..., size, size): labels (uint8) by nearest neighbour, else bilinear in float32."""
+        """Resample (..., X, Y) to (..., size, size): uint8 labels by nearest neighbour, else bilinear."""
+        distance = (np.arange(self.size) - (self.size - 1) / 2) * self.spacing
         for axis in (0, 1):
-            distance = (np.arange(self.size) - (self.size - 1) / 2) * self.spacing
             array = _sample(array, self.middle[axis] + distance / self.zooms[axis], axis - 2)
         return array
 
     def to_native(self, array: np.ndarray) -> np.ndarray:
         """Resample (..., size, size) to (..., X, Y), as `to_canvas` does."""
-        for axis in (0, 1):
-            distance = (np.arange(self.shape[axis]) - self.middle[axis]) * self.zooms[axis]
+        for axis, length in enumerate(self.shape):
+            distance = (np.arange(length) - self.middle[axis]) * self.zooms[axis]
             array = _sample(array, (self.size - 1) / 2 + distance / self.spacing, axis - 2)
         return array
 
@@ -282,17 +230,12 @@ def _sample(array: np.ndarray, position: np.ndarray, axis: int) -> np.ndarray:
         return array.take(np.floor(position + 0.5).astype(int).clip(0, last), axis) * inside
     low = np.floor(position).astype(int)
     weight = (position - low).astype(np.float32).reshape(inside.shape)
-    array = array.astype(np.float32, copy=False)
-    sampled, upper = array.take(low, axis), array.take(np.minimum(low + 1, last), axis)
-    sampled *= 1 - weight  # in place: fresh memory costs more than the sums
-    upper *= weight
-    sampled += upper
-    sampled *= inside
-    return sampled
+    lower, upper = (array.take(n, axis).astype(np.float32, copy=False) for n in (low, np.minimum(low + 1, last)))
+    return (lower * (1 - weight) + upper * weight) * inside
 
 
 def save_scan(path: Path, array: np.ndarray, affine: np.ndarray, frame_s: float = 1.0) -> None:
-    """Write a 3D or 4D NIfTI whose zooms, qform and sform agree; `frame_s` is the time between frames."""
+    """Write a 3D or 4D NIfTI whose zooms, qform and sform agree, `frame_s` seconds a frame."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm", "sec")
