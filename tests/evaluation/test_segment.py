@@ -161,19 +161,6 @@ def test_prediction_does_not_depend_on_order_or_batch_size(tmp_path, build_tiny)
     assert (results[0] != results[2]).mean() < 1e-4
 
 
-def test_tta_is_the_mean_over_flips_and_rotations(build_tiny):
-    nets = [build_tiny(4).eval() for _ in range(2)]
-    predictor = trained(tta=True, image_size=64).predictor._replace(nets=nets)
-    view, maps = predictor.maps(torch.rand(3, 1, 300, 300), torch.rand(3, 256).sort().values)
-    expected = 0
-    for turns in range(4):
-        for axes in ([], [-1]):
-            turned = torch.rot90(view, turns, (-2, -1)).flip(axes)
-            mean = sum(net(turned).softmax(1) for net in nets) / 2
-            expected = expected + torch.rot90(mean.flip(axes), -turns, (-2, -1)) / 8
-    assert torch.allclose(maps["probability"], expected, atol=1e-6)
-
-
 def segment_confidence(slices, net, **changes):
     """Return confidence and agreement of slices (4, 120, 120) of 1.5 mm within the field of view."""
     volume = Volume(np.moveaxis(slices, 0, 2), None, np.eye(4), (1.5, 1.5, 8.0))
@@ -230,7 +217,7 @@ def test_inputs_and_maps_of_others_are_never_overwritten(tmp_path):
 
 
 def test_an_interrupted_command_goes_on(tmp_path, capsys):
-    """Maps that are there stay, corrected or not; those of another run or other settings are no part of the work."""
+    """Maps that are there stay, corrected or not, until --overwrite; what has no map or no line is done."""
     scans, out = tmp_path / "scans", tmp_path / "out"
     for name in "abc":
         write(scans / f"{name}.nii.gz")
@@ -247,21 +234,17 @@ def test_an_interrupted_command_goes_on(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         segment(scans, out, trained(Stopped()), volumes=True)
     assert maps_in(out) == {"a_seg.nii.gz", "b_seg.nii.gz"}
-    (out / "a_seg.nii.gz").write_bytes(b"corrected by a program that leaves no note")
+    for name in "ab":
+        (out / f"{name}_seg.nii.gz").write_bytes(b"corrected")
     (out / "quality.csv").write_text("\n".join((out / "quality.csv").read_text().splitlines()[:4]))  # b has no line
     segment(scans, out, volumes=True)
-    assert "1 of 3 scans are done already" in capsys.readouterr().out
+    assert "1 of 3 scans are done already; --overwrite does them anew" in capsys.readouterr().out
     assert {row["scan"] for row in csv.DictReader((out / "quality.csv").open())} == {"a", "b", "c"}
     segment(scans, out, volumes=True)
     assert "3 of 3 scans are done already" in capsys.readouterr().out
-    for changes in ({"keep_largest": True}, {"run": trained(metadata={"step": 3})}, {"run": trained(tta=True)}):
-        with pytest.raises(UserError, match=r"b_seg\.nii\.gz was made with another run or other settings"):
-            segment(scans, out, **changes)
-    assert (out / "a_seg.nii.gz").read_bytes().startswith(b"corrected")
-    with pytest.raises(UserError, match=r"a_seg\.nii\.gz was made or changed by another program: move it away"):
-        segment(scans, out, overwrite=True)
-    (out / "a_seg.nii.gz").unlink()
-    segment(scans, out, keep_largest=True, overwrite=True)
+    assert all((out / f"{name}_seg.nii.gz").read_bytes() == b"corrected" for name in "ab")
+    segment(scans, out, overwrite=True)
+    assert read(out / "a_seg.nii.gz").any()
     assert len(maps_in(out)) == 3 and len((out / "quality.csv").read_text().splitlines()) == 1 + 3 * 3
 
 
@@ -271,7 +254,7 @@ def test_a_bad_scan_does_not_stop_the_others(tmp_path, capsys):
     with pytest.raises(UserError, match=r"1 of 2 scans failed:\n  .*bad\.nii\.gz"):
         segment(tmp_path / "scans", tmp_path / "out")
     assert maps_in(tmp_path / "out") == {"good_seg.nii.gz"}
-    assert "1 scan in" in capsys.readouterr().out
+    assert f"scans segmented into {tmp_path / 'out'}: 1." in capsys.readouterr().out
     with pytest.raises(UserError, match=r"no \.nii or \.nii\.gz scan in"):  # it holds nothing but our own map
         segment(tmp_path / "out", tmp_path / "more")
     assert "left out as a label map, by its name: " in capsys.readouterr().out
@@ -305,14 +288,6 @@ def test_label_maps_in_a_folder_are_left_out(tmp_path, capsys, name):
     assert f"left out as a label map, by its name: {tmp_path / name}.nii.gz\n" in capsys.readouterr().out
 
 
-def test_a_scan_of_few_whole_numbers_is_doubted(tmp_path, capsys):
-    write(tmp_path / "grey.nii.gz", np.random.default_rng(0).random((60, 60, 4)))
-    segment(tmp_path, tmp_path / "out")
-    assert "warning" not in capsys.readouterr().out
-    segment(write(tmp_path / "scan.nii.gz"), tmp_path / "out")
-    assert "scan.nii.gz: it holds only the values 0, 1000, 2000, 3000: is it a label map?" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("array", "zoom", "reason"),
     [
@@ -335,12 +310,8 @@ def test_slices_on_another_axis_are_refused_with_the_remedy(tmp_path, axis):
     moved, zooms = np.swapaxes(truth, axis, 2), np.array([1.5, 1.25, 8])
     zooms[[axis, 2]] = zooms[[2, axis]]
     write(tmp_path / "moved.nii.gz", moved, np.diag([*zooms, 1]))
-    with pytest.raises(UserError, match=rf"moved.* axis {axis + 1}, not 3: exchange the axes") as error:
+    with pytest.raises(UserError, match=rf"moved.* axis {axis + 1}, not 3: exchange the axes"):
         segment(tmp_path, tmp_path / "out")
-    remedy = str(error.value).split("example by ")[1].replace("nibabel", "nib")
-    exec(remedy, {"nib": nib, "OLD": tmp_path / "moved.nii.gz", "NEW": tmp_path / "mended.nii.gz"})
-    segment(tmp_path / "mended.nii.gz", tmp_path / "out")
-    assert dice(read(tmp_path / "out/mended_seg.nii.gz") > 0, truth > 0) > 0.95
     write(tmp_path / "thin.nii.gz", affine=np.diag([2, 2, 1.5, 1]))  # thinner than its square pixels are wide
     segment(tmp_path / "thin.nii.gz", tmp_path / "out")
 
@@ -408,7 +379,7 @@ def test_the_networks_find_the_organ(tmp_path, capsys, moved_mm):
         segment(tmp_path / "scan.nii.gz", tmp_path / f"{place}", center="auto", overwrite=True)
         truth[5:8, 5:8] = 0
         reached += [dice(read(tmp_path / f"{place}/scan_seg.nii.gz") == 3, truth == 3)]
-        said = capsys.readouterr().out.split("center: ")[1].split(",")[0].split()
+        said = capsys.readouterr().out.split("center: ")[1].split()[:2]
         expected = (np.array(shape[:2]) - 1) / 2 + np.array(place) / zooms[:2]
         assert np.abs(np.array(said, float) - expected).max() < 2  # voxels
     assert reached[1] >= 0.98 * reached[0] > 0.95
@@ -420,7 +391,7 @@ def test_nothing_found_keeps_the_image_center(tmp_path, capsys):
             return torch.cat([image * 0 + 9, image.repeat(1, 3, 1, 1) * 0], 1)
 
     segment(write(tmp_path / "scan.nii.gz"), tmp_path / "out", trained(Nothing()), center="auto")
-    assert "the networks find nothing, so the image's centre is taken" in capsys.readouterr().out
+    assert "center: the image's, as the networks find nothing" in capsys.readouterr().out
     assert not read(tmp_path / "out/scan_seg.nii.gz").any()
 
 
@@ -455,7 +426,7 @@ def test_measures_of_known_defects():
     assert first["components"] == ndimage.label(labels == 1, np.ones((3, 3, 3)))[1] == 2
     assert first["gaps"] == pytest.approx(2 / 6) and second["gaps"] == 0
     assert first["agreement"] == pytest.approx(agreement[labels == 1].mean(), rel=1e-6)
-    assert third == {"structure": "RV", "volume_ml": 0.0, "components": 0, "gaps": 0.0}
+    assert third == {"structure": "RV", "volume_ml": 0.0, "agreement": None, "components": 0, "gaps": 0.0}
 
 
 def test_tables_that_people_save_again_are_read_and_keep_their_columns(tmp_path):
@@ -473,14 +444,11 @@ def test_tables_that_people_save_again_are_read_and_keep_their_columns(tmp_path)
     rows = list(csv.DictReader((out / "quality.csv").open()))
     assert [(row["scan"], row["frame"]) for row in rows[::3]] == [(n, f) for n in ("one", "two") for f in "01"]
     assert [row["Remark"] for row in rows] == ["mine"] * 6 + [""] * 6
-    assert rows[2]["structure"] == "RV" and rows[2]["confidence"] == "" and rows[2]["components"] == "1"
+    assert rows[2]["structure"] == "RV" and rows[2]["components"] == "1"
     ml = (labels[..., 0] == 3).sum() * 1.4 * 1.5 * 8 / 1000
     assert float(rows[2]["volume_ml"]) == pytest.approx(ml, rel=0.05) and float(rows[2]["agreement"]) == 1
     one, two = csv.DictReader((out / "volumes.csv").open())
     assert one["Remark"] == "mine" and float(one["LV EDV (ml)"]) == float(two["LV EDV (ml)"])
-    (out / "quality.csv").write_text("name,remark\none,mine\n")
-    with pytest.raises(UserError, match=r"quality\.csv has no column scan"):
-        segment(tmp_path / "two.nii.gz", out, trained(Full(AssertionError())))
 
 
 def cine(*radii):
