@@ -37,12 +37,11 @@ def nifti_path(folder: Path, stem: str) -> Path:
 
 
 def missing_or_outside(path: Path, base: Path) -> str:
-    """Return why a file below the folder `base` must not be read; empty where it may. `base` itself can be a link."""
+    """Return why a file below the folder `base`, which can be a link, must not be read; empty where it may."""
     if not path.is_file():
         return f"{path}: missing"
-    if path.resolve().is_relative_to(base.resolve()):
-        return ""
-    return f"{path}: a link that leads out of {base}: put a copy of the file in its place, or link {base} as a whole"
+    inside = path.resolve().is_relative_to(base.resolve())
+    return "" if inside else f"{path}: a link that leads out of {base}: put a copy of the file in its place"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +74,7 @@ def label_values(labels: Sequence[str], class_names: Sequence[str]) -> dict[int,
     for text in labels:
         value, _, name = text.casefold().partition("=")
         if not value.isdecimal() or int(value) in values or name not in names:
-            expected = f"a whole number above 0, named once, and one of {', '.join(class_names)}"
-            raise UserError(f"--labels {text}: expected VALUE=NAME, {expected}")
+            raise UserError(f"--labels {text}: expected VALUE=NAME, a new number above 0 and one of {', '.join(names)}")
         values[int(value)] = names.index(name)
     if absent := [name for number, name in enumerate(class_names) if number not in values.values()]:
         print(f"warning: --labels name no value for {', '.join(absent)}: compared with an empty truth")

@@ -57,14 +57,12 @@ def write_open_data(
         if archive.is_file():
             with naming(source or URL, "is no whole zip file", remedy=": download it again"):
                 extract_archive(archive, unpacked)
-        root = unpacked if archive.is_file() else archive
-        known = {session for sessions in SESSIONS.values() for session in sessions}
-        around = [root, *root.glob("*/")]  # GitHub makes a folder around the files
-        root = next((place for place in around if known & {path.name for path in place.glob("*/")}), root)
+        folder = unpacked if archive.is_file() else archive
+        files = {path.name: path for path in folder.rglob("sub-*.nii.gz") if path.is_file()}
         counts = dict.fromkeys(SESSIONS, 0)
         for site, sessions in SESSIONS.items():
             for number, session in enumerate(tqdm(sessions, desc=f"site {site}", leave=False), start=1):
-                counts[site] += _write_session(root, session, f"site{site}-sc", number, new, seed)
+                counts[site] += _write_session(files, session, f"site{site}-sc", number, new, seed)
         if not any(counts.values()):
             raise UserError(f"{source or URL}: no session of the data set in it, such as sub-9418/anat: another one?")
         (new / "SOURCE.txt").write_text(SOURCE)
@@ -72,24 +70,23 @@ def write_open_data(
     print(f"{raw}: sessions by site: {', '.join(f'{site}: {count}' for site, count in counts.items())}")
 
 
-def _write_session(root: Path, session: str, prefix: str, number: int, raw: Path, seed: int) -> bool:
+def _write_session(files: dict[str, Path], session: str, prefix: str, number: int, raw: Path, seed: int) -> bool:
     """Write both runs of a session; return False where it is not in this copy."""
-    runs = [root / session / "anat" / f"{session}_run-{run}_T2starw.nii.gz" for run in (1, 2)]
-    labels = root / "derivatives" / "labels" / session / "anat"
-    masks = [labels / f"{session}_run-1_T2starw_{kind}-manual.nii.gz" for kind in ("gmseg", "seg")]
-    if not runs[0].exists():
+    runs = [files[name] for run in (1, 2) if (name := f"{session}_run-{run}_T2starw.nii.gz") in files]
+    names = [f"{session}_run-1_T2starw_{kind}-manual.nii.gz" for kind in ("gmseg", "seg")]
+    masks = [files[name] for name in names if name in files]
+    if not runs:
         return False
     for path in (*runs, *masks):
-        if path.exists() and path.stat().st_size < 1000:
+        if path.stat().st_size < 1000:
             raise UserError(f"{path}: only a pointer of git-annex or git-lfs: get the file itself")
     rng, first = np.random.default_rng([seed, *session.encode()]), read_volume(runs[0], 3)
     middle = first.affine @ [*(np.array(first.array.shape) - 1) / 2, 1]  # mm
-    labeled = all(mask.exists() for mask in masks)
-    if labeled:
+    if labeled := len(masks) == 2:
         grey, cord = (mask_in_grid(whole_numbers(read_volume(mask, 3)), first).array > 0 for mask in masks)
         middle = first.affine @ [*np.argwhere(cord).mean(0), 1]
         label = np.where(grey, 1, np.where(cord, 2, 0)).astype(np.uint8)
-    for run, path in enumerate(path for path in runs if path.exists()):
+    for run, path in enumerate(runs):
         volume = read_volume(path, 3)
         place, affine = _window(volume, middle, rng)
         part, name = "train" if labeled and run == 0 else "test", f"{prefix}{number + 10 * run:02d}"

@@ -117,8 +117,7 @@ def _read_scan(path: Path) -> Volume:
     volume = read_volume(path)
     zooms, axis = np.round(volume.zooms, 2), int(np.argmax(volume.zooms))
     if axis != 2 and zooms[axis] > 1.05 * sorted(zooms)[1]:
-        lie = f"with voxels of {zooms.tolist()} mm its slices seem to lie on axis {axis + 1}, not 3"
-        raise UserError(f"{lie}: exchange the axes (in nibabel: as_reoriented)")
+        raise UserError(f"voxels of {zooms.tolist()} mm: slices on axis {axis + 1}, not 3: exchange the axes (nibabel)")
     if reasons := implausible(volume, any_thickness=True):
         raise UserError("; ".join(reasons))
     if volume.warning:
@@ -147,7 +146,7 @@ def segment_volume(
         raise UserError(f"--center {center} lies outside the image of {plane.shape} voxels")
     plane, pixel = replace(plane, center=center), pixel_mm(dataset.spacing, size)
     grid, voxel_ml = replace(plane, size=size, spacing=pixel), pixel**2 * volume.zooms[2] / 1000
-    kinds, quality = MAPS if confidence else ["seg"], []
+    quality, kinds = [], MAPS if confidence else ["seg"]
     maps = {kind: np.empty((frames, shape[2], *shape[:2]), MAPS[kind]) for kind in kinds}
     for frame in range(frames):
         seen = {kind: np.empty((shape[2], size, size), MAPS[kind]) for kind in {*maps, "agreement"}}
@@ -160,8 +159,8 @@ def segment_volume(
                 array[frame, z] = native.argmax(0) if name == "seg" else native
         if keep_largest:
             maps["seg"][frame] = largest_components(maps["seg"][frame])
-        measures = structure_quality(seen.pop("seg"), seen, dataset.class_names, voxel_ml)
-        quality += [{"frame": frame, **row} for row in measures]
+        for row in structure_quality(seen.pop("seg"), seen, dataset.class_names, voxel_ml):
+            quality.append({"frame": frame} | row)
     return {name: array.transpose(2, 3, 1, 0).reshape(shape) for name, array in maps.items()}, quality
 
 
@@ -207,9 +206,8 @@ def _locate(volume: Volume, plane: PlaneMap, predict: Callable[..., Iterable[dic
             most, size = sums.max(), len(heat)
             place = np.array(ndimage.center_of_mass(heat, regions, 1 + sums.argmax())) - (size - 1) / 2
             voxel = window + place * pixel_mm(plane.spacing, size) / zooms
-            center = tuple(voxel.clip(0, shape - 1).tolist())
-    voxel = f"{center[0]:.1f} {center[1]:.1f}" if center else "the image's, as the networks find nothing"
-    tqdm.write(f"center: {voxel}")
+            center = tuple(voxel.clip(0, shape - 1).round(1).tolist())
+    tqdm.write(f"center: {center or 'of the image, as the networks find nothing'}")
     return center
 
 
