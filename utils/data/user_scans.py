@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
-from string import digits
 from typing import NamedTuple
 
 import numpy as np
@@ -50,28 +48,19 @@ def scan_name(path: Path, channels: str = "0") -> ScanName:
 
 
 def _plain(text: str) -> str:
-    """Return a text as part of a file's name: letters, digits, dots, dashes and underscores."""
-    return re.sub(r"[^\w.-]", "_", text).lstrip(".")
+    return re.sub(r"[^\w.-]", "_", text).lstrip(".")  # as part of a file's name
 
 
 def with_unlabeled(folders: Sequence[Path], dataset: DatasetInfo) -> DatasetInfo:
-    """Return the data set with every scan in `folders`, 3D or 4D, as a patient without masks.
-
-    A folder is a domain of its own, named after it, which training always uses.
-    """
+    """Return the data set with every scan in `folders` as a patient without masks; a folder is a domain of its own."""
     return replace(dataset, find_cases=partial(_find_with_unlabeled, dataset, tuple(folders)))
 
 
 def labeled(images: Sequence[Path], masks: Sequence[Path], labels: Sequence[str], dataset: DatasetInfo) -> DatasetInfo:
-    """Return a data set that consists of the user's labelled scans alone.
+    """Return a data set of the user's labelled scans alone; UserError for `labels` that name no structure.
 
-    Args:
-        images: files and folders of scans, or a single table (CSV or XLSX): image, truth and, if known, patient, phase.
-        masks: files and folders of their label maps; empty beside a table.
-        labels: which structure a mask's value stands for, as "1=RV"; empty where values are those of the data set.
-
-    Raises:
-        UserError: `labels` name no structure, or one value twice.
+    `images` and `masks` are files and folders; or `images` is one table (CSV or XLSX): image, truth and, if known,
+    patient, phase. `labels` say what the masks' values mean, as "1=RV", where they are not those of the data set.
     """
     dataset = replace(dataset, label_values=label_values(labels, dataset.class_names) if labels else None)
     return replace(dataset, find_cases=partial(_find_labeled, tuple(images), tuple(masks), dataset))
@@ -82,8 +71,7 @@ def _find_with_unlabeled(dataset: DatasetInfo, folders: tuple[Path, ...], raw: P
     cases, errors = [], []
     for folder in folders:
         domain = _plain(folder.resolve().name)
-        names = {path: scan_name(path) for path in nifti_files([folder])}
-        scans = {path: name[:2] for path, name in names.items() if not name.kind}
+        scans = {path: scan_name(path)[:2] for path in nifti_files([folder]) if not scan_name(path).kind}
         if domain in {*dataset.domains, *(case.domain for case in cases)}:
             errors.append(f"{folder}: there is a {dataset.domain_kind} {domain} already: rename the folder")
         if not scans:
@@ -98,40 +86,33 @@ def _find_with_unlabeled(dataset: DatasetInfo, folders: tuple[Path, ...], raw: P
 
 def _find_labeled(images: tuple[Path, ...], masks: tuple[Path, ...], dataset: DatasetInfo, _raw: Path) -> RawDataset:
     is_table = len(images) == 1 and images[0].suffix.lower() in (".csv", ".xlsx")
-    cases, errors, warnings = _read_pairs(images[0]) if is_table else _pair(images, masks)
+    cases, errors, warnings = _read_pairs(images[0]) if is_table else _pair(images, masks, bool(dataset.consensus))
     if not cases and not errors:
         errors.append(f"no .nii or .nii.gz scan in {', '.join(map(str, images))}")
     for number, case in enumerate(cases):
-        if len(case.masks) > 1 and dataset.consensus is None:
-            unused = ", ".join(mask.name for mask in case.masks[1:])
-            warnings.append(f"{case.image}: of several raters only {case.masks[0].name} is the truth, not {unused}")
-            cases[number] = case = case._replace(masks=case.masks[:1])
         try:
             cases[number] = case._replace(phases=_labeled_frames(case))
         except UserError as error:
             errors.append(str(error))
     cases = _name_phases(cases, dataset, warnings)
     times = Counter(f"{case.patient} {phase}" for case in cases for phase in case.phases)
-    twice = [name for name, count in times.items() if count > 1]
-    errors += [f"several scans are called {name}: tell them apart in a table of the pairs" for name in twice]
+    errors += [f"several scans are called {name}: tell them apart in a table" for name, n in times.items() if n > 1]
     return RawDataset(cases, errors, warnings)
 
 
-def _pair(inputs: Sequence[Path], truths: Sequence[Path]) -> tuple[list[Case], list[str], list[str]]:
-    """Pair images and masks by their names; return the pairs, what cannot be paired, and what is left out."""
+def _pair(inputs: Sequence[Path], truths: Sequence[Path], raters: bool) -> tuple[list[Case], list[str], list[str]]:
+    """Pair images and masks, maybe of several raters, by name; return pairs, errors, and what is left out."""
     given, truth = nifti_files(inputs, deep=True), nifti_files(truths, deep=True)
-    stems, truth_within, masks = {file_stem(path) for path in given}, {*truth} < {*given}, {}
+    stems, truth_within, maps = {file_stem(path) for path in given}, {*truth} < {*given}, {}
     for path in truth:  # what is given as both is a mask where its folder, or its name, says so
         if truth_within or path not in given or scan_name(path).kind or f"{file_stem(path)}_0000" in stems:
-            masks[path] = scan_name(path, channels="")
-    scans = [path for path in given if path not in masks and not scan_name(path).kind]
-    made_here = [path for path in masks if _is_ours(path)]
-    warnings = [f"{path}: left out: a map that this program made is no truth" for path in made_here]
-    masks = {path: name for path, name in masks.items() if path not in made_here}
+            maps[path] = scan_name(path, channels="")
+    masks = {path: name for path, name in maps.items() if not _is_ours(path)}
+    warnings = [f"{path}: left out: a map that this program made is no truth" for path in maps if path not in masks]
     keys = {name[:2] for name in masks.values()}
     images: dict[tuple[str, str], list[Path]] = defaultdict(list)  # by patient and phase
-    for path in scans:
-        exact, first, further = (scan_name(path, channels)[:2] for channels in ("", "0", digits))
+    for path in (path for path in given if path not in maps and not scan_name(path).kind):
+        exact, first, further = (scan_name(path, channels)[:2] for channels in ("", "0", "0123456789"))
         key = exact if exact in keys else first  # the exact name goes first: a number may be a patient's
         if key not in keys and (further in keys or (not key[1] and key[0] in dict(keys))):
             warnings.append(f"{path}: left out: a further channel, or all frames, of a scan that has a mask")
@@ -142,59 +123,52 @@ def _pair(inputs: Sequence[Path], truths: Sequence[Path]) -> tuple[list[Case], l
     model = min(paired, key=lambda mask: ("gm" not in masks[mask].kind, masks[mask].kind), default=None)
     masks_of, errors = defaultdict(list), []
     for mask, name in masks.items():
+        # Of images that share a name it belongs to the one in the most similar folder, from the innermost.
+        same = images.get(name[:2], [])
+        alike = [len(os.path.commonprefix([path.parts[-2::-1], mask.parts[-2::-1]])) for path in same]  # noqa: RUF071
+        nearest = [path for path, count in zip(same, alike, strict=True) if count == max(alike)]
         if model and name.kind != masks[model].kind:
             warnings.append(f"{mask}: left out: it is not of the kind of {model}")
-            continue
-        # Of images that share a name it belongs to the one in the most similar folder.
-        alike = {path: _equal_folders(path, mask) for path in images.get(name[:2], [])}
-        nearest = [path for path, count in alike.items() if count == max(alike.values())]
-        if len(nearest) == 1:
+        elif len(nearest) == 1:
             masks_of[nearest[0]].append(mask)
         else:
             errors.append(f"{mask}: a mask without its image" + "".join(f", or that of {path}" for path in nearest))
     cases, domain = [], _plain(inputs[0].resolve().name)
-    for key, path in [(key, path) for key, paths in images.items() for path in paths]:
-        patient, phase, several = *key, masks_of[path]
+    shared = {patient for (patient, _), paths in images.items() if len(paths) > 1}  # told apart by their folders
+    top = os.path.commonpath([path.absolute().parent for paths in images.values() for path in paths] or [""])
+    for (patient, phase), path in [(key, path) for key, paths in images.items() for path in paths]:
+        several = masks_of[path]
         if not several:
             kind = f" and of the kind of {model.name}" if model else ""
             errors.append(f"{path}: no mask of that name{kind}: leave it out, or name the pairs in a table")
-            continue
-        if len(several) > 1 and not all(masks[mask].rater for mask in several):
-            errors.append(f"{path}: several masks: {', '.join(map(str, several))}")
-        if len(images[key]) > 1:  # files of one name are told apart by their folders
-            top = os.path.commonpath([other.absolute().parent for other in images[key]])
-            patient = _plain("_".join(path.absolute().parent.relative_to(top).parts)) or patient
-        cases.append(Case(patient, domain, domain, path, tuple(several), {phase: 0} if phase else {}, own=True))
+        elif len(several) > 1 and not (raters and all(masks[mask].rater for mask in several)):
+            errors.append(f"{path}: several masks, name one in a table: {', '.join(map(str, several))}")
+        else:
+            folder = "_".join(path.absolute().parent.relative_to(top).parts) if patient in shared else ""
+            phases = {phase: 0} if phase else {}
+            cases.append(Case(_plain(folder) or patient, domain, domain, path, tuple(several), phases, own=True))
     return cases, errors, warnings
 
 
 def _is_ours(mask: Path) -> bool:
-    try:
+    with suppress(UserError):  # the scan's own check will say why
         return read_header(mask)[0]["descrip"].item().startswith(PROGRAM.encode())
-    except UserError:
-        return False  # the scan's own check will say why
-
-
-def _equal_folders(image: Path, mask: Path) -> int:
-    """Count the folders above two files, from the innermost, that are called alike."""
-    pairs = zip(image.absolute().parts[-2::-1], mask.absolute().parts[-2::-1], strict=False)
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return False
 
 
 def _read_pairs(path: Path) -> tuple[list[Case], list[str], list[str]]:
     """Read pairs from a table, whose paths are relative to it; return them, the files that are missing, and nothing."""
     columns, rows = read_table(path)
     if not {"image", "truth"} <= {name.casefold() for name in columns}:
-        expected = "expected image, truth and, if known, patient, phase"
-        raise UserError(f"{path}: its columns are {', '.join(columns)}; {expected}")
+        raise UserError(f"{path}: its columns are {', '.join(columns)}; expected image, truth (patient, phase)")
     domain, cases, errors = _plain(path.stem), [], []
     for row in rows:
         image, mask = (path.parent / row[name] for name in ("image", "truth"))
-        errors += [f"{path}: {file}: no such file" for file in (image, mask) if not file.is_file()]
-        name = scan_name(image)
+        missing, name = [file for file in (image, mask) if not file.is_file()], scan_name(image)
+        errors += [f"{path}: {file}: no such file" for file in missing]
         patient, phase = _plain(row["patient"]) or name.patient, _plain(row["phase"]) or name.phase
         phases = {phase.upper() if phase.upper() in ("ED", "ES") else phase: 0} if phase else {}
-        cases.append(Case(patient, domain, domain, image, (mask,), phases, own=True))
+        cases += [] if missing else [Case(patient, domain, domain, image, (mask,), phases, own=True)]
     return cases, errors, []
 
 
@@ -223,13 +197,10 @@ def _name_phases(cases: list[Case], dataset: DatasetInfo, warnings: list[str]) -
             names |= {(patient, f"frame{int(frame):02d}"): phase for phase, frame in by_table}
         elif len(numbered) == 2 and dataset.clinical:
             with suppress(UserError):  # the scan's own check will say why
-                masks = [(whole_numbers(read_volume(case.masks[0])), case.phases[phase]) for case, phase in numbered]
-                first, second = (np.isin(frame_slices(*mask), cavity).sum() for mask in masks)
+                masks = [frame_slices(read_volume(case.masks[0]), case.phases[phase]) for case, phase in numbered]
+                first, second = (np.isin(np.rint(mask), cavity).sum() for mask in masks)
                 phases = ("ED", "ES") if first >= second else ("ES", "ED")
                 names |= {(patient, frame): phase for (_, frame), phase in zip(numbered, phases, strict=True)}
-                sizes = f"the larger and the smaller {dataset.class_names[1]}"
-                warnings.append(f"{patient}: ED and ES are the labelled frames of {sizes}")
-    return [
-        case._replace(phases={names.get((case.patient, phase), phase): n for phase, n in case.phases.items()})
-        for case in cases
-    ]
+                warnings.append(f"{patient}: ED and ES have the larger and the smaller {dataset.class_names[1]}")
+    named = ({names.get((case.patient, phase), phase): n for phase, n in case.phases.items()} for case in cases)
+    return [case._replace(phases=phases) for case, phases in zip(cases, named, strict=True)]
