@@ -61,6 +61,7 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
         if images < 2 or out.suffix != ".png":
             raise UserError(f"--images {images} --out {out}: expected at least 2 images, and a name that ends in .png")
         draw_preview(data, OutputFolder(out.parent).claim(out.name), dataset, replace(cfg, seed=seed), count=images)
+        print(out)
 
     with clear_errors():
         commands = {"phantom": dataset.write_phantom, "check": check, "prepare": prepare, "preview": preview}

@@ -71,10 +71,9 @@ class DatasetInfo:
 def label_values(labels: Sequence[str], class_names: Sequence[str]) -> dict[int, int]:
     """Return the class by value in the masks, as "VALUE=NAME" says; 0 is the background."""
     names, values = [name.casefold() for name in class_names], {0: 0}
-    for text in labels:
-        value, _, name = text.casefold().partition("=")
+    for value, _, name in (text.casefold().partition("=") for text in labels):
         if not value.isdecimal() or int(value) in values or name not in names:
-            raise UserError(f"--labels {text}: expected VALUE=NAME, a new number above 0 and one of {', '.join(names)}")
+            raise UserError(f"--labels {value}={name}: expected a new number above 0 and one of {', '.join(names)}")
         values[int(value)] = names.index(name)
     if absent := [name for number, name in enumerate(class_names) if number not in values.values()]:
         print(f"warning: --labels name no value for {', '.join(absent)}: compared with an empty truth")

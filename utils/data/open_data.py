@@ -4,12 +4,12 @@ python scgm_dataloader.py open-data RAW
 """
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 from tyro.conf import Positional
 
 from utils.data.volume import mask_in_grid, read_volume, save_scan, whole_numbers
@@ -45,23 +45,20 @@ def write_open_data(
 
     if raw.exists():
         raise UserError(f"{raw} exists already: remove it, or choose another folder")
-    if source and not source.exists():
-        raise UserError(f"--from {source}: no such folder or zip file")
     raw.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{raw.name}_", dir=raw.parent) as folder:
         new, tree, archive = Path(folder) / "raw", Path(folder) / "bids", source or Path(folder) / "data.zip"
-        if not source:
-            with naming(URL, "cannot be downloaded", remedy=". Try again, or give a copy of it by --from"):
+        with naming(source or URL, "cannot be fetched and unpacked", remedy=": try again, or name a copy by --from"):
+            if not source:
                 download_url(URL, folder, archive.name)
-        if archive.is_file():
-            with naming(source or URL, "is no whole zip file", remedy=": download it again"):
+            if archive.is_file():
                 extract_archive(archive, tree)
         files = {path.name: path for path in (tree if tree.exists() else archive).rglob("sub-*") if path.is_file()}
-        counts = dict.fromkeys(SESSIONS, 0)
+        counts = Counter()
         for site, sessions in SESSIONS.items():
-            for number, session in enumerate(tqdm(sessions, desc=f"site {site}", leave=False), start=1):
+            for number, session in enumerate(sessions, start=1):
                 counts[site] += _write_session(files, session, f"site{site}-sc", number, new, seed)
-        if not any(counts.values()):
+        if not counts.total():
             raise UserError(f"{source or URL}: no session of the data set in it, such as sub-9418/anat: another one?")
         (new / "SOURCE.txt").write_text(SOURCE)
         new.rename(raw)

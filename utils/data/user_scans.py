@@ -25,7 +25,7 @@ NAME = re.compile(
     ((^|[-_])(image|img)|(?P<channel>(^|[-_])000\d))?
     ((^|[-_])(?P<kind>(label-\w+_|gm_)?
         (gmseg|dseg|gt|labels?|seg|mask|manual|confidence|agreement)([-_]?manual)?)(?P<rater>-r\d+)?)?""",
-    re.IGNORECASE | re.VERBOSE,
+    re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
 
 
@@ -67,8 +67,7 @@ def labeled(images: Sequence[Path], masks: Sequence[Path], labels: Sequence[str]
 
 
 def _find_with_unlabeled(dataset: DatasetInfo, folders: tuple[Path, ...], raw: Path) -> RawDataset:
-    known = dataset.find_cases(raw)
-    cases, errors = [], []
+    known, cases, errors = dataset.find_cases(raw), [], []
     for folder in folders:
         domain = _plain(folder.resolve().name)
         scans = {path: scan_name(path)[:2] for path in nifti_files([folder]) if not scan_name(path).kind}

@@ -150,8 +150,7 @@ def segment_volume(
     maps = {kind: np.empty((frames, shape[2], *shape[:2]), MAPS[kind]) for kind in kinds}
     for frame in range(frames):
         seen = {kind: np.empty((shape[2], size, size), MAPS[kind]) for kind in {*maps, "agreement"}}
-        slices = frame_slices(volume, frame)
-        for z, predicted in enumerate(predict(slices, plane, predictor, confidence=confidence)):
+        for z, predicted in enumerate(predict(frame_slices(volume, frame), plane, predictor, confidence=confidence)):
             for name, array in seen.items():
                 array[z] = predicted[name].argmax(0) if name == "seg" else predicted[name]
             for name, array in maps.items():
