@@ -44,8 +44,7 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
         Args:
             raw: folder of the raw data set.
             out: folder to write; a slice takes 180 kB, and 90 kB more where it has a mask.
-            unlabeled: folders of scans of your own, 3D or 4D, without masks. Each folder becomes a domain that every
-                training uses.
+            unlabeled: folders of your own scans without masks; each becomes a domain that every training uses.
             workers: number of processes; each holds one scan in memory.
         """
         prepare_dataset(raw, out, with_unlabeled(unlabeled, dataset), workers=workers)
@@ -59,10 +58,8 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
             images: number of images, at least 2, from as many domains as there are.
             seed: seed of the choice of images and of the views, from 0.
         """
-        if images < 2:
-            raise UserError(f"--images {images}: a Fourier view takes another image's amplitude, so at least 2")
-        if out.suffix != ".png":
-            raise UserError(f"--out {out}: a picture's name ends in .png")
+        if images < 2 or out.suffix != ".png":
+            raise UserError(f"--images {images} --out {out}: expected at least 2 images, and a name that ends in .png")
         draw_preview(data, OutputFolder(out.parent).claim(out.name), dataset, replace(cfg, seed=seed), count=images)
         print(out)
 
@@ -72,10 +69,7 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
 
 
 def draw_preview(root: Path, out: Path, dataset: DatasetInfo, cfg: Config, *, count: int) -> None:
-    """Draw `count` labelled slices of the prepared data in `root`, of all domains, into the PNG file `out`.
-
-    The views keep the geometry of the scans and are not blurred; intensities change as `cfg` says.
-    """
+    """Draw `count` labelled slices of the prepared data in `root`, of all domains, into the PNG file `out`."""
     data, rng = PreparedData.open(root, dataset), np.random.default_rng(cfg.seed)
     masks, domain = data.index["mask"], data.index["domain"]
     labeled = np.array([row for row in np.flatnonzero(masks >= 0) if data.masks[masks[row]].any()])
@@ -87,14 +81,13 @@ def draw_preview(root: Path, out: Path, dataset: DatasetInfo, cfg: Config, *, co
     cfg = replace(cfg, image_size=FIELD_PX, rotation=0, max_shift=0, flip=False, blur=False, fourier_aug=True)
     generator = torch.Generator().manual_seed(cfg.seed)
     batch = SliceDataset(data, rows, with_mask=True)[list(range(count))]
-    mask = canvas_to_view(batch["mask"], FIELD_PX)[:, 0]
     plain, fourier = Augmentation(cfg, reference).unlabeled(batch["image"], batch["quantiles"], generator)
-    boxes = cutmix_mask(count, FIELD_PX, generator=generator)
-    mixed = torch.where(boxes > 0, plain.roll(1, 0), plain)
-    columns = {"images": plain[:, 0], "masks": mask, "fourier": fourier[:, 0], "mixed": mixed[:, 0]}
+    mixed = torch.where(cutmix_mask(count, FIELD_PX, generator=generator) > 0, plain.roll(1, 0), plain)
+    mask = canvas_to_view(batch["mask"], FIELD_PX)
     names = list(zip(*(data.index[name][rows] for name in ("domain", "patient", "phase", "slice")), strict=True))
     scans = [read_volume(data.truth_path(patient, phase), 3) for _, patient, phase, _ in names]
-    arrays = {name: list(map(radiological, images.numpy(), scans)) for name, images in columns.items()}
+    views = {"images": plain, "masks": mask, "fourier": fourier, "mixed": mixed}
+    arrays = {name: list(map(radiological, view[:, 0].numpy(), scans)) for name, view in views.items()}
     titles = [f"{dataset.domain_kind} {place}\n{patient} {phase} slice {z}" for place, patient, phase, z in names]
     plot_preview(
         out, **arrays, letters=[edge_letters(scan) for scan in scans], spacing=dataset.spacing, titles=titles,
@@ -104,8 +97,7 @@ def draw_preview(root: Path, out: Path, dataset: DatasetInfo, cfg: Config, *, co
 
 def make_demo_data(data_root: str, dataset: DatasetInfo) -> None:
     """Prepare a phantom in the folder `data_root` if there is none yet."""
-    root = Path(data_root)
-    if root.exists():
+    if (root := Path(data_root)).exists():
         return
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{root.name}_raw_", dir=root.parent) as raw:

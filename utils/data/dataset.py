@@ -1,47 +1,13 @@
 """Description of a data set: its names, how its raw files become cases, its geometry and its intensities."""
 
-import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from utils.files import file_stem
-
-# Endings of what lies beside scans and is none: ours, and those of public data sets and tools.
-ENDINGS = ("gmseg", "dseg", "gt", "labels", "label", "seg", "mask", "manual", "confidence", "agreement")
-MAP = re.compile(rf"(?:^|[-_])(?:label-\w+_|gm_)?({'|'.join(ENDINGS)})(?:[-_]?manual)?(?:-r\d+)?$", re.IGNORECASE)
-IMAGE = re.compile(r"(?:^|[-_])(?:image|img|0000)$", re.IGNORECASE)  # 0000: the first channel, as nnU-Net names it
-PHASE = re.compile(r"(?:^|[-_])(?:frame[-_]?(\d+)|(ED|ES))$", re.IGNORECASE)
-SHORT_AXIS = re.compile(r"[-_]sa$", re.IGNORECASE)  # as M&Ms names its scans
-
-
-def scan_name(path: Path) -> str:
-    """Return the name that an image and its mask share: a file's name without the endings that tell them apart."""
-    return IMAGE.sub("", MAP.sub("", file_stem(path)))
-
-
-def scan_identity(path: Path, name: str | None = None) -> tuple[str, str]:
-    """Return the patient of a scan, and its phase "ED", "ES" or "frameNN" (else ""), by the file's name.
-
-    All that read scans call them so. What the endings leave empty is named by the folder: patient_1/ED.nii.gz.
-
-    Args:
-        name: `scan_name` of the file, or what stands for it.
-    """
-    name = scan_name(path) if name is None else name
-    phase = ""
-    if match := PHASE.search(name):
-        name = name[: match.start()]
-        phase = match[2].upper() if match[2] else f"frame{int(match[1]):02d}"
-    return plain_name(SHORT_AXIS.sub("", name) or path.absolute().parent.name), phase
-
-
-def plain_name(text: str) -> str:
-    """Return a text as part of a file's name: letters, digits, dots, dashes and underscores."""
-    return re.sub(r"[^\w.-]", "_", text).lstrip(".")
+from utils.errors import UserError
 
 
 class Case(NamedTuple):
@@ -71,12 +37,11 @@ def nifti_path(folder: Path, stem: str) -> Path:
 
 
 def missing_or_outside(path: Path, base: Path) -> str:
-    """Return why a file below the folder `base` must not be read; empty where it may. `base` itself can be a link."""
+    """Return why a file below the folder `base`, which can be a link, must not be read; empty where it may."""
     if not path.is_file():
         return f"{path}: missing"
-    if path.resolve().is_relative_to(base.resolve()):
-        return ""
-    return f"{path}: a link that leads out of {base}: put a copy of the file in its place, or link {base} as a whole"
+    inside = path.resolve().is_relative_to(base.resolve())
+    return "" if inside else f"{path}: a link that leads out of {base}: put a copy of the file in its place"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,3 +66,15 @@ class DatasetInfo:
     clinical: Callable[[dict], dict] | None = None  # ml by (phase, structure) -> (value, unit) by name
     more_commands: dict[str, Callable] = field(default_factory=dict)  # of its dataloader script, by name
     label_warning: Callable[[np.ndarray], str] | None = None  # labels (Z, X, Y) -> why they seem wrong, or empty
+
+
+def label_values(labels: Sequence[str], class_names: Sequence[str]) -> dict[int, int]:
+    """Return the class by value in the masks, as "VALUE=NAME" says; 0 is the background."""
+    names, values = [name.casefold() for name in class_names], {0: 0}
+    for value, _, name in (text.casefold().partition("=") for text in labels):
+        if not value.isdecimal() or int(value) in values or name not in names:
+            raise UserError(f"--labels {value}={name}: expected a new number above 0 and one of {', '.join(names)}")
+        values[int(value)] = names.index(name)
+    if absent := [name for number, name in enumerate(class_names) if number not in values.values()]:
+        print(f"warning: --labels name no value for {', '.join(absent)}: compared with an empty truth")
+    return values

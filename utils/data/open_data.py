@@ -4,15 +4,15 @@ python scgm_dataloader.py open-data RAW
 """
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 from tyro.conf import Positional
 
-from utils.data.volume import Volume, mask_in_grid, read_volume, save_scan, whole_numbers
+from utils.data.volume import mask_in_grid, read_volume, save_scan, whole_numbers
 from utils.errors import UserError, naming
 
 URL = "https://github.com/sct-pipeline/gm-challenge-data/archive/refs/heads/master.zip"
@@ -20,8 +20,7 @@ URL = "https://github.com/sct-pipeline/gm-challenge-data/archive/refs/heads/mast
 SESSIONS = {
     "1": ("sub-9418", "sub-9604"),  # Philips, 3 T: London, Montreal
     "2": ("sub-9584", "sub-9669"),  # Siemens, 3 T, voxels of 0.4 to 0.5 mm: Potchefstroom, Tokyo
-    # Siemens, 3 T, voxels of 0.6 to 0.7 mm: Brno. 1.5 T: Milan, the least signal of all.
-    "3": ("sub-10062Ses1", "sub-10062Ses2", "sub-9709Ses1", "sub-9709Ses2"),
+    "3": ("sub-10062Ses1", "sub-10062Ses2", "sub-9709Ses1", "sub-9709Ses2"),  # Siemens, 3 T: Brno; 1.5 T: Milan
     "4": ("sub-9605", "sub-9611Ses1", "sub-9611Ses2", "sub-9611Ses3", "sub-20210728"),  # 7 T: New York, Oxford, Zurich
 }
 SIDE_MM = 80  # of the cut images, which is more than the network's 50 mm
@@ -46,65 +45,52 @@ def write_open_data(
 
     if raw.exists():
         raise UserError(f"{raw} exists already: remove it, or choose another folder")
-    if source and not source.exists():
-        raise UserError(f"--from {source}: no such folder or zip file")
     raw.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{raw.name}_", dir=raw.parent) as folder:
-        new, unpacked, archive = Path(folder) / "raw", Path(folder) / "bids", source or Path(folder) / "data.zip"
-        if not source:
-            with naming(URL, "cannot be downloaded", remedy=". Try again, or give a copy of it by --from"):
+        new, tree, archive = Path(folder) / "raw", Path(folder) / "bids", source or Path(folder) / "data.zip"
+        with naming(source or URL, "cannot be fetched and unpacked", remedy=": try again, or name a copy by --from"):
+            if not source:
                 download_url(URL, folder, archive.name)
-        if archive.is_file():
-            with naming(source or URL, "is no whole zip file", remedy=": download it again"):
-                extract_archive(archive, unpacked)
-        root = unpacked if archive.is_file() else archive
-        known = {session for sessions in SESSIONS.values() for session in sessions}
-        around = [root, *root.glob("*/")]  # GitHub makes a folder around the files
-        root = next((place for place in around if known & {path.name for path in place.glob("*/")}), root)
-        counts = dict.fromkeys(SESSIONS, 0)
+            if archive.is_file():
+                extract_archive(archive, tree)
+        files = {path.name: path for path in (tree if tree.exists() else archive).rglob("sub-*") if path.is_file()}
+        counts = Counter()
         for site, sessions in SESSIONS.items():
-            for number, session in enumerate(tqdm(sessions, desc=f"site {site}", leave=False), start=1):
-                counts[site] += _write_session(root, session, f"site{site}-sc", number, new, seed)
-        if not any(counts.values()):
+            for number, session in enumerate(sessions, start=1):
+                counts[site] += _write_session(files, session, f"site{site}-sc", number, new, seed)
+        if not counts.total():
             raise UserError(f"{source or URL}: no session of the data set in it, such as sub-9418/anat: another one?")
         (new / "SOURCE.txt").write_text(SOURCE)
         new.rename(raw)
     print(f"{raw}: sessions by site: {', '.join(f'{site}: {count}' for site, count in counts.items())}")
 
 
-def _write_session(root: Path, session: str, prefix: str, number: int, raw: Path, seed: int) -> bool:
+def _write_session(files: dict[str, Path], session: str, prefix: str, number: int, raw: Path, seed: int) -> bool:
     """Write both runs of a session; return False where it is not in this copy."""
-    runs = [root / session / "anat" / f"{session}_run-{run}_T2starw.nii.gz" for run in (1, 2)]
-    labels = root / "derivatives" / "labels" / session / "anat"
-    masks = [labels / f"{session}_run-1_T2starw_{kind}-manual.nii.gz" for kind in ("gmseg", "seg")]
-    if not runs[0].exists():
+    name = f"{session}_run-1_T2starw"
+    if f"{name}.nii.gz" not in files:
         return False
+    runs = [files[file] for run in (1, 2) if (file := f"{session}_run-{run}_T2starw.nii.gz") in files]
+    masks = [files[file] for kind in ("gmseg", "seg") if (file := f"{name}_{kind}-manual.nii.gz") in files]
     for path in (*runs, *masks):
-        if path.exists() and path.stat().st_size < 1000:
+        if path.stat().st_size < 1000:
             raise UserError(f"{path}: only a pointer of git-annex or git-lfs: get the file itself")
     rng, first = np.random.default_rng([seed, *session.encode()]), read_volume(runs[0], 3)
     middle = first.affine @ [*(np.array(first.array.shape) - 1) / 2, 1]  # mm
-    labeled = all(mask.exists() for mask in masks)
-    if labeled:
+    if labeled := len(masks) == 2:
         grey, cord = (mask_in_grid(whole_numbers(read_volume(mask, 3)), first).array > 0 for mask in masks)
         middle = first.affine @ [*np.argwhere(cord).mean(0), 1]
         label = np.where(grey, 1, np.where(cord, 2, 0)).astype(np.uint8)
-    for run, path in enumerate(path for path in runs if path.exists()):
+    for run, path in enumerate(runs):
         volume = read_volume(path, 3)
-        place, affine = _window(volume, middle, rng)
+        shape, zooms = np.array(volume.array.shape[:2]), np.array(volume.zooms[:2])
+        center = (np.linalg.inv(volume.affine) @ middle)[:2] + rng.uniform(-OFFSET_MM, OFFSET_MM, 2) / zooms
+        half = np.minimum(SIDE_MM / 2 / zooms, np.minimum(center, shape - 1 - center)).astype(int)
+        start, affine = np.rint(center).astype(int) - half, volume.affine.copy()
+        affine[:3, 3] += affine[:3, :2] @ start
+        window = tuple(slice(a, a + 2 * n + 1) for a, n in zip(start, half, strict=True))
         part, name = "train" if labeled and run == 0 else "test", f"{prefix}{number + 10 * run:02d}"
-        save_scan(raw / part / f"{name}-image.nii.gz", volume.array[place], affine)
+        save_scan(raw / part / f"{name}-image.nii.gz", volume.array[window], affine)
         for rater in range(1, 5) if part == "train" else ():
-            save_scan(raw / part / f"{name}-mask-r{rater}.nii.gz", label[place], affine)
+            save_scan(raw / part / f"{name}-mask-r{rater}.nii.gz", label[window], affine)
     return True
-
-
-def _window(volume: Volume, middle: np.ndarray, rng: np.random.Generator) -> tuple[tuple[slice, ...], np.ndarray]:
-    """Return the window of at most SIDE_MM around a place in mm, up to OFFSET_MM beside it, and its affine."""
-    shape, zooms = np.array(volume.array.shape[:2]), np.array(volume.zooms[:2])
-    center = (np.linalg.inv(volume.affine) @ middle)[:2] + rng.uniform(-OFFSET_MM, OFFSET_MM, 2) / zooms
-    half = np.minimum(SIDE_MM / 2 / zooms, np.minimum(center, shape - 1 - center)).astype(int)
-    start = np.rint(center).astype(int) - half
-    affine = volume.affine.copy()
-    affine[:3, 3] += affine[:3, :2] @ start
-    return tuple(slice(a, a + 2 * n + 1) for a, n in zip(start, half, strict=True)), affine

@@ -2,39 +2,31 @@
 
 import csv
 import math
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from hashlib import sha256
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
-from time import monotonic
 from typing import Any, Literal
 
-import nibabel as nib
 import numpy as np
 import torch
 from scipy import ndimage
 from tqdm import tqdm
 
-from config import CANVAS_PX, pixel_mm
+from config import CANVAS_PX, FIELD_PX, pixel_mm
 from utils.data.dataset import DatasetInfo
 from utils.data.prepared import quantile_curves
-from utils.data.user_scans import is_map
+from utils.data.user_scans import scan_name
 from utils.data.volume import PlaneMap, Volume, frame_count, frame_slices, implausible, read_volume, write_volume
 from utils.errors import UserError, memory_errors
-from utils.evaluation.locate import locate
 from utils.evaluation.metrics import largest_components
 from utils.evaluation.predict import Predictor
 from utils.evaluation.runs import TrainedRun
 from utils.files import OutputFolder, Table, atomic_write, file_stem, nifti_files, read_table, require_writable
-from utils.plots import write_label_names
 
 NOTE = "SemiDG-Seg: for research use, not for clinical decisions"
 MAPS = {"seg": np.uint8, "confidence": np.float32, "agreement": np.float32}  # as files are called
-QUALITY_COLUMNS = ("scan", "frame", "structure", "volume_ml", "agreement", "confidence", "components", "gaps")
 Center = tuple[float, float] | Literal["auto"] | None
 
 
@@ -43,41 +35,31 @@ def segment_files(
     volumes: bool = False, confidence: bool = False, center: Center = None, keep_largest: bool = False,
     batch_size: int = 8,
 ) -> None:  # fmt: skip
-    """Segment files, and all NIfTI files of folders, into OUTPUT/STEM_seg.nii.gz.
+    """Segment files, and all NIfTI files of folders, into OUTPUT/STEM_seg.nii.gz; measures into quality.csv.
 
-    With `confidence` also STEM_confidence.nii.gz (exp(-V), V the KL variance between plain and
-    Fourier view) and STEM_agreement.nii.gz (exp(-KL) between the two networks). Beside them
-    quality.csv, with `volumes` volumes.csv, and the structures' names and colours for viewers.
+    With `confidence` also STEM_confidence.nii.gz (exp(-V), V the KL variance between plain and Fourier
+    view) and STEM_agreement.nii.gz (exp(-KL) between the networks); with `volumes` also volumes.csv.
 
     Without `overwrite`, nothing that is there is replaced: the same command goes on after an
-    interruption, for the scans that lack a map or lines in a table. A map's header tells by a
-    checksum which run and settings made it. A file that cannot be read does not stop the others.
+    interruption, with the scans that lack a map or lines in a table. A bad file does not stop the others.
 
     Raises:
-        UserError: no input, two inputs of one name, an output that cannot be written, maps that this
-            program did not make, or made with another run or other settings; after all others, the
-            files that failed.
+        UserError: no input, two inputs of one name, an output that cannot be written, or maps there that
+            this program did not make; after all others, the files that failed.
     """
-    stems, outputs = _output_stems(inputs), OutputFolder(output)
-    kinds = list(MAPS) if confidence else ["seg"]
-    names = {stem: [f"{stem}_{kind}.nii.gz" for kind in kinds] for stem in stems.values()}
-    settings = run.checkpoint, run.metadata, run.predictor.tta, keep_largest, center
-    note = f"{NOTE} [{sha256(repr(settings).encode()).hexdigest()[:8]}]"
+    scans, outputs, kinds = _scans(inputs), OutputFolder(output), MAPS if confidence else ["seg"]
+    names = {stem: [f"{stem}_{kind}.nii.gz" for kind in kinds] for stem in scans}
     tables = ["quality.csv", "volumes.csv"] if volumes else ["quality.csv"]
-    outputs.require_free(*tables, "labels.txt", "labels.ctbl", *chain(*names.values()))
+    outputs.require_free(*tables, *chain(*names.values()))
     require_writable(output, "--output")
-    _require_note([output / name for name in chain(*names.values())], note, overwrite)
-    listed = [{row["scan"] for row in _read_lines(output / table).rows} for table in tables]
-    done = {s for s in names.keys() & set.intersection(*listed) if all((output / n).exists() for n in names[s])}
+    done = set.intersection(*({row["scan"] for row in _read_lines(output / table).rows} for table in tables))
+    done = {stem for stem in done & scans.keys() if all((output / name).exists() for name in names[stem])}
     if done and not overwrite:
-        print(f"{len(done)} of {len(stems)} scans are done already; --overwrite does them anew")
-        stems = {path: stem for path, stem in stems.items() if stem not in done}
-    if not stems:
-        return
-    write_label_names(outputs, dataset.class_names)
+        print(f"{len(done)} of {len(scans)} scans are done already; --overwrite does them anew")
+        scans = {stem: path for stem, path in scans.items() if stem not in done}
     options = {"confidence": confidence, "center": center, "keep_largest": keep_largest, "batch_size": batch_size}
-    problems, slices, began = [], 0, monotonic()
-    for path, stem in tqdm(stems.items(), unit="scan", desc="segment"):
+    problems = []
+    for stem, path in tqdm(scans.items(), unit="scan", desc="segment"):
         try:
             with memory_errors(path, f", or a smaller --batch-size (now {batch_size})"):
                 volume = _read_scan(path)
@@ -86,65 +68,44 @@ def segment_files(
                 maps, quality = segment_volume(volume, run.predictor, dataset, **options)
                 for name, array in zip(names[stem], maps.values(), strict=True):
                     if overwrite or not (output / name).exists():
-                        write_volume(outputs.claim(name), array, like=volume, description=note)
-                _write_lines(outputs.claim("quality.csv"), stem, quality, QUALITY_COLUMNS)
+                        write_volume(outputs.claim(name), array, like=volume, description=NOTE)
+                _write_lines(outputs.claim("quality.csv"), stem, quality)
                 if volumes:
                     figures, remark = clinical_figures(volume, maps["seg"], dataset)
-                    _write_lines(outputs.claim("volumes.csv"), stem, [figures], ("scan", *figures))
+                    _write_lines(outputs.claim("volumes.csv"), stem, [figures])
                     if remark:
                         tqdm.write(f"warning: {path}: {remark}")
-            slices += frame_count(volume) * volume.array.shape[2]
         except UserError as error:
             problems.append(str(error) if str(path) in str(error) else f"{path}: {error}")
-    count, speed = len(stems) - len(problems), slices / (monotonic() - began)
-    print(f"{count} scan{'s' * (count != 1)} in {output}: {speed:.1f} slices/s. {NOTE}.")
+    print(f"scans segmented into {output}: {len(scans) - len(problems)}. {NOTE}.")
     if problems:
-        raise UserError(f"{len(problems)} of {len(stems)} scans failed:\n  " + "\n  ".join(problems))
+        raise UserError(f"{len(problems)} of {len(scans)} scans failed:\n  " + "\n  ".join(problems))
 
 
-def _output_stems(inputs: Sequence[Path]) -> dict[Path, str]:
-    """Return the outputs' names by input, without endings; UserError for none, or one twice."""
-    files = nifti_files(inputs)
-    stems = {path: file_stem(path) for path in files if path in inputs or not is_map(path)}
-    for path in files:
-        if path not in stems:
+def _scans(inputs: Sequence[Path]) -> dict[str, Path]:
+    """Return the scans by name, without ending; UserError for none, or two of one name."""
+    scans: dict[str, Path] = {}
+    for path in nifti_files(inputs):
+        stem = file_stem(path)
+        if path not in inputs and scan_name(path).kind:
             print(f"left out as a label map, by its name: {path}")
-    if not stems:
-        names = ", ".join(map(str, inputs))
-        raise UserError(f"no .nii or .nii.gz scan in {names} (folders in it are not searched)")
-    stem, count = Counter(stems.values()).most_common(1)[0]
-    if count > 1:
-        raise UserError(f"several inputs would be written as {stem}_seg.nii.gz: segment them into other folders")
-    return stems
-
-
-def _require_note(maps: Sequence[Path], note: str, overwrite: bool) -> None:
-    """Raise UserError for a map that, by its header, is not to be replaced or of other work."""
-    for path in filter(Path.exists, maps):
-        made_with = ""
-        with suppress(Exception):  # nibabel raises a dozen kinds for what is no NIfTI
-            made_with = nib.load(path).header["descrip"].item().decode()
-        if overwrite and not made_with.startswith(NOTE):
-            raise UserError(f"{path} was made or changed by another program: move it away")
-        if not overwrite and made_with.startswith(NOTE) and made_with != note:
-            raise UserError(
-                f"{path} was made with another run or other settings: --overwrite replaces it, or "
-                "choose another --output"
-            )
+        elif stem in scans:
+            raise UserError(f"several inputs would be written as {stem}_seg.nii.gz: use another --output for one")
+        else:
+            scans[stem] = path
+    if not scans:
+        raise UserError(f"no .nii or .nii.gz scan in {', '.join(map(str, inputs))} (subfolders are not searched)")
+    return scans
 
 
 def _read_lines(path: Path) -> Table:
-    """Read a table of scans, empty where there is none; UserError where it does not name them."""
-    table = read_table(path) if path.exists() else Table([], [])
-    if table.rows and "scan" not in table.rows[0]:
-        raise UserError(f"{path} has no column scan: name it again, or move the file away")
-    return table
+    return read_table(path) if path.exists() else Table([], [])
 
 
-def _write_lines(path: Path, scan: str, lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+def _write_lines(path: Path, scan: str, lines: Sequence[dict[str, Any]]) -> None:
     """Write a scan's lines in place of its earlier ones; other scans, and the user's columns, stay."""
     table = _read_lines(path)
-    header = {name.casefold(): name for name in [*table.columns, *columns]}
+    header = {name.casefold(): name for name in [*table.columns, "scan", *lines[0]]}
     rows = [row for row in table.rows if row["scan"] != scan]
     rows += [{name.casefold(): value for name, value in {"scan": scan, **line}.items()} for line in lines]
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -152,28 +113,15 @@ def _write_lines(path: Path, scan: str, lines: Sequence[Mapping[str, Any]], colu
 
 
 def _read_scan(path: Path) -> Volume:
-    """Read a scan, slices on the third axis; print what is doubtful about it.
-
-    Raises:
-        UserError: it cannot be read, or is no plausible scan.
-    """
+    """Read a scan, slices on the third axis; UserError for one that cannot be read or is not plausible."""
     volume = read_volume(path)
-    zooms = np.round(volume.zooms, 2).tolist()
-    axis = int(np.argmax(volume.zooms))
-    if axis != 2 and volume.zooms[axis] > 1.05 * sorted(volume.zooms)[1]:
-        exchanged = [[2, 1], [1, 1], [0, 1]] if axis == 0 else [[0, 1], [2, 1], [1, 1]]
-        raise UserError(
-            f"with voxels of {zooms} mm its slices seem to lie on axis {axis + 1}, not 3: exchange "
-            f"the axes, for example by nibabel.load(OLD).as_reoriented({exchanged}).to_filename(NEW)"
-        )
+    zooms, axis = np.round(volume.zooms, 2), int(np.argmax(volume.zooms))
+    if axis != 2 and zooms[axis] > 1.05 * sorted(zooms)[1]:
+        raise UserError(f"voxels of {zooms.tolist()} mm: slices on axis {axis + 1}, not 3: exchange the axes (nibabel)")
     if reasons := implausible(volume, any_thickness=True):
         raise UserError("; ".join(reasons))
     if volume.warning:
         tqdm.write(f"warning: {path}: {volume.warning}")
-    values = np.unique(volume.array[::4, ::4, ::2])
-    if len(values) <= 10 and (values == np.rint(values)).all():
-        listed = ", ".join(f"{value:g}" for value in values)
-        tqdm.write(f"warning: {path}: it holds only the values {listed}: is it a label map?")
     return volume
 
 
@@ -183,36 +131,26 @@ def segment_volume(
 ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:  # fmt: skip
     """Segment all frames of a 3D or 4D volume, slices on the third axis.
 
-    Args:
-        center: voxel of the organ's centre along a slice's axes; "auto": as the networks find it;
-            None: the image's.
-
-    Returns:
-        Maps of its shape by name: "seg", labels as uint8; where wanted also "confidence", exp(-V),
-        and "agreement" of the networks, both float32 and 0 outside the field of view. And
-        `structure_quality` of every frame, on the network's grid, before `keep_largest`.
+    `center` is the voxel of the organ's centre in a slice, "auto" as the networks find it, None the image's.
+    Return maps of the volume's shape by name (MAPS), 0 outside the field of view, of which "seg" holds
+    labels; and `structure_quality` of every frame, before `keep_largest`.
     """
     shape, frames, size = volume.array.shape, frame_count(volume), predictor.config.image_size
-    plane = PlaneMap(shape[:2], volume.zooms[:2], CANVAS_PX, dataset.spacing)
-    if center == "auto":
-        normalized = np.concatenate([*_normalized(frame_slices(volume, 0), dataset)])
-        predict = partial(_predict_slices, predictor._replace(tta=False), batch_size=batch_size)
-        center = locate(normalized, plane, predict, budget=frames * shape[2])
-    if center and not all(0 <= c < n for c, n in zip(center, plane.shape, strict=True)):
-        raise UserError(f"--center {center} lies outside the image of {plane.shape} voxels")
     if confidence and shape[2] < 2:
         raise UserError("--confidence compares with another slice: leave it out for a single one")
+    plane = PlaneMap(shape[:2], volume.zooms[:2], CANVAS_PX, dataset.spacing)
+    predict = partial(_predict_slices, dataset=dataset, batch_size=batch_size)
+    if center == "auto":
+        center = _locate(volume, plane, partial(predict, predictor=predictor._replace(tta=False)))
+    if center and not all(0 <= c < n for c, n in zip(center, plane.shape, strict=True)):
+        raise UserError(f"--center {center} lies outside the image of {plane.shape} voxels")
     plane, pixel = replace(plane, center=center), pixel_mm(dataset.spacing, size)
-    grid = replace(plane, size=size, spacing=pixel)
-    names = list(MAPS) if confidence else ["seg"]
-    maps = {name: np.empty((frames, shape[2], *shape[:2]), MAPS[name]) for name in names}
-    quality = []
+    grid, voxel_ml = replace(plane, size=size, spacing=pixel), pixel**2 * volume.zooms[2] / 1000
+    quality, kinds = [], MAPS if confidence else ["seg"]
+    maps = {kind: np.empty((frames, shape[2], *shape[:2]), MAPS[kind]) for kind in kinds}
     for frame in range(frames):
-        # Slice by slice: a whole scan at its own resolution, with all classes, would take gigabytes.
-        normalized = _normalized(frame_slices(volume, frame), dataset)
-        canvas = np.concatenate([plane.to_canvas(image).astype(np.float16) for image in normalized])
-        seen = {name: np.empty((len(canvas), size, size), MAPS[name]) for name in {*maps, "agreement"}}
-        for z, predicted in enumerate(_predict_slices(predictor, canvas, batch_size, confidence)):
+        seen = {kind: np.empty((shape[2], size, size), MAPS[kind]) for kind in {*maps, "agreement"}}
+        for z, predicted in enumerate(predict(frame_slices(volume, frame), plane, predictor, confidence=confidence)):
             for name, array in seen.items():
                 array[z] = predicted[name].argmax(0) if name == "seg" else predicted[name]
             for name, array in maps.items():
@@ -220,20 +158,18 @@ def segment_volume(
                 array[frame, z] = native.argmax(0) if name == "seg" else native
         if keep_largest:
             maps["seg"][frame] = largest_components(maps["seg"][frame])
-        voxel_ml = pixel**2 * volume.zooms[2] / 1000
-        rows = structure_quality(seen.pop("seg"), seen, dataset.class_names, voxel_ml)
-        quality += [{"frame": frame, **row} for row in rows]
+        for row in structure_quality(seen.pop("seg"), seen, dataset.class_names, voxel_ml):
+            quality.append({"frame": frame} | row)
     return {name: array.transpose(2, 3, 1, 0).reshape(shape) for name, array in maps.items()}, quality
 
 
-def _normalized(slices: np.ndarray, dataset: DatasetInfo) -> Iterator[np.ndarray]:
-    return (dataset.normalize(image[None].astype(np.float32)) for image in slices)
-
-
 def _predict_slices(
-    predictor: Predictor, canvas: np.ndarray, batch_size: int, confidence: bool = False
+    slices: np.ndarray, plane: PlaneMap, predictor: Predictor, dataset: DatasetInfo, batch_size: int, confidence=False
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the softmax "seg" (K, size, size) and the other maps (size, size) of each canvas."""
+    """Yield the softmax "seg" (K, size, size) and the other maps (size, size) of each slice (X, Y)."""
+    # Slice by slice, as all that follows: a whole scan at its own resolution, with all classes, takes gigabytes.
+    normalized = (dataset.normalize(image[None].astype(np.float32)) for image in slices)
+    canvas = np.concatenate([plane.to_canvas(image).astype(np.float16) for image in normalized])
     # A new scan has no partners from other scanners: half the scan away lies another amplitude.
     partners = np.roll(range(len(canvas)), len(canvas) // 2)
     for first in range(0, len(canvas), batch_size):
@@ -242,53 +178,73 @@ def _predict_slices(
         batch = [torch.from_numpy(array).to(predictor.device) for array in arrays]
         maps = {name: values.cpu().numpy() for name, values in predictor.maps(*batch)[1].items()}
         maps["seg"] = maps.pop("probability")
-        for number in range(len(maps["seg"])):
-            yield {name: values[number] for name, values in maps.items()}
+        yield from (dict(zip(maps, values, strict=True)) for values in zip(*maps.values(), strict=True))
+
+
+def _locate(volume: Volume, plane: PlaneMap, predict: Callable[..., Iterable[dict]]) -> tuple[float, float] | None:
+    """Return and print the voxel of the organ's centre in a slice; None if the networks find nothing.
+
+    They look at overlapping windows of the first frame, in all as many as the scan has slices. The
+    centre is that of the connected region with the most foreground.
+    """
+    shape, zooms = np.array(plane.shape), np.array(plane.zooms)
+    reach = (shape * zooms / plane.spacing - FIELD_PX).clip(0)  # px that the field of view can move
+    moves = [np.linspace(-n / 2, n / 2, 1 + math.ceil(n / (2 * FIELD_PX / 3))) for n in reach]
+    windows = [(shape - 1) / 2 + np.array(move) * plane.spacing / zooms for move in product(*moves)]
+    slices = frame_slices(volume, 0)
+    depth = min(max(frame_count(volume) * len(slices) // len(windows), 1), len(slices))
+    chosen = slices[((np.arange(depth) + 0.5) * len(slices) / depth).astype(int)]
+    most, center = 0.0, None
+    for window in windows:
+        found = predict(chosen, replace(plane, center=tuple(window)))
+        foreground = np.stack([1 - maps["seg"][0] for maps in found])
+        heat = (foreground * (foreground > 0.5)).sum(0)
+        regions, count = ndimage.label(heat)
+        sums = ndimage.sum(heat, regions, range(1, count + 1))
+        if count and sums.max() > most:
+            most, size = sums.max(), len(heat)
+            place = np.array(ndimage.center_of_mass(heat, regions, 1 + sums.argmax())) - (size - 1) / 2
+            voxel = window + place * pixel_mm(plane.spacing, size) / zooms
+            center = tuple(voxel.clip(0, shape - 1).round(1).tolist())
+    tqdm.write(f"center: {center or 'of the image, as the networks find nothing'}")
+    return center
 
 
 def structure_quality(
-    labels: np.ndarray, certainty: Mapping[str, np.ndarray], class_names: Sequence[str], voxel_ml: float
+    labels: np.ndarray, certainty: dict[str, np.ndarray], class_names: Sequence[str], voxel_ml: float
 ) -> list[dict[str, Any]]:
-    """Return the measures of every structure of one scan, on the network's grid.
+    """Return the measures of every structure in predicted labels (Z, H, W) on the network's grid.
 
-    Args:
-        labels: (Z, H, W) predicted.
-        certainty: maps (Z, H, W) in [0, 1] by name, "agreement" and maybe "confidence".
-
-    Returns:
-        volume_ml; the mean of each map inside the structure, where there is one; components, the
-        number of connected ones (26 neighbours); gaps, the share of the slices between its first and
-        last that lack it.
+    They are volume_ml; the mean in the structure of each map of `certainty` (Z, H, W); components, the
+    number of connected ones (26 neighbours); gaps, the share of slices between first and last without it.
     """
     rows = []
     for label, name in enumerate(class_names[1:], start=1):
         mask = labels == label
         slices = np.flatnonzero(mask.any((1, 2)))
         row = {"structure": name, "volume_ml": float(mask.sum() * voxel_ml)}
-        row |= {key: float(values[mask].mean()) for key, values in certainty.items() if len(slices)}
+        row |= {key: float(values[mask].mean()) if len(slices) else None for key, values in certainty.items()}
         row["components"] = int(ndimage.label(mask, np.ones((3, 3, 3)))[1])
-        row["gaps"] = float(1 - len(slices) / (slices[-1] - slices[0] + 1)) if len(slices) else 0.0
+        row["gaps"] = 1 - len(slices) / (np.ptp(slices) + 1) if len(slices) else 0.0
         rows.append(row)
     return rows
 
 
 def clinical_figures(volume: Volume, labels: np.ndarray, dataset: DatasetInfo) -> tuple[dict[str, Any], str]:
-    """Return the clinical quantities of a scan by name, or None for each, and a remark on why.
+    """Return the clinical quantities by name, None where fewer than two frames are usable, and a remark.
 
-    ED and ES are the frames in which the first structure, the left ventricle, is largest and
-    smallest. A constant frame, or one without it, is neither; fewer than two others leave none.
+    ED and ES are the frames, not constant, in which the first structure, the LV, is largest and smallest.
     """
     names, frames, voxel_ml = dataset.class_names[1:], frame_count(volume), math.prod(volume.zooms) / 1000
     labels = labels.reshape(*labels.shape[:3], frames)
     ml = {name: (labels == value).sum((0, 1, 2)) * voxel_ml for value, name in enumerate(names, start=1)}
-    lv, remarks = ml[names[0]], []
+    lv, remark = ml[names[0]], ""
     usable = [t for t in range(frames) if lv[t] and np.ptp(frame_slices(volume, t))]
     if left_out := ", ".join(str(t) for t in range(frames) if t not in usable):
-        remarks.append(f"frames {left_out} (from 0) are blank or without {names[0]}: left out")
+        remark = f"frames {left_out} (from 0) are blank or without {names[0]}: left out; "
     phases = {"ED": max(usable, key=lv.item, default=0), "ES": min(usable, key=lv.item, default=0)}
     volumes = {(phase, name): float(ml[name][t]) for phase, t in phases.items() for name in names}
     row = phases | {f"{name} ({unit})": value for name, (value, unit) in dataset.clinical(volumes).items()}
     if len(usable) < 2:
-        remarks.append("fewer than two frames are left, so there are no clinical figures")
-        row = dict.fromkeys(row)
-    return row, "; ".join(remarks)
+        row, remark = dict.fromkeys(row), f"{remark}fewer than two frames are left: no clinical figures"
+    return row, remark.removesuffix("; ")
