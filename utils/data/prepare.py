@@ -93,7 +93,7 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    print(f"{out}: {sum(len(report.rows) for _, report in reports)} slices, {size / 1e9:.2f} GB")
+    print(f"prepared: {sum(len(report.rows) for _, report in reports)} slices, {size / 1e9:.2f} GB")
 
 
 def _convert_scans(raw: Path, dataset: DatasetInfo, *, workers: int, out: Path | None) -> Reports:
