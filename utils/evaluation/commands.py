@@ -112,9 +112,10 @@ def check_flags(flags: Inference, mode: HeldOut | LabeledScans | NewScans, datas
         f"--volumes: {dataset.name} has no clinical quantities": flags.new_scans.volumes and not dataset.clinical,
         f"--batch-size {batch_size}: at least 1 slice at a time": batch_size < 1,
     }
-    for group in {flags.held_out, flags.labeled_scans, flags.new_scans} - {mode}:
-        for flag in (f for f in fields(group) if getattr(group, f.name) != f.default):
-            mistakes[f"--{flag.name.replace('_', '-')}: {group.__doc__}"] = True
+    for group in (flags.held_out, flags.labeled_scans, flags.new_scans):
+        for flag in fields(group):
+            rule = f"--{flag.name.replace('_', '-')}: {group.__doc__}"
+            mistakes[rule] = group is not mode and getattr(group, flag.name) != flag.default
     if made := [mistake for mistake, is_made in mistakes.items() if is_made]:
         raise UserError("\n".join(made))
 

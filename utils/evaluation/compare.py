@@ -77,17 +77,17 @@ def _names_by_settings(methods: Sequence[str], settings: Sequence[dict[str, Any]
     return [", ".join([method, *each]) for method, each in zip(methods, named, strict=True)]
 
 
-def published_rows(dataset: str) -> dict[float, tuple[list[list[Any]], str]]:
-    """Return by share of labelled patients the published rows, as printed, and a note on the later ones."""
-    rows, notes = defaultdict(list), defaultdict(str)
+def published_rows(dataset: str, ratio: float) -> tuple[list[list[Any]], str]:
+    """Return the rows published for a share of labelled patients, as printed, and a note on later ones."""
+    rows, note = [], ""
     with open(Path(__file__).with_name("published.csv"), newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
-            if line["dataset"] == dataset:
+            if (line["dataset"], float(line["ratio"])) == (dataset, ratio):
                 numbers = zip_longest(line["dice"].split(), line["std"].split())
                 cells = [Cell(float(dice), float(std) if std else None) for dice, std in numbers]
-                rows[float(line["ratio"])].append([line["method"], *cells, Cell(float(line["average"]))])
-                notes[float(line["ratio"])] += line["note"]
-    return {ratio: (rows[ratio], notes[ratio]) for ratio in rows}
+                rows.append([line["method"], *cells, Cell(float(line["average"]))])
+                note += line["note"]
+    return rows, note
 
 
 def by_method(summaries: Sequence[Summary], names: Sequence[str], dataset: DatasetInfo) -> dict[str, Runs]:
@@ -101,12 +101,12 @@ def by_method(summaries: Sequence[Summary], names: Sequence[str], dataset: Datas
 def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list[Table]:
     """Put summaries into a table by the paper's protocol, beside published rows, and one per structure."""
     summaries = [summary for runs in methods.values() for seeds in runs.values() for summary in seeds]
-    ratio, kind, published = summaries[0]["ratio"], dataset.domain_kind, published_rows(dataset.key)
+    ratio, kind = summaries[0]["ratio"], dataset.domain_kind
     checkpoints = {f"{s['checkpoint'].split(',')[0]}, selection: {s['selection']}": None for s in summaries}
     setting = (
-        f"{dataset.name}, data {summaries[0]['data']}, each {kind} held out in turn, {100 * ratio:g} % of the "
-        f"patients labelled. Mean ± SD over patients, of several seeds over their means; average ± population "
-        f"SD of the {kind}s' means. Checkpoint: {'; '.join(checkpoints)}."
+        f"{dataset.name}, data {summaries[0]['data']}, each {kind} held out in turn, {100 * ratio:g} % labelled. "
+        "Mean ± SD over patients, of several seeds over their means; average ± population SD of the means. "
+        f"Checkpoint: {'; '.join(checkpoints)}."
     )
     sources = [_sources(method, runs) for method, runs in methods.items()]
     header = ["", *dataset.domains, "average"]
@@ -115,11 +115,10 @@ def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list
         for name, runs in methods.items()
     ]
     notes = [f"Dice (%), structures pooled per slice, softmax > 0.5, {FIELD_PX} px grid. {setting}", *sources]
+    published, later = published_rows(dataset.key, ratio)
     if published:
-        nearest = min(published, key=lambda share: abs(share - ratio))
-        rows += published[nearest][0]
-        notes += [*_not_comparable(methods, published), SELECTION_NOTE, published[nearest][1]]
-        notes[0] += f" Published rows: {100 * nearest:g} % labelled."
+        rows += published
+        notes += [*_not_comparable(methods), SELECTION_NOTE, later]
     tables = [Table("Paper protocol", header, rows, notes)]
     notes = [f"In the scans' own grid; a miss is Dice 0 and distances of the image diagonal. {setting}", *sources]
     for structure in summaries[0]["volumetric"]:
@@ -150,27 +149,23 @@ def _average(cells: Sequence[Cell], deviation: Callable[[list[float]], float], n
 
 def _sources(method: str, runs: Runs) -> str:
     """Say what stands behind a method's cells, and in which settings its runs differ."""
-    sources = []
-    for domain, seeds in runs.items():
-        if seeds:
-            numbers = ", ".join(f"{summary['seed']}{summary['unfinished']}" for summary in seeds)
-            sources.append(f"{domain} {count(seeds[0]['patients'], 'patient')}, seed {numbers}")
-    first, *others = [summary["settings"] for seeds in runs.values() for summary in seeds]
-    unequal = [key for key in sorted(first) if any(each[key] != first[key] for each in others)]
-    differ = ", ".join(key for key in unequal if key not in VARYING)
-    return f"Runs, {method}: {'; '.join(sources)}." + (f" They differ in {differ}." if differ else "")
+    summaries = [summary for seeds in runs.values() for summary in seeds]
+    sources = "; ".join(
+        f"{s['test_domain']} seed {s['seed']}{s['unfinished']}, {count(s['patients'], 'patient')}" for s in summaries
+    )
+    values = {key: {str(s["settings"][key]) for s in summaries} for key in summaries[0]["settings"].keys() - VARYING}
+    differ = ", ".join(key for key in sorted(values) if len(values[key]) > 1)
+    return f"Runs, {method}: {sources}." + (f" They differ in {differ}." if differ else "")
 
 
-def _not_comparable(methods: dict[str, Runs], ratios: Sequence[float]) -> list[str]:
+def _not_comparable(methods: dict[str, Runs]) -> list[str]:
     """Say in a note which methods' results cannot stand beside the published ones, and why."""
     texts = []
     for method, runs in methods.items():
         summaries = [summary for seeds in runs.values() for summary in seeds]
         reasons = [text for key, text in MARKS.items() if any(s[key] for s in summaries)]
-        if any(is_other(s["trained_by"], s) for s in summaries):
-            reasons.append("other data than the training's")
+        reasons += {"data not its training's" for s in summaries if is_other(s["trained_by"], s)}
         reasons += sorted({s["method"] for s in summaries} - {"full"})
-        reasons += [f"{100 * ratio:g} % labelled" for ratio in {s["ratio"] for s in summaries} - {*ratios}]
         reasons += [f"{px} px" for px in sorted({s["image_size"] for s in summaries} - {FIELD_PX})]
         texts += [f"{method} ({', '.join(reasons)})"] if reasons else []
     return [f"Not comparable with the published rows: {'; '.join(texts)}."] if texts else []
@@ -184,25 +179,24 @@ def compare_methods(methods: dict[str, Runs]) -> Table:
     for domain in [*methods[reference], "all"]:
         differences = {}  # by patient, in points of Dice
         for method in others:
-            both = sorted(key for key in dice[method].keys() & dice[reference].keys() if domain in (key[0], "all"))
+            both = [key for key in dice[method].keys() & dice[reference].keys() if domain in (key[0], "all")]
             if both or domain == "all":
-                differences[method] = np.array([dice[method][key] - dice[reference][key] for key in both])
-        unequal = {method: values[values != 0] for method, values in differences.items()}  # as scipy's versions differ
-        p_values = [float(wilcoxon(values).pvalue) if len(values) else 1.0 for values in unequal.values()]
+                differences[method] = np.sort([dice[method][key] - dice[reference][key] for key in both])
+        # Without zeros, which the versions of scipy treat differently.
+        unequal = {method: values[values != 0] for method, values in differences.items()}
+        p_values = [wilcoxon(values).pvalue if len(values) else 1.0 for values in unequal.values()]
         for method, p, adjusted in zip(differences, p_values, holm(p_values), strict=True):
             row, spread = f"{method}, {domain}", mean_std_interval(differences[method])
             cell = Cell(spread["mean"], ci95=spread["ci95"])
             rows.append([row, len(differences[method]), cell, f"{p:.3g}", f"{adjusted:.3g}"])
             if (number := len(unequal[method])) < FEW_PATIENTS:
                 warnings.append(f"{row}: {count(number, 'patient')} with a difference, too few for p < 0.05.")
-            each = [methods[name].get(domain, []) for name in (method, reference)]
-            ours, theirs = ({s["seed"]: s["paper_dice"].keys() for s in seeds} for seeds in each)
-            if ours != theirs:
+            ours, theirs = (methods[name].get(domain, []) for name in (method, reference))
+            if [(s["seed"], {*s["paper_dice"]}) for s in ours] != [(s["seed"], {*s["paper_dice"]}) for s in theirs]:
                 warnings.append(f"{row}: other seeds or patients than {reference}; those in both are compared.")
     note = (
-        f"Mean difference from {reference} in points of the paper's Dice, paired by patient, whose Dice is "
-        "the mean over a method's seeds; 95 % bootstrap interval over patients; two-sided Wilcoxon "
-        "signed-rank p without patients of equal Dice, and by Holm for the number of methods. The "
+        f"Mean difference from {reference} in points of the paper's Dice, paired by patient (mean over seeds) [95 % "
+        "bootstrap interval]; two-sided Wilcoxon signed-rank p, and by Holm for the number of methods. The "
         "patients vary, not the trainings: another seed may give another difference."
     )
     header = ["", "patients", "difference [95 % CI]", "p", "p (Holm)"]
