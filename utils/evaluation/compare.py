@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from itertools import zip_longest
@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import fmean, pstdev, stdev
 from typing import Any
 
-import numpy as np
 from scipy.stats import wilcoxon
 
 from config import FIELD_PX, RUNTIME_SETTINGS
@@ -39,12 +38,7 @@ def name_rows(
     folders: Sequence[Path], metadata: Sequence[dict[str, Any]], dataset: DatasetInfo, *,
     labels: Sequence[str], one_data: bool,
 ) -> list[str]:  # fmt: skip
-    """Return the rows' names of several runs: labels, or methods and settings that differ.
-
-    Raises:
-        UserError: the runs cannot stand in one table (with `one_data`, that of their trainings does
-            not count), or there are not as many labels as runs.
-    """
+    """Return the rows' names of runs: labels, or methods and settings that differ; UserError if they do not fit."""
     settings = [DEFAULTS | run["config"] | {"data": (run["content_hash"] or "unknown")[:8]} for run in metadata]
     names = list(labels) or _names_by_settings([method_name(run) for run in metadata], settings)
     if len(names) != len(folders):
@@ -181,10 +175,10 @@ def compare_methods(methods: dict[str, Runs]) -> Table:
         for method in others:
             both = [key for key in dice[method].keys() & dice[reference].keys() if domain in (key[0], "all")]
             if both or domain == "all":
-                differences[method] = np.sort([dice[method][key] - dice[reference][key] for key in both])
+                differences[method] = sorted(dice[method][key] - dice[reference][key] for key in both)
         # Without zeros, which the versions of scipy treat differently.
-        unequal = {method: values[values != 0] for method, values in differences.items()}
-        p_values = [wilcoxon(values).pvalue if len(values) else 1.0 for values in unequal.values()]
+        unequal = {method: [value for value in values if value] for method, values in differences.items()}
+        p_values = [wilcoxon(values).pvalue if values else 1.0 for values in unequal.values()]
         for method, p, adjusted in zip(differences, p_values, holm(p_values), strict=True):
             row, spread = f"{method}, {domain}", mean_std_interval(differences[method])
             cell = Cell(spread["mean"], ci95=spread["ci95"])
@@ -199,7 +193,7 @@ def compare_methods(methods: dict[str, Runs]) -> Table:
         "bootstrap interval]; two-sided Wilcoxon signed-rank p, and by Holm for the number of methods. The "
         "patients vary, not the trainings: another seed may give another difference."
     )
-    header = ["", "patients", "difference [95 % CI]", "p", "p (Holm)"]
+    header = ["", "patients", "difference", "p", "p (Holm)"]
     return Table("Comparison", header, rows, [note, *(f"Warning: {text}" for text in warnings)])
 
 

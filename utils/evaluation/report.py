@@ -11,7 +11,7 @@ import jinja2
 from config import FIELD_PX
 from utils.evaluation.confidence import MONITORED, SCORES
 from utils.evaluation.metrics import METRICS
-from utils.evaluation.tables import Cell, Table, interval, to_markdown
+from utils.evaluation.tables import Cell, Table, to_markdown
 
 PHANTOM_WARNING = "Phantom data: these numbers say nothing about real scans."
 PAPER_NOTE = (
@@ -75,11 +75,11 @@ def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     )]  # fmt: skip
     if clinical := summary.get("clinical"):
         tables.append(Table(
-            "Clinical quantities", ["quantity", "n", "truth", "predicted", "bias", "mean error", "SD", "limits"],
-            [[f"{name} ({q['unit']})", q["n"], Cell(q["truth_mean"]), Cell(q["predicted_mean"]),
-              *_means(q, ("bias", "mae")), Cell(q["sd"]), interval(q["limits"]) or "–"]
+            "Clinical quantities", ["quantity", "n", "truth", "predicted", "bias", "mean error", "SD", "from", "to"],
+            [[f"{name} ({q['unit']})", q["n"], *(Cell(q[key]) for key in ("truth_mean", "predicted_mean")),
+              *_means(q, ("bias", "mae")), *map(Cell, (q["sd"], *(q["limits"] or (None, None))))]
              for name, q in clinical.items()],
-            ["Of the n patients who have both [95 % bootstrap interval]; limits of agreement: bias ± 1.96 SD."],
+            ["Of the n patients who have both [95 % bootstrap interval]; from, to: limits of agreement."],
         ))  # fmt: skip
     tables.append(Table(
         "Calibration", ["pixels", "ECE (%)", "Brier score"],

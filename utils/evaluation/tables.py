@@ -25,9 +25,9 @@ class Cell(NamedTuple):
     def __str__(self) -> str:
         if self.mean is None or math.isnan(self.mean):
             return "–"
-        mean, spread = f"{self.mean:.{self.digits}f}", "" if self.std is None else f"± {self.std:.2f}"
-        remark = self.remark and f"({self.remark})"
-        return " ".join(filter(None, [mean, spread, interval(self.ci95), remark]))
+        spread = "" if self.std is None else f" ± {self.std:.2f}"
+        spread += "" if self.ci95 is None else " [{:.2f}, {:.2f}]".format(*self.ci95)
+        return f"{self.mean:.{self.digits}f}{spread}" + (self.remark and f" ({self.remark})")
 
 
 class Table(NamedTuple):
@@ -37,11 +37,6 @@ class Table(NamedTuple):
     header: list[str]
     rows: list[list[Any]]  # texts, numbers and Cells; the first entry names the row
     notes: Sequence[str] = ()
-
-
-def interval(limits: Sequence[float] | None) -> str:
-    """Return two limits in brackets; an empty text where there are none."""
-    return f"[{limits[0]:.2f}, {limits[1]:.2f}]" if limits else ""
 
 
 def to_markdown(tables: Sequence[Table]) -> str:
