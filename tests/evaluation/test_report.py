@@ -51,11 +51,9 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def arguments(tmp_path):
-    pictures = []
-    for i in range(2):
-        path = tmp_path / f"{i}.png"
-        imsave(path, np.random.default_rng(i).random((8, 9)))
-        pictures.append((f"Picture {i}", path))
+    pictures = [(f"Picture {i}", tmp_path / f"{i}.png") for i in range(2)]
+    for seed, (_, path) in enumerate(pictures):
+        imsave(path, np.random.default_rng(seed).random((8, 9)))
     cases = [
         {"patient": patient, "phase": phase, "structure": name, "paper_dice": paper, **METRICS}
         for patient, paper in (("good", 90.0), ("bad", 40.0))
@@ -114,8 +112,7 @@ def test_pictures_are_embedded_and_a_missing_one_is_named(report, arguments, tmp
     images = page.attributes("img")
     assert [image["alt"] for image in images] == ["Picture 0", "Picture 1"]
     for image, (_, path) in zip(images, arguments["pictures"], strict=True):
-        kind, data = image["src"].split(",")
-        assert kind == "data:image/png;base64" and base64.b64decode(data, validate=True) == path.read_bytes()
+        assert image["src"] == f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def test_values_are_there(report):
@@ -135,11 +132,12 @@ def test_values_are_there(report):
 
 
 def test_cases_run_from_the_worst_to_the_best(report):
-    *_, cases = report().tables
-    assert cases[0][:4] == ["patient", "phase", "patient's paper Dice (%)", "LV Dice (%)"]
-    assert cases[0][-1] == "RV ASSD (mm)" and cases[1][3:] == ["87.12", "87.12", "9.50", "9.50", "1.25", "1.25"]
-    expected = [["bad", "ED", "40.00"], ["bad", "ES", "40.00"], ["good", "ED", "90.00"], ["good", "ES", "90.00"]]
-    assert [line[:3] for line in cases[1:]] == expected
+    header, *cases = report().tables[-1]
+    assert (
+        header[:4] == ["patient", "phase", "patient's paper Dice (%)", "LV Dice (%)"] and header[-1] == "RV ASSD (mm)"
+    )
+    assert cases[0] == ["bad", "ED", "40.00", "87.12", "87.12", "9.50", "9.50", "1.25", "1.25"]
+    assert [case[:2] for case in cases[1:]] == [["bad", "ES"], ["good", "ED"], ["good", "ES"]]
 
 
 def test_what_there_is_not_is_a_dash(report, arguments):
