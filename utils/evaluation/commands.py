@@ -50,8 +50,7 @@ class NewScans:
     overwrite: bool = False  # Replace label maps that are in the output folder already.
     volumes: bool = False  # Write volumes.csv, the clinical quantities of 4D scans of the heart.
     confidence: bool = False  # Write two maps in [0, 1], too: confidence exp(-V) and networks' agreement.
-    # Look around this voxel of a slice, counted from 0, or that which the networks find ("auto", in up
-    # to twice the time); by default around the image's centre.
+    # Look around this voxel of a slice instead of its centre, or around that which the networks find (auto).
     center: tuple[float, float] | Literal["auto"] | None = None
     batch_size: int = 8  # Predict this many slices at a time, at least 1; fewer take less memory.
 
@@ -62,8 +61,7 @@ class Inference:
 
     # Load these folders of trained runs; several also give a table, and methods a comparison with the first.
     run: tuple[Path, ...]
-    # Read these NIfTI files, 3D or 4D, or folders; or a table: image, truth and, if known, patient, phase.
-    input: tuple[Path, ...] = ()
+    input: tuple[Path, ...] = ()  # Read these NIfTI files or folders; or a table of images and truths.
     output: Path | None = None  # Write what comes of --input into this folder.
     checkpoint: str = "best"  # Load the best by source validation, the last, or epochs/epoch_007.
     tta: bool = False  # Average over the 8 flips and right-angle rotations, in 8 times the time.
@@ -106,9 +104,7 @@ def check_flags(flags: Inference, mode: HeldOut | LabeledScans | NewScans, datas
         "--input and --output belong together": bool(flags.input) != bool(flags.output),
         "--input takes one --run": flags.input and len(runs) > 1,
         "--label names the rows of a table over several --run": flags.held_out.label and len(runs) < 2,
-        f"--checkpoint {flags.checkpoint}: choose best, last or a kept epoch such as epochs/epoch_007": (
-            not CHECKPOINT.fullmatch(flags.checkpoint)
-        ),
+        "--checkpoint: choose best, last or as epochs/epoch_007": not CHECKPOINT.fullmatch(flags.checkpoint),
         f"--volumes: {dataset.name} has no clinical quantities": flags.new_scans.volumes and not dataset.clinical,
         f"--batch-size {batch_size}: at least 1 slice at a time": batch_size < 1,
     }
@@ -153,7 +149,6 @@ def evaluate_user_scans(run: TrainedRun, dataset: DatasetInfo, flags: Inference)
         prepare_dataset(source if source.is_dir() else source.parent, prepared, dataset, workers=usable_cores())
         data = PreparedData.open(prepared, dataset)
         evaluate_run(
-            run, dataset, data, flags.output, domain=str(data.index["domain"][0]),
-            title=f"{dataset.name}, scans of one's own", save_predictions=flags.save_predictions,
-            keep_largest=flags.keep_largest,
+            run, dataset, data, flags.output, domain=data.index["domain"][0], title=f"{dataset.name}, own scans",
+            save_predictions=flags.save_predictions, keep_largest=flags.keep_largest,
         )  # fmt: skip
