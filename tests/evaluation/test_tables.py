@@ -74,7 +74,7 @@ def test_seeds_are_averaged_with_their_sample_deviation():
     assert found["B"] == (84, pytest.approx(5.2915, abs=1e-4), None, "3 seeds", 2)
     assert str(found["A"]) == "70.00 ± 5.00"
     assert found["average"][:2] == (77, 7)  # of the domains, however many seeds one has
-    assert "B seed 0, 50 patients; B seed 1, 50 patients; B seed 2, 50 patients." in table[0].notes[1]
+    assert "B seed 0, n = 50; B seed 1, n = 50; B seed 2, n = 50." in table[0].notes[1]
 
 
 def test_no_mean_and_no_deviation():
@@ -157,7 +157,7 @@ def test_what_stands_behind_the_numbers_is_said():
     remark = " (training not finished: epoch 12 of 50)"
     other = {"seed": 3, "unfinished": remark, "settings": {"seed": 3, "num_epoch": 8}}
     for table in combine([summary("A"), summary("B", **other)]):
-        assert f"A seed 0, 50 patients; B seed 3{remark}, 50 patients. They differ in num_epoch." in table.notes[1]
+        assert f"A seed 0, n = 50; B seed 3{remark}, n = 50. They differ in num_epoch." in table.notes[1]
         assert "2 % labelled. Mean ± SD over patients" in table.notes[0]
         assert f"Checkpoint: best, selection: {RULE}." in table.notes[0]
 

@@ -28,7 +28,6 @@ COMPARISON_FILES = [f"{name}.{suffix}" for name in ("leave_one_domain_out", "com
 VARYING = {"seed", "test_domain", "init_from"}  # settings in which the runs of a row differ by design
 NAMED = {"seed", "test_domain", "cps_loss", "fourier_aug", "fourier_mode", "cutmix"}  # by column, footnote or method
 MARKS = {"phantom": "phantom data", "tta": "test-time augmentation", "keep_largest": "largest components only"}
-FEW_PATIENTS = 6  # with fewer, no signed-rank test reaches p < 0.05
 SELECTION_NOTE = "Published checkpoints may have been chosen on the held-out domain; those of our runs never are."
 Summary = dict[str, Any]  # content of summary.json
 Runs = dict[str, list[Summary]]  # held-out domain -> one method's summaries by seed; empty where there is none
@@ -144,9 +143,7 @@ def _average(cells: Sequence[Cell], deviation: Callable[[list[float]], float], n
 def _sources(method: str, runs: Runs) -> str:
     """Say what stands behind a method's cells, and in which settings its runs differ."""
     summaries = [summary for seeds in runs.values() for summary in seeds]
-    sources = "; ".join(
-        f"{s['test_domain']} seed {s['seed']}{s['unfinished']}, {count(s['patients'], 'patient')}" for s in summaries
-    )
+    sources = "; ".join(f"{s['test_domain']} seed {s['seed']}{s['unfinished']}, n = {s['patients']}" for s in summaries)
     values = {key: {str(s["settings"][key]) for s in summaries} for key in summaries[0]["settings"].keys() - VARYING}
     differ = ", ".join(key for key in sorted(values) if len(values[key]) > 1)
     return f"Runs, {method}: {sources}." + (f" They differ in {differ}." if differ else "")
@@ -161,7 +158,8 @@ def _not_comparable(methods: dict[str, Runs]) -> list[str]:
         reasons += {"data not its training's" for s in summaries if is_other(s["trained_by"], s)}
         reasons += sorted({s["method"] for s in summaries} - {"full"})
         reasons += [f"{px} px" for px in sorted({s["image_size"] for s in summaries} - {FIELD_PX})]
-        texts += [f"{method} ({', '.join(reasons)})"] if reasons else []
+        if reasons:
+            texts.append(f"{method} ({', '.join(reasons)})")
     return [f"Not comparable with the published rows: {'; '.join(texts)}."] if texts else []
 
 
@@ -180,10 +178,9 @@ def compare_methods(methods: dict[str, Runs]) -> Table:
         unequal = {method: [value for value in values if value] for method, values in differences.items()}
         p_values = [wilcoxon(values).pvalue if values else 1.0 for values in unequal.values()]
         for method, p, adjusted in zip(differences, p_values, holm(p_values), strict=True):
-            row, spread = f"{method}, {domain}", mean_std_interval(differences[method])
-            cell = Cell(spread["mean"], ci95=spread["ci95"])
-            rows.append([row, len(differences[method]), cell, f"{p:.3g}", f"{adjusted:.3g}"])
-            if (number := len(unequal[method])) < FEW_PATIENTS:
+            row, mean = f"{method}, {domain}", Cell(**mean_std_interval(differences[method]))._replace(std=None)
+            rows.append([row, len(differences[method]), mean, f"{p:.3g}", f"{adjusted:.3g}"])
+            if (number := len(unequal[method])) < 6:  # the test's least p is 2 / 2^number
                 warnings.append(f"{row}: {count(number, 'patient')} with a difference, too few for p < 0.05.")
             ours, theirs = (methods[name].get(domain, []) for name in (method, reference))
             if [(s["seed"], {*s["paper_dice"]}) for s in ours] != [(s["seed"], {*s["paper_dice"]}) for s in theirs]:

@@ -67,8 +67,7 @@ def to_latex(tables: Sequence[Table]) -> str:
     lines = [r"% needs \usepackage{booktabs} and \usepackage{graphicx}"]
     for table in tables:
         caption = " ".join([f"{table.title}.", *table.notes]).translate(LATEX)
-        entries = [[str(entry).translate(LATEX) for entry in line] for line in (table.header, *table.rows)]
-        header, *rows = (" & ".join(line) for line in entries)
+        header, *rows = (" & ".join(str(cell).translate(LATEX) for cell in row) for row in (table.header, *table.rows))
         lines += [
             r"\begin{table}\centering\footnotesize\setlength{\tabcolsep}{3pt}", rf"\caption{{{caption}}}",
             r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
