@@ -92,7 +92,7 @@ def test_what_is_not_comparable_is_said_once_below_the_table():
     runs += [summary(d, method="new", phantom=True, tta=True) for d in "AB"]
     tables = combine(runs)
     note = (
-        "Not comparable with the published rows: full (largest components only, data not its training's, 64 px); "
+        "Not comparable with the published rows: full (largest components, data not its training's, 64 px); "
         "new (phantom data, test-time augmentation, new)."
     )
     assert note in tables[0].notes and to_markdown(tables).count("Not comparable") == 1

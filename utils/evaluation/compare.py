@@ -24,34 +24,34 @@ from utils.files import OutputFolder
 from utils.run.folder import DEFAULTS
 
 FORMATS = {"md": to_markdown, "csv": to_csv, "tex": to_latex}
-COMPARISON_FILES = [f"{name}.{suffix}" for name in ("leave_one_domain_out", "comparison") for suffix in FORMATS]
-VARYING = {"seed", "test_domain", "init_from"}  # settings in which the runs of a row differ by design
-NAMED = {"seed", "test_domain", "cps_loss", "fourier_aug", "fourier_mode", "cutmix"}  # by column, footnote or method
-MARKS = {"phantom": "phantom data", "tta": "test-time augmentation", "keep_largest": "largest components only"}
-SELECTION_NOTE = "Published checkpoints may have been chosen on the held-out domain; those of our runs never are."
+COMPARISON_FILES = [f"{name}.{form}" for name in ("leave_one_domain_out", "comparison") for form in FORMATS]
+VARYING = {"seed", "test_domain", "init_from"}  # settings in which the runs of a row may differ
+METHOD_SETTINGS = {"cps_loss", "fourier_aug", "fourier_mode", "cutmix"}  # those that name the method
+MARKS = {"phantom": "phantom data", "tta": "test-time augmentation", "keep_largest": "largest components"}
+SELECTION_NOTE = "Published checkpoints may have been chosen on the held-out domain; ours never are."
 Summary = dict[str, Any]  # content of summary.json
-Runs = dict[str, list[Summary]]  # held-out domain -> one method's summaries by seed; empty where there is none
+Runs = dict[str, list[Summary]]  # one method's summaries in order of seeds, by held-out domain
 
 
 def name_rows(
     folders: Sequence[Path], metadata: Sequence[dict[str, Any]], dataset: DatasetInfo, *,
     labels: Sequence[str], one_data: bool,
 ) -> list[str]:  # fmt: skip
-    """Return the rows' names of runs: labels, or methods and settings that differ; UserError if they do not fit."""
-    settings = [DEFAULTS | run["config"] | {"data": (run["content_hash"] or "unknown")[:8]} for run in metadata]
+    """Return the rows' names: labels, or methods with differing settings; UserError if runs do not fit."""
+    settings = [DEFAULTS | {**run["config"], "data": (run["content_hash"] or "unknown")[:8]} for run in metadata]
     names = list(labels) or _names_by_settings([method_name(run) for run in metadata], settings)
     if len(names) != len(folders):
-        raise UserError(f"--label gives {len(names)} names for {len(folders)} runs: give one per --run, in that order")
+        raise UserError(f"--label gives {len(names)} names for {len(folders)} runs: give one per --run")
     problems = []
     for key, remedy in {"ratio": "", "data": "; --data-root names data for all of them"}.items():
         if len({values[key] for values in settings}) > 1 and not (one_data and key == "data"):
             each = ", ".join(f"{folder}: {values[key]}" for folder, values in zip(folders, settings, strict=True))
             problems.append(f"one table takes one {key}, not {each}{remedy}")
     if any(values["test_domain"] == NO_DOMAIN for values in settings):
-        problems.append(f"a run trained on all domains has no place in a table over held-out {dataset.domain_kind}s")
+        problems.append("a run trained on all domains has no place in a table over held-out ones")
     cells = [(name, values["test_domain"], values["seed"]) for name, values in zip(names, settings, strict=True)]
     if twice := [str(folder) for folder, cell in zip(folders, cells, strict=True) if cells.count(cell) > 1]:
-        problems.append(f"{', '.join(twice)}: one method, held-out domain and seed; tell them apart by --label")
+        problems.append(f"{', '.join(twice)}: one method, domain and seed; tell them apart by --label")
     if problems:
         raise UserError("\n".join(problems))
     return names
@@ -59,11 +59,10 @@ def name_rows(
 
 def _names_by_settings(methods: Sequence[str], settings: Sequence[dict[str, Any]]) -> list[str]:
     """Return each run's method, with the settings beside it in which the runs differ."""
-    texts = []
+    texts, hidden = [], RUNTIME_SETTINGS | METHOD_SETTINGS | VARYING
     for values in settings:
         idle = () if values["cps_weight"] else ("cps_", "fourier_")  # without effect
-        shown = sorted(key for key in values.keys() - RUNTIME_SETTINGS - NAMED if not key.startswith(idle))
-        values = values | {"init_from": bool(values["init_from"])}  # which run it is differs by seed and domain
+        shown = sorted(key for key in values.keys() - hidden if not key.startswith(idle))
         texts.append({key: f"{key} {values[key]}".removesuffix(".0") for key in shown})
     choices = Counter(key for key, _ in set().union(*(text.items() for text in texts)))
     named = [[text for key, text in each.items() if choices[key] > 1] for each in texts]
@@ -71,7 +70,7 @@ def _names_by_settings(methods: Sequence[str], settings: Sequence[dict[str, Any]
 
 
 def published_rows(dataset: str, ratio: float) -> tuple[list[list[Any]], str]:
-    """Return the rows published for a share of labelled patients, as printed, and a note on later ones."""
+    """Return the rows published for a share of labelled patients, and a note on later ones."""
     rows, note = [], ""
     with open(Path(__file__).with_name("published.csv"), newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
@@ -92,7 +91,7 @@ def by_method(summaries: Sequence[Summary], names: Sequence[str], dataset: Datas
 
 
 def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list[Table]:
-    """Put summaries into a table by the paper's protocol, beside published rows, and one per structure."""
+    """Return a table by the paper's protocol, beside published rows, and one per structure."""
     summaries = [summary for runs in methods.values() for seeds in runs.values() for summary in seeds]
     ratio, kind = summaries[0]["ratio"], dataset.domain_kind
     checkpoints = {f"{s['checkpoint'].split(',')[0]}, selection: {s['selection']}": None for s in summaries}
@@ -107,13 +106,13 @@ def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list
         [f"this implementation, {name}", *_cells(runs, lambda s: s["paper_protocol"], "mean", "std")]
         for name, runs in methods.items()
     ]
-    notes = [f"Dice (%), structures pooled per slice, softmax > 0.5, {FIELD_PX} px grid. {setting}", *sources]
+    notes = [f"Dice (%), structures pooled per slice, {FIELD_PX} px grid. {setting}", *sources]
     published, later = published_rows(dataset.key, ratio)
     if published:
         rows += published
         notes += [*_not_comparable(methods), SELECTION_NOTE, later]
     tables = [Table("Paper protocol", header, rows, notes)]
-    notes = [f"In the scans' own grid; a miss is Dice 0 and distances of the image diagonal. {setting}", *sources]
+    notes = [f"In the scans' own grid; a miss: Dice 0, distances of the diagonal. {setting}", *sources]
     for structure in summaries[0]["volumetric"]:
         rows = [
             [f"{title}, {name}", *_cells(runs, lambda s: s["volumetric"][structure], key, f"{key}_std")]  # noqa: B023
@@ -134,7 +133,7 @@ def _cells(runs: Runs, figures: Callable[[Summary], dict[str, Any]], mean: str, 
 
 
 def _average(cells: Sequence[Cell], deviation: Callable[[list[float]], float], noun: str) -> Cell:
-    """Return mean and deviation of the known means; the remark says how many, if that is not plain."""
+    """Return mean and deviation of the known means, remarking how many if that is not plain."""
     known = [cell.mean for cell in cells if cell.mean is not None]
     remark = count(len(known), noun) if noun == "seed" or len(known) < len(cells) else ""
     return Cell(fmean(known) if known else None, deviation(known) if len(known) > 1 else None, remark=remark)
@@ -164,7 +163,7 @@ def _not_comparable(methods: dict[str, Runs]) -> list[str]:
 
 
 def compare_methods(methods: dict[str, Runs]) -> Table:
-    """Compare every method with the first by domain and patient; the table's last notes are warnings."""
+    """Compare every method with the first, by domain and patient; the last notes are warnings."""
     reference, *others = methods
     dice = {method: _patient_dice(runs) for method, runs in methods.items()}
     rows, warnings = [], []
@@ -181,10 +180,10 @@ def compare_methods(methods: dict[str, Runs]) -> Table:
             row, mean = f"{method}, {domain}", Cell(**mean_std_interval(differences[method]))._replace(std=None)
             rows.append([row, len(differences[method]), mean, f"{p:.3g}", f"{adjusted:.3g}"])
             if (number := len(unequal[method])) < 6:  # the test's least p is 2 / 2^number
-                warnings.append(f"{row}: {count(number, 'patient')} with a difference, too few for p < 0.05.")
+                warnings.append(f"{row}: {count(number, 'patient')} differ, too few for p < 0.05.")
             ours, theirs = (methods[name].get(domain, []) for name in (method, reference))
             if [(s["seed"], {*s["paper_dice"]}) for s in ours] != [(s["seed"], {*s["paper_dice"]}) for s in theirs]:
-                warnings.append(f"{row}: other seeds or patients than {reference}; those in both are compared.")
+                warnings.append(f"{row}: other seeds or patients than {reference}; those of both count.")
     note = (
         f"Mean difference from {reference} in points of the paper's Dice, paired by patient (mean over seeds) [95 % "
         "bootstrap interval]; two-sided Wilcoxon signed-rank p, and by Holm for the number of methods. The "
@@ -195,7 +194,7 @@ def compare_methods(methods: dict[str, Runs]) -> Table:
 
 
 def _patient_dice(runs: Runs) -> dict[tuple[str, str], float]:
-    """Return by domain and patient the mean Dice over the seeds, of every patient that all seeds have."""
+    """Return by domain and patient the mean Dice over the seeds, of patients that all seeds have."""
     return {
         (domain, patient): fmean(summary["paper_dice"][patient] for summary in seeds)
         for domain, seeds in runs.items()
