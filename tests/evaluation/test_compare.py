@@ -120,6 +120,7 @@ def test_rows_are_told_apart_by_what_differs():
     assert names({}, {"cps_loss": "plain", "num_epoch": 8}) == expected
     begun = {"init_from": "a"}, {"init_from": "b", "seed": 1}
     assert names(*begun) == ["full"] * 2
+    assert names(*begun, {"seed": 2}) == ["full, init_from True"] * 2 + ["full, init_from False"]
     assert names({}, {"cps_weight": 1.0}, {"seed": 1}, labels=["a", "b", "a"]) == ["a", "b", "a"]
     assert names({}, {"hash": "2" * 9}, one_data=True) == ["full, data 11111111", "full, data 22222222"]
 

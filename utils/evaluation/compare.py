@@ -38,7 +38,9 @@ def name_rows(
     labels: Sequence[str], one_data: bool,
 ) -> list[str]:  # fmt: skip
     """Return the rows' names: labels, or methods with differing settings; UserError if runs do not fit."""
-    settings = [DEFAULTS | {**run["config"], "data": (run["content_hash"] or "unknown")[:8]} for run in metadata]
+    settings = []
+    for config, content in ((DEFAULTS | run["config"], run["content_hash"] or "unknown") for run in metadata):
+        settings.append(config | {"data": content[:8], "init_from": bool(config["init_from"])})
     names = list(labels) or _names_by_settings([method_name(run) for run in metadata], settings)
     if len(names) != len(folders):
         raise UserError(f"--label gives {len(names)} names for {len(folders)} runs: give one per --run")
@@ -59,7 +61,7 @@ def name_rows(
 
 def _names_by_settings(methods: Sequence[str], settings: Sequence[dict[str, Any]]) -> list[str]:
     """Return each run's method, with the settings beside it in which the runs differ."""
-    texts, hidden = [], RUNTIME_SETTINGS | METHOD_SETTINGS | VARYING
+    texts, hidden = [], RUNTIME_SETTINGS | METHOD_SETTINGS | {"seed", "test_domain"}
     for values in settings:
         idle = () if values["cps_weight"] else ("cps_", "fourier_")  # without effect
         shown = sorted(key for key in values.keys() - hidden if not key.startswith(idle))
