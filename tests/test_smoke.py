@@ -72,7 +72,7 @@ def test_without_data_the_way_there_is_named(name, tmp_path):
         (["inference_mms.py", "--run", "nowhere"], "nowhere: no such run"),
         (
             ["inference_mms.py", "--run", "nowhere", "--center", "5", "5"],
-            "are for new scans: --input names them",
+            "--center: For new scans: --input without --truth.",
         ),
     ],
 )

@@ -16,9 +16,8 @@ from utils.evaluation.compare import SELECTION_NOTE, by_method, compare_methods,
 from utils.evaluation.runs import method_name
 from utils.evaluation.tables import Cell, Table, to_csv, to_latex, to_markdown
 
+PUBLISHED = [("mms", 0.02), ("mms", 0.05), ("scgm", 0.2)]  # data set and share of labelled patients
 RULE = "highest ensemble Dice on 100 % of source_images"
-
-
 DATASETS = {
     "mms": mms_dataloader.DATASET,
     "scgm": scgm_dataloader.DATASET,
@@ -34,28 +33,12 @@ def combine(summaries):
 def summary(domain="A", mean=80.0, std=5.0, *, seed=0, structures=("LV", "MYO", "RV"), **changes):
     """A run's summary.json, as far as the table reads it; every structure has Dice `mean`."""
     metrics = {"dice": mean, "dice_std": std, "hd95": 9.0, "hd95_std": 3.0, "assd": 2.0, "assd_std": None}
-    metrics |= {"hd95_2d": 7.0, "hd95_2d_std": 1.0, "assd_2d": 1.5, "assd_2d_std": None}
-    counts = {"scans": 40, "missed": 1, "both_empty": 0, "slices": 300, "missed_slices": 30}
-    return {
-        "dataset": "mms",
-        "test_domain": domain,
-        "checkpoint": "best, step 100",
-        "selection": RULE,
-        "patients": 50,
-        "paper_protocol": {"mean": mean, "std": std, "ci95": None},
-        "volumetric": {name: {**metrics, **counts} for name in structures},
-        "phantom": False,
-        "method": "full",
-        "unfinished": "",
-        "settings": {"seed": seed, "num_epoch": 50},
-        "ratio": 0.02,
-        "seed": seed,
-        "image_size": 288,
-        "tta": False,
-        "data": "mms",
-        "content_hash": "abc",
-        "trained_by": {"content_hash": "abc"},
-    } | changes
+    facts = {"dataset": "mms", "test_domain": domain, "checkpoint": "best, step 100", "selection": RULE, "patients": 50}
+    facts |= {"phantom": False, "tta": False, "keep_largest": False, "method": "full", "unfinished": "", "data": "mms"}
+    facts |= {"settings": {"seed": seed, "num_epoch": 50}, "ratio": 0.02, "seed": seed, "image_size": 288}
+    facts |= {"content_hash": "abc", "trained_by": {"content_hash": "abc"}}
+    facts["paper_protocol"] = {"mean": mean, "std": std, "ci95": None}
+    return facts | {"volumetric": dict.fromkeys(structures, metrics)} | changes
 
 
 def all_domains(**changes):
@@ -71,23 +54,16 @@ def labels(table):
     return [row[0] for row in table.rows]
 
 
-def ours(summaries):
-    return cells(combine(summaries)[0], "this implementation, full")
-
-
 def test_average_has_the_population_deviation_of_the_domain_means():
     paper, left, myocardium, right = combine(all_domains())
     found = cells(paper, "this implementation, full")
     assert {domain: found[domain][:2] for domain in "ABCD"} == {"A": (70, 5), "B": (74, 5), "C": (82, 5), "D": (86, 5)}
     # deviations -8, -4, 4, 8: sqrt(160 / 4), not sqrt(160 / 3)
-    assert found["average"] == (78, pytest.approx(6.3246, abs=1e-4), None, "")
+    assert found["average"] == (78, pytest.approx(6.3246, abs=1e-4), None, "", 2)
     assert str(found["average"]) == "78.00 ± 6.32" and str(found["A"]) == "70.00 ± 5.00"
     assert cells(myocardium, "Dice (%), full")["average"][:2] == found["average"][:2]
     assert cells(right, "HD95 (mm), full")["average"][:2] == (9, 0)
     assert str(cells(left, "ASSD (mm), full")["B"]) == "2.00"
-    assert cells(left, "missed (% of scans), full")["C"][:2] == (2.5, None)
-    assert cells(left, "missed (% of slices), full")["C"][:2] == (10, None)
-    assert str(cells(myocardium, "in-plane HD95 (mm), full")["A"]) == "7.00 ± 1.00"
 
 
 def test_seeds_are_averaged_with_their_sample_deviation():
@@ -95,10 +71,10 @@ def test_seeds_are_averaged_with_their_sample_deviation():
     table = combine([*runs, summary("A", 70.0)])
     found = cells(table[0], "this implementation, full")
     # 84; deviations 6, -4, -2: sqrt(56 / 2)
-    assert found["B"] == (84, pytest.approx(5.2915, abs=1e-4), None, "3 seeds")
-    assert found["A"] == (70, 5, None, "")
+    assert found["B"] == (84, pytest.approx(5.2915, abs=1e-4), None, "3 seeds", 2)
+    assert str(found["A"]) == "70.00 ± 5.00"
     assert found["average"][:2] == (77, 7)  # of the domains, however many seeds one has
-    assert "A 50 patients, seed 0; B 50 patients, seed 0, 1, 2" in table[0].footnotes[0]
+    assert "B seed 0, n = 50; B seed 1, n = 50; B seed 2, n = 50." in table[0].notes[1]
 
 
 def test_no_mean_and_no_deviation():
@@ -107,139 +83,116 @@ def test_no_mean_and_no_deviation():
     found = cells(paper, "this implementation, full")
     assert (str(found["A"]), str(found["B"]), str(found["average"])) == ("–", "70.00 (1 seed)", "70.00 (1 domain)")
     assert str(cells(volumetric, "Dice (%), full")["A"]) == "–"
-    assert str(ours([summary("A", 70.0), summary("D", 80.0)])["average"]) == "75.00 ± 5.00 (2 domains)"
     nothing = combine([empty])
-    assert "| this implementation, full | – | – | – | – | – |" in to_markdown(nothing)
     assert "None" not in to_markdown(nothing) + to_csv(nothing) + to_latex(nothing)
 
 
 def test_what_is_not_comparable_is_said_once_below_the_table():
-    runs = [summary("A"), summary("B", image_size=64), summary("B", seed=1)]
-    runs += [summary(d, method="new", phantom=True, tta=True, ratio=0.1) for d in "AB"]
+    runs = [summary("A"), summary("B", image_size=64), summary("B", seed=1, content_hash="xyz", keep_largest=True)]
+    runs += [summary(d, method="new", phantom=True, tta=True) for d in "AB"]
     tables = combine(runs)
-    reasons = "new, A, B (phantom data, test-time augmentation, another method, 10 % labelled)"
-    note = f"Not comparable with the published rows (M&Ms, 2 % or 5 % labelled, 288 px): full, B (64 px); {reasons}."
-    assert tables[0].footnotes[2] == note and to_markdown(tables).count("Not comparable") == 1
+    note = (
+        "Not comparable with the published rows: full (largest components, data not its training's, 64 px); "
+        "new (phantom data, test-time augmentation, new)."
+    )
+    assert note in tables[0].notes and to_markdown(tables).count("Not comparable") == 1
     assert cells(tables[0], "this method, as published")["average"].mean == 84.52  # still beside ours
     assert "Not comparable" not in to_markdown(combine(all_domains(checkpoint="last, step 9")))
 
 
 def test_published_rows_are_complete_and_those_of_the_ratio():
     """The numbers of rows by the papers, one of them by hand, and the sentence beside every comparison."""
-    assert [len(rows) for rows, _ in published_rows("mms").values()] == [14, 13]
-    assert [len(rows) for rows, _ in published_rows("scgm").values()] == [7]
+    assert [len(published_rows(dataset, ratio)[0]) for dataset, ratio in PUBLISHED] == [14, 13, 7]
+    assert published_rows("mms", 0.3) == ([], "")
     at_2, at_5 = (combine(all_domains(ratio=ratio))[0] for ratio in (0.02, 0.05))
     assert [str(cell) for cell in cells(at_2, "IS2Net").values()] == ["84.72", "84.97", "87.96", "89.01", "86.67"]
     assert str(cells(at_5, "this method, as published")["A"]) == "83.30 ± 5.83"
     assert cells(at_5, "S&D Messenger")["average"].mean == 88.47 and "VDPL" not in labels(at_5)
-    assert SELECTION_NOTE in at_2.footnotes and at_2.footnotes[-1].startswith("Published later: BCP, vMFNet, ")
-    assert "its domains" in at_5.footnotes[-1] and "its domains" not in at_2.footnotes[-1]
-    scgm, structure = combine([summary("3", dataset="scgm", ratio=0.2, structures=["GM"])])
+    assert SELECTION_NOTE in at_2.notes and at_2.notes[-1].startswith("Published later: BCP, vMFNet, ")
+    assert "its domains" in at_5.notes[-1] and "its domains" not in at_2.notes[-1]
+    scgm, _ = combine([summary("3", dataset="scgm", ratio=0.2, structures=["GM"])])
     assert scgm.header == ["", "1", "2", "3", "4", "average"]
     assert str(cells(scgm, "this method, as published")["3"]) == "78.75 ± 9.44"
-    assert scgm.footnotes[-1] == "Published later: VDPL (U-Net) as in its own paper."
-    assert labels(structure)[:2] == ["Dice (%), full", "HD95 (mm), full"]
+    assert scgm.notes[-1] == "Published later: VDPL (U-Net) as in its own paper."
 
 
 def test_data_set_without_published_numbers():
-    paper, volumetric, *_ = table = combine([summary("x", dataset="new"), summary("y", dataset="new", mean=70.0)])
-    assert labels(paper) == ["this implementation, full"]
-    assert paper.header == ["", "x", "y", "average"]
-    assert "New, each hospital held out in turn" in paper.note and len(paper.footnotes) == 1
-    assert "ublished" not in to_markdown(table) + to_latex(table) and volumetric.rows
+    tables = combine([summary("x", dataset="new"), summary("y", dataset="new", mean=70.0)])
+    assert labels(tables[0]) == ["this implementation, full"] and tables[0].header == ["", "x", "y", "average"]
+    assert "New, data mms, each hospital held out in turn" in tables[0].notes[0] and len(tables[0].notes) == 2
 
 
 def test_published_averages_are_the_means_of_their_domains():
     off = {}
-    for dataset in ("mms", "scgm"):
-        for ratio, (rows, _) in published_rows(dataset).items():
-            for method, *dice, average in rows:
-                if abs(gap := average.mean - fmean(cell.mean for cell in dice)) > 0.0051:  # rounding
-                    off[dataset, ratio, method] = round(gap, 2)
+    for dataset, ratio in PUBLISHED:
+        for method, *dice, average in published_rows(dataset, ratio)[0]:
+            if abs(gap := average.mean - fmean(cell.mean for cell in dice)) > 0.0051:  # rounding
+                off[dataset, ratio, method] = round(gap, 2)
     # In the papers, too; a slip of the copying would show as one more.
     assert off == {("mms", 0.02, "LDDG"): 0.06, ("mms", 0.05, "LDDG"): 0.1, ("mms", 0.05, "AllSpark"): 2.49}
 
 
-@pytest.mark.parametrize(
-    ("changes", "name"),
-    [
+def test_every_step_of_the_ablation_has_its_name():
+    settings = {"cps_weight": 3.0, "cps_loss": "pixel", "fourier_aug": True, "fourier_mode": "AS", "cutmix": True}
+    for changes, name in (
         ({}, "full"),
         ({"cps_weight": 0.0, "cutmix": False}, "supervised only"),
         ({"cps_loss": "plain", "fourier_aug": False}, "plain CPS"),
         ({"cps_loss": "plain"}, "plain CPS + Fourier"),
         ({"cps_loss": "scalar", "fourier_mode": "AM"}, "confidence as released (amplitude mix)"),
-        ({"cutmix": False}, "full, no CutMix"),
-        ({"cps_loss": "threshold"}, "threshold"),  # a mode that this table has never heard of
-        ({"cps_loss": "threshold", "fourier_mode": "phase", "cutmix": False}, "threshold (phase), no CutMix"),
-    ],
-)
-def test_every_step_of_the_ablation_has_its_name(changes, name):
-    settings = {"cps_weight": 3.0, "cps_loss": "pixel", "fourier_aug": True, "fourier_mode": "AS", "cutmix": True}
-    assert method_name({"config": settings | changes, "cps_weight": 3.0}) == name
+        ({"cps_loss": "threshold", "fourier_mode": "phase", "cutmix": False}, "threshold (phase), no CutMix"),  # new
+    ):
+        assert method_name({"config": settings | changes, "cps_weight": 3.0}) == name
 
 
 def test_methods_stand_in_rows_of_their_own():
-    table = combine([summary("A", 70.0), summary("A", 60.0, method="plain CPS"), summary("B", 80.0)])
-    assert [grid.title for grid in table] == ["Paper protocol", "Volumetric, LV", "Volumetric, MYO", "Volumetric, RV"]
-    full, plain = (cells(table[0], f"this implementation, {method}") for method in ("full", "plain CPS"))
-    assert (full["A"].mean, full["B"].mean, full["average"].mean) == (70, 80, 75)
-    assert (plain["A"].mean, plain["B"].mean, plain["average"].mean) == (60, None, 60)
-    assert labels(table[1])[:4] == ["Dice (%), full", "Dice (%), plain CPS", "HD95 (mm), full", "HD95 (mm), plain CPS"]
-    assert cells(table[1], "Dice (%), plain CPS")["A"].mean == 60 and list(table[1].rules) == [2, 4, 6, 8, 10, 12]
+    tables = combine([summary("A", 70.0), summary("A", 60.0, method="plain CPS"), summary("B", 80.0)])
+    assert [table.title for table in tables] == ["Paper protocol", *(f"Volumetric, {s}" for s in ("LV", "MYO", "RV"))]
+    means = [[cell.mean for cell in row[1:]] for row in tables[0].rows[:2]]
+    assert means == [[70, 80, None, None, 75], [60, None, None, None, 60]]
+    assert labels(tables[1])[:3] == ["Dice (%), full", "Dice (%), plain CPS", "HD95 (mm), full"]
 
 
 def test_what_stands_behind_the_numbers_is_said():
     remark = " (training not finished: epoch 12 of 50)"
     other = {"seed": 3, "unfinished": remark, "settings": {"seed": 3, "num_epoch": 8}}
     for table in combine([summary("A"), summary("B", **other)]):
-        assert table.footnotes[0].endswith(
-            f"A 50 patients, seed 0; B 50 patients, seed 3{remark}. They differ in num_epoch (50, 8)."
-        )
-        assert "2 % of the patients labelled. Mean ± standard deviation over patients" in table.note
-        assert f"Checkpoint: best, selection: {RULE}." in table.note and "other data" not in table.note
-    note = combine(all_domains(content_hash="xyz", data="hospital"))[0].note
-    assert "of other data than the training's, hospital, held out" in note
+        assert f"A seed 0, n = 50; B seed 3{remark}, n = 50. They differ in num_epoch." in table.notes[1]
+        assert "2 % labelled. Mean ± SD over patients" in table.notes[0]
+        assert f"Checkpoint: best, selection: {RULE}." in table.notes[0]
 
 
 def test_csv_holds_the_same_numbers():
-    table = combine([*all_domains(), summary("D", 81.3333333333, seed=1)])
-    lines = list(csv.DictReader(io.StringIO(to_csv(table))))
-    assert len(lines) == sum(5 * len(grid.rows) for grid in table)
-    read = {(line["table"], line["row"], line["column"]): (line["mean"], line["sd"]) for line in lines}
-    for grid in table:
-        for label in labels(grid):
-            for domain, cell in cells(grid, label).items():
-                numbers = tuple(float(text) if text else None for text in read[grid.title, label, domain])
-                assert numbers == (cell.mean, cell.std)
-    assert [line["remark"] for line in lines[:5]] == ["", "", "", "2 seeds", ""]
+    tables = combine([*all_domains(), summary("D", 81.3333333333, seed=1)])
+    lines = list(csv.DictReader(io.StringIO(to_csv(tables))))
+    entries = [cell for table in tables for _, *row in table.rows for cell in row]
+    for line, cell in zip(lines, entries, strict=True):
+        numbers = tuple(float(line[key]) if line[key] else None for key in ("mean", "sd"))
+        assert numbers == (cell.mean, cell.std) and line["remark"] == cell.remark
+    assert [line["column"] for line in lines[:5]] == [*"ABCD", "average"] and lines[3]["remark"] == "2 seeds"
 
 
 def test_latex_is_well_formed():
     text = to_latex(combine(all_domains(phantom=True, ratio=0.05)))
-    assert text.startswith("% needs \\usepackage{booktabs}")
-    text = text.split("\n", 1)[1].replace("{!}{%\n", "{!}{\n")  # the line with the tabular ends in a comment sign
-    assert all(letter.isascii() for letter in text)
-    plain = re.sub(r"\\[%&_#$]", "", text)  # what remains of these has a meaning to LaTeX
-    assert "%" not in plain and "#" not in plain and "_" not in plain and plain.count("$") % 2 == 0
-    assert text.count("{") == text.count("}") and re.search(r"S\\&D Messenger", text)
-    tabulars = re.findall(r"\\begin\{tabular\}\{lc{5}\}\n(.*?)\\end\{tabular\}", plain, re.DOTALL)
+    first, text = text.split("\n", 1)
+    assert first.startswith("% needs \\usepackage{booktabs}") and text.isascii() and r"S\&D Messenger" in text
+    plain = re.sub(r"\\[%&_#$]", "", text.replace("{!}{%\n", "{!}{\n"))  # what remains has a meaning to LaTeX
+    assert not {*plain} & {*"%#_"} and plain.count("$") % 2 == 0 and text.count("{") == text.count("}")
+    tabulars = re.findall(r"\\begin\{tabular\}\{lc{5}\}\n\\toprule\n(.*?)\\bottomrule", plain, re.DOTALL)
     assert len(tabulars) == text.count(r"\begin{table}") == text.count(r"\end{table}") == 4
-    for tabular in tabulars:
-        lines = tabular.splitlines()
-        assert (lines[0], lines[-1]) == (r"\toprule", r"\bottomrule")
-        rows = [line for line in lines if "rule" not in line]
-        assert {row.count("&") for row in rows} == {5} and all(row.endswith(r" \\") for row in rows)
+    rows = [line for tabular in tabulars for line in tabular.splitlines() if line != r"\midrule"]
+    assert all(row.count("&") == 5 and row.endswith(r" \\") for row in rows)
 
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs pdflatex")
 def test_latex_compiles_and_fits_the_page(tmp_path):
     """Of four methods with long names and two seeds, and of characters that have a meaning to LaTeX."""
     methods = ["full", "plain CPS + Fourier", "full, cps_weight 1.0", "supervised only"]
-    runs = [run for name in methods for seed in (0, 1) for run in all_domains(phantom=True, seed=seed, method=name)]
-    tables = combine(runs)
-    dice = [{**run, "paper_dice": {f"P{i}": 80.0 + i for i in range(8)}} for run in runs]
-    tables.append(compare_methods(by_method(dice, [run["method"] for run in dice], DATASETS["mms"]))[0])
-    tables.append(Table("Hostile ~ 50 %_&#${}^\\|<>", "±–−≥", ["", "a_b"], [["x~y", "50 % {"]]))
+    dice = {f"P{i}": 80.0 + i for i in range(8)}
+    facts = [{"phantom": True, "paper_dice": dice, "seed": seed, "method": name} for name in methods for seed in (0, 1)]
+    runs = [run for each in facts for run in all_domains(**each)]
+    tables = [*combine(runs), compare_methods(by_method(runs, [run["method"] for run in runs], DATASETS["mms"]))]
+    tables.append(Table("Hostile ~ 50 %_&#${}^\\|<>", ["", "a_b"], [["x~y", "50 % {"]], ["±–−≥"]))
     packages = r"\usepackage{booktabs}\usepackage{graphicx}"
     document = rf"\documentclass{{article}}{packages}\begin{{document}}{to_latex(tables)}\end{{document}}"
     (tmp_path / "table.tex").write_text(document, encoding="utf-8")
@@ -251,14 +204,9 @@ def test_latex_compiles_and_fits_the_page(tmp_path):
 
 
 def test_markdown_and_csv_of_any_table():
-    """Texts, plain numbers and cells with intervals; a bar in a name does not part columns."""
-    table = Table("Title", "Note.", ["name", "n", "Dice"], [["a|b", 3, Cell(80.126, ci95=(70.0, 90.0))]], ["Foot."])
+    table = Table("Title", ["name", "n", "Dice"], [["a|b", 3, Cell(80.126, ci95=(70.0, 90.0))]], ["Foot."])
     assert to_markdown([table]) == (
-        "**Title.** Note.\n\n| name | n | Dice |\n| --- | --- | --- |\n| a\\|b | 3 | 80.13 [70.00, 90.00] |\n\nFoot.\n"
+        "**Title**\n\n| name | n | Dice |\n| --- | --- | --- |\n| a\\|b | 3 | 80.13 [70.00, 90.00] |\n\nFoot.\n"
     )
-    lines = list(csv.DictReader(io.StringIO(to_csv([table]))))
-    assert [(line["row"], line["column"], line["mean"], line["low"], line["high"]) for line in lines] == [
-        ("a|b", "n", "3", "", ""),
-        ("a|b", "Dice", "80.126", "70.0", "90.0"),
-    ]
+    assert "Title,a|b,Dice,80.126,,70.0,90.0,\n" in to_csv([table]) and "Title,a|b,n,3,,,,\n" in to_csv([table])
     assert str(Cell(float("nan"))) == str(Cell(None)) == "–"

@@ -79,7 +79,7 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
             unfinished.rename(out)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    print(f"{out}: {len(rows)} slices")
+    print(f"prepared: {len(rows)} slices")
 
 
 def _check_all(raw: Path, dataset: DatasetInfo, workers: int, out: Path | None) -> tuple[list[Case], list[ScanReport]]:

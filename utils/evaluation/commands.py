@@ -1,10 +1,8 @@
 """The inference command: runs on the held-out domain, on new and on labelled scans."""
 
-import io
 import tempfile
 from collections.abc import Callable
-from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -28,144 +26,92 @@ from utils.files import OutputFolder
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """Without --input, every run is evaluated on the domain that its training never saw.
+    """For the held-out domain, without --input."""
 
-    Args:
-        data_root: Evaluate on the prepared data in this folder; by default on the data of the
-            training.
-        out: Write the results into this folder; by default into RUN/results/DOMAIN, and the table
-            over several runs into a folder in "comparisons", beside the runs, that is named by what
-            is compared.
-        label: Name the rows of the table over several runs, one name for each --run; by default
-            their methods and the settings in which they differ. Runs of one name are the seeds and
-            domains of one row.
-        save_predictions: Write every prediction of an evaluation, also of --truth, as a NIfTI label
-            map in its scan's own grid.
-    """
-
-    data_root: Path | None = None
-    out: Path | None = None
+    data_root: Path | None = None  # Evaluate on these prepared data; by default on the training's.
+    out: Path | None = None  # Write into this folder; by default into RUN/results/DOMAIN or "comparisons".
+    # Name the rows of a table over several runs, a name for each --run; runs of one name share a row.
     label: tuple[str, ...] = ()
-    save_predictions: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnScans:
-    """With --input, one run segments new scans; with --truth as well, it is evaluated on them.
+class LabeledScans:
+    """For labelled scans of one's own: --input IMAGES --truth MASKS, or --input TABLE.csv."""
 
-    Args:
-        input: Read these scans: 3D or 4D NIfTI files, or folders of them; or, for labelled scans,
-            one CSV file with the columns image, truth and, if known, patient, phase and group.
-        output: Write the label maps of new scans, or the results on labelled ones, into this
-            folder.
-        truth: Evaluate the scans in --input by these label maps, or folders of them.
-        labels: Say what the values in the truth mean, as 1=RV 2=MYO 3=LV; by default they are those
-            of the data set.
-        overwrite: Replace label maps of new scans that are in the output folder already.
-        volumes: Write volumes.csv, the clinical quantities of new 4D scans of the heart; ED and ES
-            are the frames with the largest and the smallest left ventricle.
-        confidence: Write two maps in [0, 1] beside each label map: the confidence exp(-V), and the
-            networks' agreement.
-        center: Look at the organ around this voxel of the two axes of a slice, counted from 0;
-            "auto" lets the networks find it, in up to twice the time; by default the image's centre
-            is taken.
-        batch_size: Predict this many slices of new scans at a time, at least 1; fewer take less
-            memory.
-    """
-
-    input: tuple[Path, ...] = ()
-    output: Path | None = None
-    truth: tuple[Path, ...] = ()
+    truth: tuple[Path, ...] = ()  # Evaluate the scans by these label maps, or folders of them.
+    # Say what the values in the truth mean, as 1=RV 2=MYO 3=LV; by default what they do in the data set.
     labels: tuple[str, ...] = ()
-    overwrite: bool = False
-    volumes: bool = False
-    confidence: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewScans:
+    """For new scans: --input without --truth."""
+
+    overwrite: bool = False  # Replace label maps that are in the output folder already.
+    volumes: bool = False  # Write volumes.csv, the clinical quantities of 4D scans of the heart.
+    confidence: bool = False  # Write two maps in [0, 1], too: confidence exp(-V) and networks' agreement.
+    # Look around this voxel of a slice instead of its centre, or around that which the networks find (auto).
     center: tuple[float, float] | Literal["auto"] | None = None
-    batch_size: int = 8
+    batch_size: int = 8  # Predict this many slices at a time, at least 1; fewer take less memory.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inference:
-    """Evaluate trained runs on the domains that their training never saw, or segment new scans.
+    """Evaluate trained runs on the domains that their training never saw, or segment new scans."""
 
-    Args:
-        run: Load these folders of trained runs; several also give one table over their held-out
-            domains, and several methods a comparison with the method of the first.
-        checkpoint: Load these weights: "best" by source validation, "last" of the training, or a
-            kept epoch, as epochs/epoch_007.
-        tta: Average the prediction over the 8 flips and right-angle rotations, in 8 times the time.
-        keep_largest: Keep only the largest connected component of every structure, in the scan's
-            own grid.
-        device: Compute on "cpu", "cuda", "cuda:NUMBER", or with "auto" on a GPU where there is one.
-        precision: Compute in float32 ("fp32"), by bf16 autocast ("bf16"), or with "auto" in bf16
-            where it is faster.
-    """
-
+    # Load these folders of trained runs; several also give a table, and methods a comparison with the first.
     run: tuple[Path, ...]
-    checkpoint: str = "best"
-    tta: bool = False
-    keep_largest: bool = False
-    device: str = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "fp32"
+    input: tuple[Path, ...] = ()  # Read these NIfTI files or folders; or a table of images and truths.
+    output: Path | None = None  # Write what comes of --input into this folder.
+    checkpoint: str = "best"  # Load the best by source validation, the last, or epochs/epoch_007.
+    tta: bool = False  # Average over the 8 flips and right-angle rotations, in 8 times the time.
+    keep_largest: bool = False  # Keep only the largest connected component of every structure.
+    save_predictions: bool = False  # Write an evaluation's predictions, in their scans' own grids.
+    device: str = "auto"  # Compute on "cpu", "cuda", "cuda:NUMBER", or a GPU where there is one ("auto").
+    precision: Literal["auto", "bf16", "fp32"] = "fp32"  # Precision; auto is bf16 where it is faster.
     held_out: HeldOut = field(default_factory=HeldOut)
-    own_scans: OwnScans = field(default_factory=OwnScans)
+    labeled_scans: LabeledScans = field(default_factory=LabeledScans)
+    new_scans: NewScans = field(default_factory=NewScans)
 
 
 def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module]) -> None:
     """Run what the command line asks for."""
     with clear_errors():
         flags = tyro.cli(Inference, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
-        scans = flags.own_scans
-        is_labeled = bool(scans.truth) or [path.suffix.lower() for path in scans.input] == [".csv"]
-        check_flags(flags, dataset, is_labeled)
+        is_table = [path.suffix.lower() for path in flags.input] in ([".csv"], [".xlsx"])
+        own_scans = flags.labeled_scans if flags.labeled_scans.truth or is_table else flags.new_scans
+        mode = own_scans if flags.input else flags.held_out
+        check_flags(flags, mode, dataset)
         device = choose_device(flags.device)
         load = partial(
             load_run, checkpoint=flags.checkpoint, dataset=dataset, build_network=build_network, device=device,
             autocast=partial(autocast_context, device, flags.precision), tta=flags.tta,
         )  # fmt: skip
-        if not scans.input:
+        if mode is flags.held_out:
             evaluate_runs(load, dataset, flags)
-        elif is_labeled:
+        elif mode is flags.labeled_scans:
             evaluate_user_scans(load(flags.run[0]), dataset, flags)
         else:
-            segment_files(
-                load(flags.run[0]), dataset, scans.input, scans.output, overwrite=scans.overwrite,
-                volumes=scans.volumes, confidence=scans.confidence, center=scans.center,
-                keep_largest=flags.keep_largest, batch_size=scans.batch_size,
-            )  # fmt: skip
+            options = vars(mode) | {"keep_largest": flags.keep_largest}
+            segment_files(load(flags.run[0]), dataset, flags.input, flags.output, **options)
 
 
-def check_flags(flags: Inference, dataset: DatasetInfo, is_labeled: bool) -> None:
-    """Raise UserError, naming every mistake, for flags that do not belong together.
-
-    Args:
-        is_labeled: --input is evaluated by its truth.
-    """
-    runs, scans, held_out = flags.run, flags.own_scans, flags.held_out
-    for_new_scans = scans.center or scans.confidence or scans.volumes or scans.overwrite
+def check_flags(flags: Inference, mode: HeldOut | LabeledScans | NewScans, dataset: DatasetInfo) -> None:
+    """Raise UserError, naming every mistake, for flags that do not belong together."""
+    runs, batch_size = flags.run, flags.new_scans.batch_size
     mistakes = {
-        "--run names no run": not runs,
-        "--run names a run twice": len({folder.resolve() for folder in runs}) < len(runs),
-        f"--checkpoint {flags.checkpoint}: choose best, last or a kept epoch such as epochs/epoch_007": (
-            not CHECKPOINT.fullmatch(flags.checkpoint)
-        ),
-        "--input and --output belong together: scans of your own, and the folder for what is written": (
-            bool(scans.input) != bool(scans.output)
-        ),
-        "--input takes one --run": scans.input and len(runs) > 1,
-        "--truth and --labels belong to --input: --input IMAGES --truth MASKS, or --input TABLE.csv": (
-            (scans.truth or scans.labels) and not (scans.input and is_labeled)
-        ),
-        "--center, --confidence, --volumes and --overwrite are for new scans: --input names them, without --truth": (
-            for_new_scans and (is_labeled or not scans.input)
-        ),
-        "--data-root and --out are for an evaluation on the held-out domain, without --input": (
-            scans.input and (held_out.data_root or held_out.out)
-        ),
-        f"--volumes: {dataset.name} has no clinical quantities": scans.volumes and not dataset.clinical,
-        "--label names the rows of a table over several --run": held_out.label and len(runs) < 2,
-        f"--batch-size {scans.batch_size}: at least 1 slice at a time": scans.batch_size < 1,
+        "--run takes one run or several, each of them once": not 0 < len({*map(Path.resolve, runs)}) == len(runs),
+        "--input and --output belong together": bool(flags.input) != bool(flags.output),
+        "--input takes one --run": flags.input and len(runs) > 1,
+        "--label names the rows of a table over several --run": flags.held_out.label and len(runs) < 2,
+        "--checkpoint: choose best, last or as epochs/epoch_007": not CHECKPOINT.fullmatch(flags.checkpoint),
+        f"--volumes: {dataset.name} has no clinical quantities": flags.new_scans.volumes and not dataset.clinical,
+        f"--batch-size {batch_size}: at least 1 slice at a time": batch_size < 1,
     }
+    for group in (flags.held_out, flags.labeled_scans, flags.new_scans):
+        for flag in fields(group):
+            rule = f"--{flag.name.replace('_', '-')}: {group.__doc__}"
+            mistakes[rule] = group is not mode and getattr(group, flag.name) != flag.default
     if made := [mistake for mistake, is_made in mistakes.items() if is_made]:
         raise UserError("\n".join(made))
 
@@ -188,7 +134,7 @@ def evaluate_runs(load: Callable[[Path], TrainedRun], dataset: DatasetInfo, flag
         with memory_errors(folder):
             summaries.append(evaluate_run(
                 run, dataset, data, results, domain=run.config.test_domain, title=title,
-                save_predictions=flags.held_out.save_predictions, keep_largest=flags.keep_largest,
+                save_predictions=flags.save_predictions, keep_largest=flags.keep_largest,
             ))  # fmt: skip
     if several:
         write_comparison(by_method(summaries, names, dataset), dataset, tables_at)
@@ -196,19 +142,13 @@ def evaluate_runs(load: Callable[[Path], TrainedRun], dataset: DatasetInfo, flag
 
 def evaluate_user_scans(run: TrainedRun, dataset: DatasetInfo, flags: Inference) -> None:
     """Evaluate a run on the user's labelled scans, prepared as those of a data set are."""
-    dataset = labeled(flags.own_scans.input, flags.own_scans.truth, flags.own_scans.labels, dataset)
-    source = flags.own_scans.input[0]  # whose name the results bear
-    with tempfile.TemporaryDirectory(prefix="semidg_") as folder, memory_errors(source):  # in the folder TMPDIR
-        prepared, said = Path(folder) / source.resolve().name, io.StringIO()
-        try:
-            with redirect_stdout(said):
-                raw = source if source.is_dir() else source.parent
-                prepare_dataset(raw, prepared, dataset, workers=usable_cores())
-        finally:
-            print("\n".join(line for line in said.getvalue().splitlines() if folder not in line))
+    source = flags.input[0]  # whose name the results bear
+    dataset = labeled(flags.input, flags.labeled_scans.truth, flags.labeled_scans.labels, dataset)
+    with tempfile.TemporaryDirectory(prefix="semidg_") as folder, memory_errors(source):
+        prepared = Path(folder) / source.resolve().name
+        prepare_dataset(source if source.is_dir() else source.parent, prepared, dataset, workers=usable_cores())
         data = PreparedData.open(prepared, dataset)
         evaluate_run(
-            run, dataset, data, flags.own_scans.output, domain=str(data.index["domain"][0]),
-            title=f"{dataset.name}, scans of one's own", save_predictions=flags.held_out.save_predictions,
-            keep_largest=flags.keep_largest,
+            run, dataset, data, flags.output, domain=data.index["domain"][0], title=f"{dataset.name}, own scans",
+            save_predictions=flags.save_predictions, keep_largest=flags.keep_largest,
         )  # fmt: skip

@@ -2,7 +2,6 @@
 
 import json
 from base64 import b64encode
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,14 @@ from typing import Any
 import jinja2
 
 from config import FIELD_PX
-from utils.evaluation.confidence import BINS, MONITORED, SCORES
-from utils.evaluation.metrics import IN_PLANE, MISSED_SLICES, VOLUMETRIC
-from utils.evaluation.tables import Cell, Table, interval, to_markdown
+from utils.evaluation.confidence import MONITORED, SCORES
+from utils.evaluation.metrics import METRICS
+from utils.evaluation.tables import Cell, Table, to_markdown
 
 PHANTOM_WARNING = "Phantom data: these numbers say nothing about real scans."
 PAPER_NOTE = (
-    "Mean ± standard deviation over patients [95 % bootstrap interval]; softmax above 0.5, "
-    f"structures of a slice pooled, {FIELD_PX} px grid. Every slice counts alike, so that slices "
-    "with little or nothing to see, where a few wrong pixels bring the Dice near 0, pull this "
-    "mean below the volumetric Dice, which counts all voxels of a scan."
+    "Mean ± standard deviation over patients [95 % bootstrap interval]; structures pooled per slice, "
+    f"{FIELD_PX} px grid. Slices with little to see count as others do and pull it below the volumetric Dice."
 )
 
 
@@ -27,54 +24,33 @@ def write_report(
     path: Path, *, title: str, summary: Mapping[str, Any], tables: Sequence[Table], config: Mapping[str, Any],
     cases: Table, pictures: Sequence[tuple[str, Path]],
 ) -> None:  # fmt: skip
-    """Write the HTML page.
-
-    Args:
-        title: heading, such as "M&Ms, held-out vendor D".
-        summary: content of summary.json.
-        tables: `summary_tables` of it.
-        config: the run's settings.
-        cases: `cases_table`.
-        pictures: (caption, PNG file), in this order. A missing file is named in its place: it must
-            not cost the rest.
-    """
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    templates = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    provenance = {key: summary[key] for key in ("content_hash", "trained_by", "evaluated_by")}
-    details = {"Configuration": config, "Provenance": provenance}
+    """Write the HTML page of summary.json; pictures are captions with PNG files, of which a missing one is named."""
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    templates = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
+    details = {"config": config} | {key: summary[key] for key in ("content_hash", "trained_by", "evaluated_by")}
     page = templates.get_template("report.html").render(
-        title=title,
-        warning=PHANTOM_WARNING if summary["phantom"] else "",
-        setting=_setting(summary),
-        paper_dice=paper_dice_cell(summary)._replace(ci95=None),
-        paper_interval=interval(summary["paper_protocol"]["ci95"]),
-        paper_note=PAPER_NOTE,
-        tables=tables,
+        title=title, warning=PHANTOM_WARNING if summary["phantom"] else "", setting=_setting(summary),
+        paper_dice=paper_dice_cell(summary), paper_note=PAPER_NOTE, tables=tables, cases=cases,
         pictures=[(text, p, b64encode(p.read_bytes()).decode() if p.is_file() else "") for text, p in pictures],
-        cases=cases,
-        details={name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in details.items()},
-    )
+        details=json.dumps(details, indent=2, ensure_ascii=False),
+    )  # fmt: skip
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def summary_text(title: str, summary: Mapping[str, Any], tables: Sequence[Table]) -> str:
     """Return the content of summary.md; arguments as `write_report`."""
-    blocks = [f"# {title}", _setting(summary), *([f"**{PHANTOM_WARNING}**"] if summary["phantom"] else [])]
-    blocks += [f"Paper protocol: Dice (%) {paper_dice_cell(summary)}. {PAPER_NOTE}", to_markdown(tables)]
-    return "\n\n".join(blocks)
+    warning = f"**{PHANTOM_WARNING}**\n\n" if summary["phantom"] else ""
+    paper = f"Paper protocol: Dice (%) {paper_dice_cell(summary)}. {PAPER_NOTE}"
+    return f"# {title}\n\n{_setting(summary)}\n\n{warning}{paper}\n\n{to_markdown(tables)}"
 
 
 def _setting(summary: Mapping[str, Any]) -> str:
-    """Return in a sentence what was evaluated."""
-    options = {"tta": "test-time augmentation, ", "keep_largest": "largest components only, "}
+    options = {"tta": ", test-time augmentation", "keep_largest": ", largest components only"}
     return (
         f"Run {summary['run']}, data {summary['data']}. {count(summary['patients'], 'patient')}, "
-        f"{100 * summary['ratio']:g} % labelled, seed {summary['seed']}, "
-        f"{''.join(text for key, text in options.items() if summary.get(key))}{summary['image_size']} "
-        f"px. Method: {summary['method']}. Checkpoint: {summary['checkpoint']}; selection: "
-        f"{summary['selection']}."
+        f"{100 * summary['ratio']:g} % labelled, seed {summary['seed']}, {summary['image_size']} px"
+        f"{''.join(text for key, text in options.items() if summary[key])}. Method: {summary['method']}. "
+        f"Checkpoint: {summary['checkpoint']}; selection: {summary['selection']}."
     )
 
 
@@ -83,72 +59,48 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def paper_dice_cell(figures: Mapping[str, Any]) -> Cell:
-    """Return the one number to quote, of a summary or a group of patients."""
-    paper = figures["paper_protocol"]
-    return Cell(paper["mean"], paper["std"], paper.get("ci95"))
+def paper_dice_cell(summary: Mapping[str, Any]) -> Cell:
+    """Return the one number to quote."""
+    return Cell(**summary["paper_protocol"])
 
 
 def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
     """Return the content of summary.json as tables, of what the data set and the run have."""
-    structures = summary["volumetric"].items()
-    note = (
-        "Mean over patients [95 % bootstrap interval]. A miss counts as Dice 0 and as distances "
-        f"of the image diagonal; empty in both is left out. {summary['outside_field_percent']:.2f} "
-        "% of the labelled voxels lie outside the field of view."
-    )
-    header = ["structure", *VOLUMETRIC.values(), "missed", "both empty", "scans"]
-    rows = [[name, *_means(s, VOLUMETRIC), s["missed"], s["both_empty"], s["scans"]] for name, s in structures]
-    tables = [Table("Volumetric, in the scans' own grid", note, header, rows)]
-    note = f"Distances of a slice's contours, mean over slices, then over patients. {MISSED_SLICES}"
-    header = ["structure", *IN_PLANE.values(), "missed", "slices"]
-    rows = [[name, *_means(s, IN_PLANE), s["missed_slices"], s["slices"]] for name, s in structures]
-    tables.append(Table("In the plane of the slices", note, header, rows))
-    if groups := summary.get("groups"):
-        header = ["group", "patients", "paper Dice (%)", *(f"{name} Dice (%)" for name in summary["volumetric"])]
-        rows = [[name, g["patients"], paper_dice_cell(g), *map(Cell, g["dice"].values())] for name, g in groups.items()]
-        tables.append(Table("By group", "Means over patients, with their standard deviation.", header, rows))
+    tables = [Table(
+        "Volumetric, in the scans' own grid", ["structure", *METRICS.values(), "missed", "both empty", "scans"],
+        [[name, *_means(s, METRICS), s["missed"], s["both_empty"], s["scans"]]
+         for name, s in summary["volumetric"].items()],
+        ["Mean over patients [95 % bootstrap interval]; a miss is Dice 0 and distances of the image diagonal. "
+         f"{summary['outside_field_percent']:.2f} % of the labelled voxels lie outside the field of view."],
+    )]  # fmt: skip
     if clinical := summary.get("clinical"):
-        note = (
-            "Bias and SD of predicted − truth, mean error of the absolute differences, over the n "
-            "patients who have the quantity in both [95 % bootstrap interval]; limits: bias ± "
-            "1.96 SD."
-        )
-        header = ["quantity", "n", "truth", "predicted", "bias", "SD", "mean error", "limits of agreement"]
-        rows = []
-        for name, q in clinical.items():
-            bias, error = _means(q, ("bias", "mae"))
-            means = [Cell(q["truth_mean"]), Cell(q["predicted_mean"]), bias, Cell(q["sd"]), error]
-            rows.append([f"{name} ({q['unit']})", q["n"], *means, interval(q["limits"]) or "–"])
-        tables.append(Table("Clinical quantities", note, header, rows))
-    note = (
-        "Of the mean softmax on the network's grid. Expected calibration error of its maximum, "
-        f"{BINS} bins of equal width; Brier score, summed over the classes (0 to 2). Foreground: "
-        "structures in truth or prediction; the background, which is easy, makes most of the "
-        "field of view."
-    )
-    rows = [[name, Cell(c["ece"]), _decimals(c["brier"], 4)] for name, c in summary["calibration"].items()]
-    tables.append(Table("Calibration", note, ["pixels", "ECE (%)", "Brier score"], rows))
-    note = (
-        "Area under the risk-coverage curve: the mean of 100 − paper Dice over all shares of "
-        "cases kept, those of the highest score first; lower is better. A slice's score is the "
-        "mean over its predicted structures."
-    )
-    orders = (*SCORES, "random", "best possible")
-    rows = [[kind, r["number"], *(Cell(r[name]) for name in orders)] for kind, r in summary["risk"].items()]
-    tables.append(Table("Risk when cases are kept by a score", note, ["cases", "number", *orders], rows))
+        tables.append(Table(
+            "Clinical quantities", ["quantity", "n", "truth", "predicted", "bias", "mean error", "SD", "from", "to"],
+            [[f"{name} ({q['unit']})", q["n"], *(Cell(q[key]) for key in ("truth_mean", "predicted_mean")),
+              *_means(q, ("bias", "mae")), *map(Cell, (q["sd"], *(q["limits"] or (None, None))))]
+             for name, q in clinical.items()],
+            ["Of the n patients who have both [95 % bootstrap interval]; from, to: limits of agreement."],
+        ))  # fmt: skip
+    tables.append(Table(
+        "Calibration", ["pixels", "ECE (%)", "Brier score"],
+        [[name, Cell(c["ece"]), Cell(c["brier"], digits=4)] for name, c in summary["calibration"].items()],
+        ["Of the mean softmax on the network's grid; foreground: structures in truth or prediction."],
+    ))  # fmt: skip
+    scores = (*SCORES, "random", "best possible")
+    tables.append(Table(
+        "Risk when cases are kept by a score", ["cases", "number", *scores],
+        [[kind, r["number"], *(Cell(r[name]) for name in scores)] for kind, r in summary["risk"].items()],
+        ["Mean of 100 − paper Dice over all shares of cases kept, highest score first; lower is better."],
+    ))  # fmt: skip
     if pseudo := summary.get("pseudo_labels"):
         dice = ", ".join(f"{domain} {value:.2f} %" for domain, value in pseudo["dice"].items())
-        note = (
-            f"Against the hidden masks of at most {MONITORED} slices of unlabelled source "
-            f"patients, after epoch {pseudo['epoch']}. Dice by domain: {dice}; "
-            f"{pseudo['error']:.2f} % of the pixels are wrong. AUROC: the probability that a right "
-            "pixel scores higher than a wrong one; foreground: structures in pseudo label or "
-            "truth."
-        )
-        keys = ("auroc", "auroc_foreground")
-        rows = [[name, *(_decimals(s[key], 3) for key in keys)] for name, s in pseudo["scores"].items()]
-        tables.append(Table("Pseudo labels", note, ["score", "AUROC", "AUROC, foreground"], rows))
+        tables.append(Table(
+            "Pseudo labels", ["score", "AUROC", "AUROC, foreground"],
+            [[name, *(Cell(s[key], digits=3) for key in ("auroc", "auroc_foreground"))]
+             for name, s in pseudo["scores"].items()],
+            [f"Against at most {MONITORED} hidden masks of source patients, after epoch {pseudo['epoch']}. "
+             f"Dice by domain: {dice}; {pseudo['error']:.2f} % of the pixels are wrong."],
+        ))  # fmt: skip
     return tables
 
 
@@ -156,25 +108,13 @@ def _means(figures: Mapping[str, Any], keys: Iterable[str]) -> list[Cell]:
     return [Cell(figures[key], ci95=figures[f"{key}_ci95"]) for key in keys]
 
 
-def _decimals(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def cases_table(cases: Sequence[Mapping[str, Any]]) -> Table:
-    """Return one line per scan.
-
-    Args:
-        cases: the lines of per_case.csv as numbers; a metric is absent, None or NaN where the
-            structure was absent from truth and prediction.
-    """
-    columns = [(key, name) for key in VOLUMETRIC for name in dict.fromkeys(case["structure"] for case in cases)]
-    header = ["patient", "phase", "patient's paper Dice (%)", *(f"{name} {VOLUMETRIC[key]}" for key, name in columns)]
-    scans: dict[tuple, dict[str, Mapping[str, Any]]] = defaultdict(dict)
+    """Return a line per scan, of the lines of per_case.csv as numbers; a metric may be absent, None or NaN."""
+    structures = dict.fromkeys(case["structure"] for case in cases)
+    columns = {(s, key): f"{s} {name}" for key, name in METRICS.items() for s in structures}
+    scans: dict[tuple, dict[tuple[str, str], Cell]] = {}
     for case in sorted(cases, key=lambda case: (case["paper_dice"], case["patient"])):
-        scans[case["patient"], case["phase"], case["paper_dice"]][case["structure"]] = case
-    rows = [
-        [patient, phase, Cell(dice), *(Cell(metrics.get(name, {}).get(key)) for key, name in columns)]
-        for (patient, phase, dice), metrics in scans.items()
-    ]
-    note = "–: absent from truth and prediction. In-plane distances are in per_case.csv."
-    return Table("Cases, worst first", note, header, rows)
+        scan = scans.setdefault((case["patient"], case["phase"], Cell(case["paper_dice"])), {})
+        scan |= {(case["structure"], key): Cell(case.get(key)) for key in METRICS}
+    rows = [[*scan, *(cells.get(column, "–") for column in columns)] for scan, cells in scans.items()]
+    return Table("Cases, worst first", ["patient", "phase", "patient's paper Dice (%)", *columns.values()], rows)

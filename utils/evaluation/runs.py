@@ -33,14 +33,7 @@ def load_run(
     folder: Path, checkpoint: str, dataset: DatasetInfo, build_network: Callable[..., nn.Module], device: torch.device,
     *, autocast: Autocast, tta: bool = False,
 ) -> TrainedRun:  # fmt: skip
-    """Load the networks of a checkpoint: "best", "last" or as "epochs/epoch_007".
-
-    Args:
-        autocast, tta: of the `Predictor`.
-
-    Raises:
-        UserError: they are not there or do not fit.
-    """
+    """Load the networks of a checkpoint for a `Predictor` with `autocast` and `tta`; raises as `read_run`."""
     path, metadata, state = read_run(folder, checkpoint, dataset)
     try:
         config = Config(**metadata["config"])
@@ -58,11 +51,7 @@ def load_run(
 
 
 def read_run(folder: Path, checkpoint: str, dataset: DatasetInfo) -> tuple[Path, dict[str, Any], dict | None]:
-    """Return the file of a run's checkpoint, its metadata and, of "last", the whole state.
-
-    Raises:
-        UserError: they are not there or of another data set.
-    """
+    """Return a checkpoint's file, its metadata and, of "last", its state; UserError if it is missing or foreign."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run; train one first: python {dataset.key}_train.py --help")
     path, state = folder / f"{checkpoint}.safetensors", None
@@ -80,28 +69,20 @@ def read_run(folder: Path, checkpoint: str, dataset: DatasetInfo) -> tuple[Path,
 
 
 def open_data(run: TrainedRun, data_root: Path | None, dataset: DatasetInfo) -> tuple[PreparedData, str, str]:
-    """Open the data to evaluate a run on, by default those of its training.
-
-    Returns:
-        The data, the name of the results' folder, and their title; both name data other than those
-        of the training.
-    """
-    domain = run.config.test_domain
+    """Open the data to evaluate a run on, by default its training's; return their folder's name and title, too."""
+    domain, root = run.config.test_domain, data_root or Path(run.config.data_root)
     if domain == NO_DOMAIN and not data_root:
+        raise UserError(f"{run.folder} was trained on all domains: name other data by --data-root, or scans by --input")
+    if not data_root and not root.exists():
         raise UserError(
-            f"{run.folder} was trained on all domains: name labelled data that it has not seen by "
-            "--data-root, or scans of your own by --input"
+            f"{run.folder} was trained on the data in {root}, which is not there (seen from "
+            f"{Path.cwd()}): --data-root names the folder where these data lie now"
         )
-    if not data_root and not Path(run.config.data_root).exists():
-        raise UserError(
-            f"{run.folder} was trained on the data in {run.config.data_root}, which is not there "
-            f"(seen from {Path.cwd()}): --data-root names the folder where these data lie now"
-        )
-    data = PreparedData.open(data_root or run.config.data_root, dataset)
+    data = PreparedData.open(root, dataset)
     held_out = "all domains" if domain == NO_DOMAIN else f"{dataset.domain_kind} {domain}"
     if not is_other(run.metadata, data.info):
         return data, domain, f"{dataset.name}, held-out {held_out}"
-    name = data.root.resolve().name
+    name = root.resolve().name
     return data, f"{domain}@{name}", f"{dataset.name}, {held_out} of data other than the training's: {name}"
 
 
@@ -111,21 +92,14 @@ def is_other(training: dict[str, Any], data: dict[str, Any]) -> bool:
 
 
 def patients_to_evaluate(run: TrainedRun, data: PreparedData, domain: str, dataset: DatasetInfo) -> list[str]:
-    """Return the patients with masks of a domain.
-
-    Raises:
-        UserError: there are none, or the training of the run has seen one of them.
-    """
+    """Return a domain's patients with masks; UserError if there are none, or the training has seen one."""
     patients = data.patients_with_masks(domain)
     if not patients:
-        raise UserError(
-            f"{data.root} has no {dataset.domain_kind} {domain} with masks to evaluate on: check --data-root"
-        )
+        raise UserError(f"{data.root}: no {dataset.domain_kind} {domain} with masks to evaluate on: check --data-root")
     if seen := sorted({*patients} & patients_seen(run.folder, run.metadata)):
         raise UserError(
-            f"{run.folder} was trained with {len(seen)} of the patients of {data.root} to evaluate "
-            f"on: {', '.join(seen[:5])}. Evaluate on others, or rename these if they only share "
-            "their names"
+            f"{run.folder} was trained with {len(seen)} of the patients of {data.root} to evaluate on: "
+            f"{', '.join(seen[:5])}. Evaluate on others, or rename these if they only share their names"
         )
     return patients
 
@@ -137,9 +111,8 @@ def method_name(metadata: dict[str, Any]) -> str:
         return "supervised only"
     loss, mode = config["cps_loss"], config["fourier_mode"]
     name = {"pixel": "full", "scalar": "confidence as released", "plain": "plain CPS"}.get(loss, loss)
-    if loss == "plain" and config["fourier_aug"]:
-        name += " + Fourier"
-    if config["fourier_aug"] and mode != "AS":
-        name += " (amplitude mix)" if mode == "AM" else f" ({mode})"
+    if config["fourier_aug"]:
+        name += " + Fourier" if loss == "plain" else ""
+        name += {"AS": "", "AM": " (amplitude mix)"}.get(mode, f" ({mode})")
     name += "" if config["cutmix"] else ", no CutMix"
     return name if metadata["cps_weight"] else f"{name}, before its pseudo supervision"

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 LATEX = str.maketrans(
-    {character: rf"\{character}" for character in "%_&#${}"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": "$<$", ">": "$>$"}
-    | {"|": r"\textbar{}", "±": r"$\pm$", "≥": r"$\geq$", "–": "--", "−": "$-$"}
-)
+    {char: rf"\{char}" for char in "%_&#${}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+    | {"^": r"\textasciicircum{}", "|": r"\textbar{}", "<": "$<$", ">": "$>$"}
+    | {"±": r"$\pm$", "≥": r"$\geq$", "–": "--", "−": "$-$"}
+)  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -20,44 +20,37 @@ class Cell(NamedTuple):
     std: float | None = None
     ci95: Sequence[float] | None = None
     remark: str = ""  # printed in brackets, such as "2 seeds"
+    digits: int = 2
 
     def __str__(self) -> str:
         if self.mean is None or math.isnan(self.mean):
             return "–"
         spread = "" if self.std is None else f" ± {self.std:.2f}"
-        after = [text for text in (interval(self.ci95), f"({self.remark})" if self.remark else "") if text]
-        return " ".join([f"{self.mean:.2f}{spread}", *after])
+        spread += "" if self.ci95 is None else " [{:.2f}, {:.2f}]".format(*self.ci95)
+        return f"{self.mean:.{self.digits}f}{spread}" + (self.remark and f" ({self.remark})")
 
 
 class Table(NamedTuple):
-    """Rows under a header, between a title with a note and footnotes."""
+    """Rows under a title and a header, with notes below."""
 
     title: str
-    note: str
     header: list[str]
     rows: list[list[Any]]  # texts, numbers and Cells; the first entry names the row
-    footnotes: Sequence[str] = ()
-    rules: Sequence[int] = ()  # rows that begin a new group
-
-
-def interval(limits: Sequence[float] | None) -> str:
-    """Return two limits in brackets; an empty text where there are none."""
-    return f"[{limits[0]:.2f}, {limits[1]:.2f}]" if limits else ""
+    notes: Sequence[str] = ()
 
 
 def to_markdown(tables: Sequence[Table]) -> str:
-    """Return each table with its title and note above and its footnotes below."""
+    """Return each table with its title above and its notes below."""
     blocks = []
     for table in tables:
-        lines = [[str(entry).replace("|", r"\|") for entry in line] for line in (table.header, *table.rows)]
-        lines.insert(1, ["---"] * len(table.header))
-        rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        blocks += [f"**{table.title}.** {table.note}".strip(), rows, *table.footnotes]
+        lines = [table.header, ["---"] * len(table.header), *table.rows]
+        rows = ["| " + " | ".join(str(entry).replace("|", r"\|") for entry in line) + " |" for line in lines]
+        blocks += [f"**{table.title}**", "\n".join(rows), *table.notes]
     return "\n\n".join(blocks) + "\n"
 
 
 def to_csv(tables: Sequence[Table]) -> str:
-    """Return a line per entry, numbers unrounded; notes do not fit in."""
+    """Return a line per entry, numbers unrounded, without the notes."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["table", "row", "column", "mean", "sd", "low", "high", "remark"])
@@ -65,22 +58,20 @@ def to_csv(tables: Sequence[Table]) -> str:
         for name, *row in table.rows:
             for column, entry in zip(table.header[1:], row, strict=True):
                 cell = entry if isinstance(entry, Cell) else Cell(entry)
-                limits = cell.ci95 or (None, None)
-                writer.writerow([table.title, name, column, cell.mean, cell.std, *limits, cell.remark])
+                writer.writerow([table.title, name, column, *cell[:2], *(cell.ci95 or ("", "")), cell.remark])
     return file.getvalue()
 
 
 def to_latex(tables: Sequence[Table]) -> str:
-    r"""Return each table as a LaTeX table, shrunk to the width of a line where it is wider."""
+    r"""Return each table in LaTeX, shrunk to the width of a line where it is wider."""
     lines = [r"% needs \usepackage{booktabs} and \usepackage{graphicx}"]
     for table in tables:
-        caption = f"{table.title}. {table.note}".translate(LATEX)
-        lines += [r"\begin{table}\centering\footnotesize\setlength{\tabcolsep}{3pt}", rf"\caption{{{caption}}}"]
-        lines += [r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"]
-        lines += [rf"\begin{{tabular}}{{l{'c' * (len(table.header) - 1)}}}", r"\toprule"]
-        for number, row in enumerate([table.header, *table.rows], start=-1):
-            lines += [r"\midrule"] if number in (0, *table.rules) else []
-            lines.append(" & ".join(str(entry).translate(LATEX) for entry in row) + r" \\")
-        lines += [r"\bottomrule", r"\end{tabular}}"]
-        lines += [*(rf"\par\raggedright {note.translate(LATEX)}" for note in table.footnotes), r"\end{table}", ""]
+        caption = " ".join([f"{table.title}.", *table.notes]).translate(LATEX)
+        header, *rows = (" & ".join(str(cell).translate(LATEX) for cell in row) for row in (table.header, *table.rows))
+        lines += [
+            r"\begin{table}\centering\footnotesize\setlength{\tabcolsep}{3pt}", rf"\caption{{{caption}}}",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+            rf"\begin{{tabular}}{{l{'c' * (len(table.header) - 1)}}}", r"\toprule", rf"{header} \\", r"\midrule",
+            *(rf"{row} \\" for row in rows), r"\bottomrule", r"\end{tabular}}", r"\end{table}", "",
+        ]  # fmt: skip
     return "\n".join(lines)
