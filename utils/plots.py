@@ -259,7 +259,7 @@ def _lines(ax, x, curves) -> None:
 def _save(figure, path, title, handles=(), **style) -> None:
     """Write the PNG file, `title` above all, a legend of `handles` below; no text is read as a formula."""
     if handles:
-        columns = min(len(handles), 2 * figure.axes[0].get_gridspec().ncols)
+        columns = min(len(handles), 2 * figure.axes[0].get_gridspec().ncols + 1)
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, **style)
     figure.suptitle(title, fontsize=10)
     for text in figure.findobj(Text):
