@@ -1,9 +1,4 @@
-"""Calibration of the networks, and how well a score knows their errors.
-
-An evaluation asks this of its scans (`Uncertainty`), a training of its pseudo labels
-(`monitor_pseudo_labels`), on unlabelled source scans whose hidden masks neither loss nor selection
-sees.
-"""
+"""Calibration of the networks, and how well a score knows their errors: in an evaluation, in a training."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,9 +27,9 @@ def ranked_risk(score: np.ndarray, risk: np.ndarray) -> np.ndarray:
 
 
 def coverage_curves(scores: Mapping[str, np.ndarray], risk: np.ndarray) -> dict[str, np.ndarray]:
-    """Return (N,) mean risks of the 1 to N cases of the highest score; their mean is AURC.
+    """Return by score, and for limits, (N,) mean risks of the 1 to N cases that score highest.
 
-    By score, and for the limits: the best possible order, and the mean of all random ones.
+    The limits are the best possible order, and the mean of all random ones. A curve's mean is AURC.
     """
     ranked = {name: ranked_risk(score, risk) for name, score in scores.items()}
     ranked |= {"best possible": np.sort(risk), "random": np.full(len(risk), risk.mean())}
@@ -42,10 +37,7 @@ def coverage_curves(scores: Mapping[str, np.ndarray], risk: np.ndarray) -> dict[
 
 
 def auroc(score: np.ndarray, wrong: np.ndarray) -> float | None:
-    """Return the probability that a right case scores higher than a wrong one, ties counted half.
-
-    None without both of them.
-    """
+    """Return the probability that a right case scores higher than a wrong one; None without both."""
     risk = ranked_risk(score, wrong)
     right = 1 - risk
     pairs = risk.sum() * right.sum()
@@ -64,8 +56,7 @@ class Reliability:
         number = (maximum * BINS).long().clamp_max(BINS - 1).numpy()
         weights = (torch.ones_like(maximum), maximum, (label == truth).double())
         self.sums += [np.bincount(number, weight.numpy(), BINS) for weight in weights]
-        # sum_k (p_k - y_k)^2, y one-hot
-        true = probability.gather(1, truth[:, None]).double().sum()
+        true = probability.gather(1, truth[:, None]).double().sum()  # in sum_k (p_k - y_k)^2, y one-hot
         self.squares += float(probability.double().square().sum() - 2 * true + len(truth))
 
     def summary(self) -> dict[str, float | None]:
@@ -82,52 +73,42 @@ class Uncertainty:
 
     def __init__(self) -> None:
         self.reliability = {"field of view": Reliability(), "foreground": Reliability()}
-        # Patient, phase and the values of the slices, of every scan.
-        self.slices: dict[str, list[tuple[str, str, list[float]]]] = {name: [] for name in ("risk", *SCORES)}
+        self.slices = {name: [] for name in ("risk", *SCORES)}  # of every scan patient, phase, values of the slices
 
     def add(self, scan: ScanPrediction) -> None:
         """Add a scan that was predicted with its confidence, on the network's grid."""
         truth, probability = scan.truth.long().cpu(), scan.probability.float().cpu()
-        maximum, label = probability.max(1)
-        pixels = {"field of view": torch.ones_like(truth, dtype=torch.bool), "foreground": (label > 0) | (truth > 0)}
-        for name, chosen in pixels.items():
-            self.reliability[name].add(probability.movedim(1, -1)[chosen], truth[chosen])
-        maps = dict(zip(SCORES, (scan.confidence.float().cpu(), scan.agreement.float().cpu(), maximum), strict=True))
+        (maximum, label), pixels = probability.max(1), probability.movedim(1, -1)
+        self.reliability["field of view"].add(pixels.flatten(0, -2), truth.flatten())
+        foreground = (label > 0) | (truth > 0)
+        self.reliability["foreground"].add(pixels[foreground], truth[foreground])
         # Of the predicted structures; of the whole slice where there is none.
         areas = [area if area.any() else torch.ones_like(area) for area in label > 0]
         self.slices["risk"].append((scan.patient, scan.phase, (1 - scan.slice_dice).tolist()))
-        for name, score in maps.items():
-            values = [float(one[area].mean()) for one, area in zip(score, areas, strict=True)]
+        for name, score in zip(SCORES, (scan.confidence.float(), scan.agreement.float(), maximum), strict=True):
+            values = [float(one[area].mean()) for one, area in zip(score.cpu(), areas, strict=True)]
             self.slices[name].append((scan.patient, scan.phase, values))
 
     def curves(self) -> dict[str, dict[str, np.ndarray]]:
         """Return `coverage_curves` of 100 - Dice (percent), of slices and of patients."""
-        patients = {name: np.array(list(mean_dice(scans).values())) for name, scans in self.slices.items()}
         slices = {name: 100 * np.concatenate([scan[2] for scan in scans]) for name, scans in self.slices.items()}
-        kinds = {"slices": slices, "patients": patients}
-        return {kind: coverage_curves(scores, scores.pop("risk")) for kind, scores in kinds.items()}
+        patients = {name: np.array(list(mean_dice(scans).values())) for name, scans in self.slices.items()}
+        return {kind: coverage_curves(scores, scores.pop("risk"))
+                for kind, scores in {"slices": slices, "patients": patients}.items()}  # fmt: skip
 
     def summary(self) -> dict[str, Any]:
         """Return "calibration" by pixels and "risk", areas under the curves in points of Dice."""
-        risk = {
-            kind: {"number": len(curves["random"])} | {name: float(curve.mean()) for name, curve in curves.items()}
-            for kind, curves in self.curves().items()
-        }
+        risk = {kind: {name: float(curve.mean()) for name, curve in curves.items()} | {"number": len(curves["random"])}
+                for kind, curves in self.curves().items()}  # fmt: skip
         return {"calibration": {name: sums.summary() for name, sums in self.reliability.items()}, "risk": risk}
 
 
 def hidden_rows(data: PreparedData, split: Split) -> np.ndarray:
-    """Return the index rows of a sample of source slices whose masks training does not see.
-
-    Raises:
-        UserError: there are fewer than two.
-    """
+    """Return the index rows of a sample of source slices whose masks neither loss nor selection sees."""
     rows = data.rows(sorted(set(split.unlabeled) - set(split.labeled)), with_mask=True)
     if len(rows) < 2:
-        raise UserError(
-            "--monitor-pseudo-labels needs masks of source patients that are not labelled, and "
-            f"{data.root} has none: leave it out, or label fewer by --ratio"
-        )
+        problem = f"--monitor-pseudo-labels needs masks of unlabelled source patients, and {data.root} has none"
+        raise UserError(f"{problem}: leave it out, or label fewer by --ratio")
     domain = data.index["domain"]
     order = np.random.default_rng(0).permutation(rows)  # the same in every run on these patients
     domains = np.unique(domain[rows])
@@ -136,18 +117,10 @@ def hidden_rows(data: PreparedData, split: Split) -> np.ndarray:
 
 @torch.no_grad()
 def monitor_pseudo_labels(predictor: Predictor, data: PreparedData, split: Split) -> dict[str, Any]:
-    """Compare the pseudo labels of a fixed sample with the truth.
+    """Compare the pseudo labels of a fixed sample, in views without augmentation, with the truth.
 
-    The views are plain ones without augmentation and, where the training has them, Fourier views
-    with a fixed partner.
-
-    Args:
-        predictor: its networks in eval mode, so that nothing of theirs changes.
-
-    Returns:
-        "dice" (percent, paper protocol) by domain, "error" (percent of pixels), and "scores": by
-        score "auroc" and "auroc_foreground", the probability that a right pixel scores higher than
-        a wrong one.
+    Return "dice" (percent, paper protocol) by domain, "error" (percent of pixels), and by score
+    `auroc` of all pixels and of the foreground.
     """
     cfg, rows = predictor.config, hidden_rows(data, split)
     batch = SliceDataset(data, rows, with_mask=True)[list(range(len(rows)))]
@@ -167,15 +140,11 @@ def monitor_pseudo_labels(predictor: Predictor, data: PreparedData, split: Split
     scores["softmax maximum"] = mean.softmax(2).amax(2)
     one_hot = F.one_hot(label, mean.shape[2]).movedim(-1, 2)
     dice = torch.stack([paper_dice(*pair) for pair in zip(one_hot, truth, strict=True)]).mean(0).cpu().numpy()
-    domain = data.index["domain"][rows]
     wrong, foreground = (label != truth).double().cpu().numpy(), ((label > 0) | (truth > 0)).cpu().numpy()
-    figures = {}
+    domain, figures = data.index["domain"][rows], {}
     for name, score in scores.items():
         score = score.cpu().numpy()
-        inside = auroc(score[foreground], wrong[foreground]) if foreground.any() else None
+        inside = auroc(score[foreground], wrong[foreground])
         figures[name] = {"auroc": auroc(score.ravel(), wrong.ravel()), "auroc_foreground": inside}
-    return {
-        "dice": {str(d): 100 * float(dice[domain == d].mean()) for d in np.unique(domain)},
-        "error": 100 * float(wrong.mean()),
-        "scores": figures,
-    }
+    by_domain = {str(d): 100 * float(dice[domain == d].mean()) for d in np.unique(domain)}
+    return {"dice": by_domain, "error": 100 * float(wrong.mean()), "scores": figures}
