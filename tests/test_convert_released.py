@@ -95,7 +95,7 @@ def test_run_folder_says_what_a_trained_one_does(save, build_tiny, mms_config, m
     assert "histogram matching is off" not in capsys.readouterr().out
     trainer = Trainer(mms_config, build_loaders(mms_config, mms_dataloader.DATASET), build_tiny, Process(CPU))
     metadata, trained = read_metadata(run / "best.safetensors"), trainer.metadata()
-    of_a_training = {"seen_before"}  # what this program's training has seen, and found on source scans
+    of_a_training = {"seen"}
     assert metadata.keys() == trained.keys() - of_a_training
     for key in metadata.keys() - {"config", "selection", "step", "cps_weight"}:
         assert metadata[key] == trained[key], key

@@ -14,7 +14,7 @@ from config import Config
 from utils.data.loaders import Loaders
 from utils.device import Process, any_process, gather, main_first
 from utils.errors import UserError
-from utils.evaluation.confidence import hidden_rows
+from utils.evaluation.confidence import hidden_rows, monitor_pseudo_labels
 from utils.plots import plot_curves
 from utils.run.checkpoint import is_intact, load_checkpoint
 from utils.run.folder import begin_run, hold_run
@@ -134,7 +134,8 @@ def end_epoch(trainer: Trainer, logger: Logger | NullLogger) -> None:
     line = {"epoch": trainer.epoch, "step": trainer.step, **means, "lr": trainer.cfg.lr, "val_dice": dice,
             "skipped_steps": skipped, "seconds": seconds}  # fmt: skip
     if trainer.cfg.monitor_pseudo_labels:
-        line["pseudo_labels"] = trainer.monitor()
+        with trainer.evaluating() as predictor:
+            line["pseudo_labels"] = monitor_pseudo_labels(predictor, trainer.loaders.data, trainer.loaders.split)
     # Weights that no step of the epoch has changed are not worth keeping.
     if dice > trainer.best and float(trainer.epoch_sums["steps"]) > 0:
         trainer.best = dice

@@ -25,7 +25,6 @@ from config import Config
 from utils.data.loaders import Loaders
 from utils.device import Process, autocast_context, average, gather, unflatten
 from utils.errors import UserError
-from utils.evaluation.confidence import monitor_pseudo_labels
 from utils.evaluation.predict import Predictor, mean_dice, predict_scans
 from utils.method.augment import Augmentation, cutmix_mask
 from utils.method.losses import kl_variance
@@ -61,10 +60,12 @@ class Trainer:
             if process.world_size > 1 and self.device.type == "cuda":  # SyncBatchNorm refuses CPUs
                 net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
             self.nets.append(net.to(self.device, memory_format=torch.channels_last).train())
-        self.seen_before: list[str] = []  # patients whose images the networks had learnt from when the run began
+        split = loaders.split
+        # Patients that the networks learn from, or have learnt from before the run, by the checksums of their frames.
+        self.seen = loaders.data.checksums([*split.labeled, *split.unlabeled, *split.validation])
         if cfg.init_from and not state:
-            names, held_out = loaders.dataset.class_names, loaders.split.held_out
-            self.seen_before = load_initial(Path(cfg.init_from), self.nets, loaders.dataset.key, names, held_out)
+            held_out = loaders.data.checksums(split.held_out)
+            self.seen |= load_initial(Path(cfg.init_from), self.nets, loaders.dataset, held_out)
         torch.backends.cudnn.benchmark = self.device.type == "cuda"  # shapes repeat from step to step
         # A training step calls these; evaluation calls the networks themselves.
         self.step_nets = self.nets
@@ -74,8 +75,8 @@ class Trainer:
             self.step_nets = [torch.compile(net) for net in self.nets]
         if cfg.checkpoint_activations:  # around the compiled networks: torch.compile cannot look into it
             self.step_nets = [checkpointed(net) for net in self.step_nets]
-        adamw = partial(torch.optim.AdamW, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-        self.optimizers = [adamw(net.parameters()) for net in self.nets]
+        self.parameters = [parameter for net in self.nets for parameter in net.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
         reference = torch.from_numpy(loaders.reference).to(self.device) if cfg.histogram_matching else None
         self.mean_reference = None if reference is None else reference.mean(0)
         self.augmentation = Augmentation(cfg, reference, len(loaders.dataset.class_names))
@@ -172,15 +173,14 @@ class Trainer:
 
         Returns a bool tensor: True where the step was finite.
         """
-        gradients = [p.grad for net in self.nets for p in net.parameters() if p.grad is not None]
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         # One mean for all, the loss among them: so every process finds the same steps not finite.
         loss, self.stop_asked = loss.clone(), torch.full_like(loss, stop)
         average([*gradients, *self.statistics, loss, self.stop_asked])
         finite = torch.isfinite(loss + torch.nn.utils.get_total_norm(gradients))
-        for optimizer in self.optimizers:
-            optimizer.found_inf = (~finite).float()  # the fused step leaves everything as it is where this is 1
-            optimizer.step()
-            optimizer.zero_grad()
+        self.optimizer.found_inf = (~finite).float()  # the fused step leaves everything as it is where this is 1
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         unflatten(torch.where(finite, torch.cat(self.statistics), statistics_before), self.statistics)
         bad = (~finite).float()
         in_row, in_epoch = self.bad_steps.values()
@@ -216,11 +216,6 @@ class Trainer:
             slice_dice = gather([(scan.patient, scan.phase, scan.slice_dice.tolist()) for scan in scans])
         return float(np.mean(list(mean_dice(sorted(slice_dice)).values())))
 
-    def monitor(self) -> dict[str, Any]:
-        """Return the figures of `monitor_pseudo_labels`; training is as it would be without."""
-        with self.evaluating() as predictor:
-            return monitor_pseudo_labels(predictor, self.loaders.data, self.loaders.split)
-
     @torch.no_grad()
     def draw_samples(self, path: Path, title: str) -> None:
         """Draw the views of the last step's unlabelled batch, the networks' pseudo labels and their confidence."""
@@ -250,7 +245,7 @@ class Trainer:
             **{name: getattr(self, name) for name in COUNTERS},
             "metadata": self.metadata(),
             "networks": [net.state_dict() for net in self.nets],
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizer": self.optimizer.state_dict(),
         }
 
     def _load_state(self, state: State) -> None:
@@ -258,24 +253,26 @@ class Trainer:
             raise UserError(f"{self.loaders.data.root} holds other data than this run began with: give the --data-root "
                             "of these, or begin anew with --restart")  # fmt: skip
         self.step, self.best = state["step"], state["best"]
-        self.seen_before = state["metadata"]["seen_before"]
+        self.seen = state["metadata"]["seen"]
         for name in COUNTERS:
             setattr(self, name, {key: value.to(self.device) for key, value in state[name].items()})
         for net, weights in zip(self.nets, state["networks"], strict=True):
             net.load_state_dict(weights)
-        for optimizer, moments in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(moments)
-            # The fused step reads memory in the order in which the parameter lies, and on CPUs does not check it.
-            for parameter, values in optimizer.state.items():
-                for name in ("exp_avg", "exp_avg_sq"):
-                    values[name] = torch.empty_like(parameter).copy_(values[name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        # The fused step reads memory in the order in which the parameter lies, and on CPUs does not check it.
+        for parameter, values in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                values[name] = torch.empty_like(parameter).copy_(values[name])
 
     def metadata(self) -> dict[str, Any]:
         """Return what inference needs beside the weights."""
-        facts = {"selection": SELECTION.format(images=self.validated), "step": self.step}
-        facts |= {"cps_weight": self.cps_weight(self.step - 1), "seen_before": self.seen_before}
-        parts = self.loaders.dataset, asdict(self.cfg), self.mean_reference, self.loaders.data.info
-        return run_metadata(*parts, **facts)
+        return run_metadata(
+            *(self.loaders.dataset, asdict(self.cfg), self.mean_reference, self.loaders.data.info),
+            selection=SELECTION.format(images=self.validated),
+            step=self.step,
+            cps_weight=self.cps_weight(self.step - 1),
+            seen=self.seen,
+        )
 
 
 def checkpointed(net: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

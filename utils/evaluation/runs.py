@@ -14,7 +14,7 @@ from utils.data.prepared import NO_DOMAIN, PreparedData
 from utils.errors import UserError
 from utils.evaluation.predict import Autocast, Predictor
 from utils.run.checkpoint import load_checkpoint, load_networks, read_metadata
-from utils.run.folder import KEPT_EPOCHS, patients_seen
+from utils.run.folder import KEPT_EPOCHS
 
 CHECKPOINT = re.compile(r"best|last|epochs/epoch_\d+")
 
@@ -96,7 +96,7 @@ def patients_to_evaluate(run: TrainedRun, data: PreparedData, domain: str, datas
     patients = data.patients_with_masks(domain)
     if not patients:
         raise UserError(f"{data.root}: no {dataset.domain_kind} {domain} with masks to evaluate on: check --data-root")
-    if seen := sorted({*patients} & patients_seen(run.folder, run.metadata)):
+    if seen := sorted({*patients} & {*run.metadata["seen"].values()}):
         raise UserError(
             f"{run.folder} was trained with {len(seen)} of the patients of {data.root} to evaluate on: "
             f"{', '.join(seen[:5])}. Evaluate on others, or rename these if they only share their names"

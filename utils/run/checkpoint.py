@@ -170,7 +170,7 @@ def run_metadata(
         reference: (256,) quantile curve that histograms are matched to, or None.
         data_info: of the prepared data, or {} where they are unknown.
         facts: "selection", the rule by which the weights were chosen, "step", the number of steps behind them,
-            "cps_weight", beta of the last one, and "seen_before", the patients that --init-from brought in.
+            "cps_weight", beta of the last one, and "seen", by checksum of a frame the patient that they learnt from.
     """
     return {
         "dataset": dataset.key,

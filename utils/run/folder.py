@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -78,37 +78,27 @@ def begin_run(
     return outputs
 
 
-def load_initial(
-    run: Path, nets: list[nn.Module], dataset: str, class_names: Sequence[str], held_out: Sequence[str]
-) -> list[str]:
-    """Load the best networks of another run; return the patients that these have learnt from.
+def load_initial(run: Path, nets: list[nn.Module], dataset: Any, held_out: dict[str, str]) -> dict[str, str]:
+    """Load the best networks of another run; return the patients that these have learnt from, by checksum.
 
-    Raises:
-        UserError: there are none, they are of another data set or other classes, or have seen held-out patients.
+    Args:
+        dataset: the DatasetInfo that they must be of.
+        held_out: patients by checksum that they must not have seen; UserError where they have, or do not fit.
     """
     path = run / "best.safetensors"
     metadata = read_metadata(path)
-    if (metadata["dataset"], metadata["class_names"]) != (dataset, list(class_names)):
+    if (metadata["dataset"], metadata["class_names"]) != (dataset.key, list(dataset.class_names)):
         raise UserError(
             f"--init-from {run}: trained on {metadata['dataset']} with the classes {metadata['class_names']}, "
-            f"expected {dataset} with {list(class_names)}"
+            f"expected {dataset.key} with {list(dataset.class_names)}"
         )
-    seen = patients_seen(run, metadata)
-    if known := sorted(seen & {*held_out}):
+    if known := sorted({held_out[checksum] for checksum in held_out.keys() & metadata["seen"].keys()}):
         raise UserError(
             f"--init-from {run}: its networks have learnt from {len(known)} of the patients to hold out, "
             f"{', '.join(known[:5])}: begin with a run that held out the same domain"
         )
     load_networks(path, nets)
-    return sorted(seen)
-
-
-def patients_seen(folder: Path, metadata: dict[str, Any]) -> set[str]:
-    """Return the patients that a run's networks have learnt from, those of `--init-from` among them."""
-    split = folder / "split.json"
-    parts = read_json(split) if split.exists() else {}  # not beside converted weights
-    here = {patient for part in ("labeled", "unlabeled", "validation") for patient in parts.get(part, [])}
-    return here | {*metadata.get("seen_before", [])}
+    return metadata["seen"]
 
 
 def unfinished(folder: Path) -> str:
