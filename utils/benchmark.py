@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,8 +36,7 @@ WARM_UP = 2  # calls before the timed ones
 def benchmark(
     device: str = "auto", image_size: int = 288, batch_size: int = 32, accumulate: int = 1,
     precision: tuple[Literal["auto", "bf16", "fp32"], ...] = ("auto",), baseline: bool = False, compile: bool = False,
-    checkpoint_activations: bool = False, workers: int = 4, steps: int = 10, training: bool = True,
-    out: Path | None = None,
+    checkpoint_activations: bool = False, workers: int = 4, steps: int = 10, out: Path | None = None,
 ) -> None:  # fmt: skip
     """Measure the training step, the input pipeline and inference; medians of synchronised times after a warm-up.
 
@@ -51,7 +51,6 @@ def benchmark(
         checkpoint_activations: recompute activations in the backward pass.
         workers: processes of each loader.
         steps: timed calls behind each median.
-        training: measure training steps, too; without, only the input pipeline and inference.
         out: JSON file to write.
     """
     if steps < 1:
@@ -64,7 +63,7 @@ def benchmark(
         DATASET.write_phantom(Path(folder, "raw"), patients=4, frames=2 + batch_size * accumulate // 64)
         prepare_dataset(Path(folder, "raw"), Path(cfg.data_root), DATASET, workers=2)
         names = ("baseline",) * baseline + precision
-        columns = {name: measure(name, cfg, process, steps, training=training) for name in names}
+        columns = {name: measure(name, cfg, process, steps) for name in names}
     on_gpu = process.device.type == "cuda"
     machine = torch.cuda.get_device_name(process.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     title = f"{machine}, torch {torch.__version__}: {image_size} px, steps of {batch_size} x {accumulate} images"
@@ -74,37 +73,30 @@ def benchmark(
         write_json(out, {"machine": machine, "torch": torch.__version__, **settings, "measured": columns})
 
 
-def measure(column: str, cfg: Config, process: Process, steps: int, *, training: bool) -> dict[str, float]:
+def measure(column: str, cfg: Config, process: Process, steps: int) -> dict[str, float]:
     """Return the figures of a column, "baseline" or a precision, by name; the name carries the unit."""
     cfg = replace(cfg, precision="fp32" if column == "baseline" else column)
-    device, figures = process.device, {}
-    trainer = Trainer(cfg, build_loaders(cfg, DATASET), build_network, process)
+    device, trainer = process.device, Trainer(cfg, build_loaders(cfg, DATASET), build_network, process)
     if column == "baseline":
         for net in trainer.nets:
             net.to(memory_format=torch.contiguous_format)
     (batches,) = trainer.loaders.training_batches(cfg.accumulate, 0, 1)
-    if training:
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        step = median(lambda: trainer.train_step(batches), device, steps, "step")
-        read = trainer.loaders.training_batches(cfg.accumulate, 0, WARM_UP + steps)
-        loading = median(lambda: trainer.train_step(next(read)), device, steps, "step with loading")
-        resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # since the start; Linux counts KiB
-        figures = {
-            "step, ms": 1e3 * step,
-            "step with data loading, ms": 1e3 * loading,
-            "training, images/s": cfg.accumulate * cfg.batch_size * (2 + cfg.cutmix) / step,
-            "peak memory, GB": (torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident) / 1e9,
-        }
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    step = median(lambda: trainer.train_step(batches), device, steps, "step")
     read = trainer.loaders.training_batches(cfg.accumulate, 0, WARM_UP + steps)
-    views = median(lambda: [trainer.unlabeled_views(pair[1]) for pair in next(read)], device, steps, "input pipeline")
+    loading = median(lambda: trainer.train_step(next(read)), device, steps, "step with loading")
+    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # since the start; Linux counts KiB
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
     image = trainer.unlabeled_views(batches[0][1]).plain[0]
     with trainer.evaluating() as predictor:
-        inference = median(
-            lambda: predict(predictor.nets, image, autocast=predictor.autocast), device, steps, "inference"
-        )
-    return figures | {
-        "input pipeline, unlabelled images/s": cfg.accumulate * len(batches[0][1]["image"]) / views,
+        both = partial(predict, predictor.nets, image, autocast=predictor.autocast)
+        inference = median(both, device, steps, "inference")
+    return {
+        "step, ms": 1e3 * step,
+        "step with data loading, ms": 1e3 * loading,
+        "training, images/s": cfg.accumulate * cfg.batch_size * (2 + cfg.cutmix) / step,
+        "peak memory, GB": peak / 1e9,
         "inference of both networks, slices/s": len(image) / inference,
     }
 

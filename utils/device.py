@@ -1,7 +1,4 @@
-"""Training on several processes, one per GPU (or CPU processes), started by torchrun; idle with one.
-
-torchrun --nproc-per-node 4 mms_train.py
-"""
+"""Where a program computes: its device and precision, and its place among the processes that torchrun started."""
 
 import os
 import re

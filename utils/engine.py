@@ -16,7 +16,7 @@ from utils.device import Process, any_process, gather, main_first
 from utils.errors import UserError
 from utils.evaluation.confidence import hidden_rows, monitor_pseudo_labels
 from utils.plots import plot_curves
-from utils.run.checkpoint import is_intact, load_checkpoint
+from utils.run.checkpoint import load_checkpoint, read_metadata
 from utils.run.folder import begin_run, hold_run
 from utils.run.logger import Logger, NullLogger
 from utils.trainer import MAX_BAD_STEPS, BuildNetwork, State, Trainer
@@ -89,16 +89,19 @@ def begun(trainer: Trainer, total: int) -> Iterator[Logger | NullLogger]:
                 outputs = begin_run(cfg.folder, cfg, process.world_size, loaders.split._asdict(), weight_bytes)
                 facts = {"since": trainer.step, "total": total, "use_wandb": cfg.wandb, "config": asdict(cfg)}
                 logger = stack.enter_context(Logger(outputs, **facts))
-        if trainer.best >= 0 and not is_intact(cfg.folder / "best.safetensors"):
+        try:
+            if trainer.best >= 0:
+                read_metadata(cfg.folder / "best.safetensors")
+        except UserError as error:
             trainer.best = -1.0
-            logger.say(f"warning: {cfg.folder}/best.safetensors is missing or damaged; the next evaluation writes it")
+            logger.say(f"warning: {error}; the next evaluation writes it anew")
         for text in beginning(trainer, total):
             logger.say(f"{cfg.folder}: {text}")
         yield logger
 
 
-def beginning(trainer: Trainer, total: int) -> list[str]:
-    """Return what is worth knowing at the start of a run: who is labelled, and what the steps read from when on."""
+def beginning(trainer: Trainer, total: int) -> Iterator[str]:
+    """Say what is worth knowing at the start of a run: who is labelled, and what the steps read from when on."""
     cfg, split, index = trainer.cfg, trainer.loaders.split, trainer.loaders.data.index
     domain_of = dict(zip(index["patient"].tolist(), index["domain"].tolist(), strict=True))
     domains = sorted(Counter(domain_of[patient] for patient in split.labeled).items())
@@ -106,20 +109,19 @@ def beginning(trainer: Trainer, total: int) -> list[str]:
     images = cfg.batch_size * cfg.accumulate * trainer.process.world_size
     first = trainer.first_cps_step(total)
     begins = f"begins at step {first + 1}" if first < total else "does not begin"
-    lines = [
-        f"labelled are {len(split.labeled)} of {len(source)} source patients: "
-        + ", ".join(f"{domain} {count}" for domain, count in domains),
-        f"a step takes {images} labelled and {images * (1 + cfg.cutmix)} unlabelled images; "
-        f"the pseudo supervision {begins} in the {total} steps",
-    ]
+    labeled = ", ".join(f"{domain} {count}" for domain, count in domains)
+    yield f"labelled are {len(split.labeled)} of {len(source)} source patients: {labeled}"
+    yield f"a step takes {images} labelled and {images * (1 + cfg.cutmix)} unlabelled images"
+    yield f"the pseudo supervision {begins} in the {total} steps"
     if cfg.pretrained == "none" and not cfg.init_from:
-        lines.append(f"the networks begin without pretrained weights, --lr {cfg.lr:g}")
-    return [*lines, f"goes on from step {trainer.step} of {total}"] if trainer.step else lines
+        yield f"the networks begin without pretrained weights, --lr {cfg.lr:g}"
+    if trainer.step:
+        yield f"goes on from step {trainer.step} of {total}"
 
 
 def log_step(trainer: Trainer, logger: Logger | NullLogger, *, always: bool) -> None:
     """Count a step; every SYNC_EVERY steps look at the device's counters, for the curves and for a divergence."""
-    logger.step()
+    logger.progress.update()
     if always or trainer.step % SYNC_EVERY == 0:
         stop_if_diverged(trainer)
         logger.point({"step": trainer.step, **trainer.mean_scalars(trainer.point_sums)})
@@ -140,7 +142,8 @@ def end_epoch(trainer: Trainer, logger: Logger | NullLogger) -> None:
     if dice > trainer.best and float(trainer.epoch_sums["steps"]) > 0:
         trainer.best = dice
         logger.save_best(trainer.nets, trainer.metadata())
-    logger.keep_epoch(trainer.epoch, trainer.cfg.keep_epochs, trainer.nets, trainer.metadata())
+    if trainer.cfg.keep_epochs:
+        logger.keep_epoch(trainer.epoch, trainer.cfg.keep_epochs, trainer.nets, trainer.metadata())
     logger.log(line)
     trainer.start_epoch()
     scores = f"loss {means['loss']:.4f}, Dice on {trainer.validated} {dice:.2f} % (best {trainer.best:.2f})"

@@ -87,7 +87,7 @@ class Trainer:
         self.epoch_sums: Sums = {}  # of the scalars since the last line of the log, on the device
         self.point_sums: Sums = {}  # the same since the last point of the curves
         zero = torch.zeros((), device=self.device)
-        self.bad_steps = {"in_row": zero, "in_epoch": zero}  # numbers of steps that were not finite
+        self.bad_steps = {"in_row": zero, "in_epoch": zero}  # counts of steps that were not finite
         self.recent_rows: deque[list[int]] = deque(maxlen=MAX_BAD_STEPS)  # of the index, read by the last steps
         self.stop_asked = zero  # above 0 where any process was to stop after this step
         self.epoch_began = time.monotonic()
@@ -134,10 +134,10 @@ class Trainer:
         return next(filter(self.cps_weight, range(self.step, total)), total)
 
     def train_step(self, batches: Sequence[tuple[Batch, Batch | None]], *, stop: bool = False) -> None:
-        """Take one step of both networks, on one micro-step per pair of a labelled and an unlabelled batch.
+        """Take one step of both networks, with a micro-step per pair of a labelled and an unlabelled batch.
 
-        The second is not read while there is no pseudo supervision. A step that is not finite changes nothing, which
-        the device decides alone. `stop`: this process was asked to stop, which `stop_asked` then tells all of them.
+        A step that is not finite changes nothing, which the device decides alone. `stop`: this process was asked to
+        stop, which `stop_asked` then tells all of them.
         """
         cfg, rank, weight = self.cfg, self.process.rank, self.cps_weight(self.step)
         self.recent_rows.append([row for pair in batches for batch in pair if batch for row in batch["row"].tolist()])
@@ -169,10 +169,7 @@ class Trainer:
         self.step += 1
 
     def _update(self, loss: torch.Tensor, statistics_before: torch.Tensor, stop: bool) -> torch.Tensor:
-        """Step both optimisers by the gradients' mean over the processes, unless that or the loss is not finite.
-
-        Returns a bool tensor: True where the step was finite.
-        """
+        """Step by the gradients' mean over the processes if that and the loss are finite; returns whether they are."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         # One mean for all, the loss among them: so every process finds the same steps not finite.
         loss, self.stop_asked = loss.clone(), torch.full_like(loss, stop)
@@ -231,9 +228,9 @@ class Trainer:
             variances = [kl_variance(*(net(image).float() for image in mixed)) for net in self.nets]
         box_mask = torch.zeros_like(mixed[0]) if views.box_mask is None else views.box_mask
         images = {"plain": views.plain[0], "fourier": fourier[0], "mixed": mixed[0], "mask_box": box_mask}
-        arrays = {name: image[:, 0].cpu().numpy() for name, image in images.items()}
-        arrays |= {"pseudo_labels": torch.stack(labels).cpu().numpy()}
-        arrays |= {"confidence": torch.exp(-torch.stack(variances)).cpu().numpy()}
+        maps = {name: image[:, 0] for name, image in images.items()}
+        maps |= {"pseudo_labels": torch.stack(labels), "confidence": torch.exp(-torch.stack(variances))}
+        arrays = {name: values.cpu().numpy() for name, values in maps.items()}
         plot_training_samples(path, **arrays, class_names=self.loaders.dataset.class_names[1:], title=title)
 
     def state(self) -> State:

@@ -28,13 +28,10 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Save `state` as last.pt; the checkpoint before it stays as previous.pt."""
     last, previous = folder / "last.pt", folder / "previous.pt"
     with atomic_write(last) as temporary:
-        try:
+        free = f"cannot be written, with {shutil.disk_usage(folder).free / 1e9:.1f} GB free"
+        remedy = "; the earlier state is intact. Make room, and the same command goes on from there"
+        with naming(last, free, errors=RuntimeError, remedy=remedy):  # PyTorch's zip writer on a full disk
             torch.save(state, temporary)
-        except RuntimeError as error:  # PyTorch's zip writer reports a full disk this way
-            raise UserError(
-                f"{last}: cannot be written, with {shutil.disk_usage(folder).free / 1e9:.1f} GB free on its disk "
-                f"({error}); the earlier state is intact. Make room, and the same command goes on from there"
-            ) from error
         _seal(temporary)
         if last.exists():
             os.replace(last, previous)
@@ -93,11 +90,8 @@ def save_networks(path: Path, nets: list[nn.Module], metadata: dict[str, Any]) -
         for key, value in net.state_dict().items()
     }
     text = json.dumps(metadata)
-    with atomic_write(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata={"semidg": text, "sha256": _digest(text, tensors)})
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+    with atomic_write(path) as temporary, naming(path, "cannot be written", errors=SafetensorError):
+        save_file(tensors, temporary, metadata={"semidg": text, "sha256": _digest(text, tensors)})
 
 
 def read_networks(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -107,10 +101,7 @@ def read_networks(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         UserError: the file is missing, damaged or not ours.
     """
     if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; the run has not ended its first epoch (train on; --checkpoint last), or --run "
-            "names no run's folder"
-        )
+        raise UserError(f"{path}: no such file; the run has not ended its first epoch, or the folder is no run's")
     with naming(path, NOT_OURS):
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -123,14 +114,6 @@ def read_networks(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def read_metadata(path: Path) -> dict[str, Any]:
     """Return what was saved beside the weights; raises as `read_networks`."""
     return read_networks(path)[0]
-
-
-def is_intact(path: Path) -> bool:
-    """Return True when `read_networks` finds the file whole."""
-    try:
-        return bool(read_networks(path))
-    except UserError:
-        return False
 
 
 def load_networks(path: Path, nets: list[nn.Module]) -> None:
@@ -166,11 +149,10 @@ def run_metadata(
 
     Args:
         dataset: its DatasetInfo.
-        config: the run's settings.
         reference: (256,) quantile curve that histograms are matched to, or None.
         data_info: of the prepared data, or {} where they are unknown.
-        facts: "selection", the rule by which the weights were chosen, "step", the number of steps behind them,
-            "cps_weight", beta of the last one, and "seen", by checksum of a frame the patient that they learnt from.
+        facts: "selection" (the rule that chose the weights), their "step", beta then ("cps_weight"), and "seen": the
+            patients that they have learnt from, by checksum of a frame.
     """
     return {
         "dataset": dataset.key,

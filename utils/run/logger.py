@@ -21,35 +21,33 @@ WANDB_PATIENCE = 60  # seconds that a run waits for wandb, whose service may be 
 
 
 class NullLogger:
-    """Takes every call that a Logger takes and does nothing: for all processes but the main one."""
+    """Does nothing where a Logger writes: for all processes but the main one."""
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
+    def __getattr__(self, name: str) -> "NullLogger":
+        return self
+
+    def __call__(self, *args: Any, **options: Any) -> None:
+        return None
 
 
 class Logger:
     """Writes into the folder of a run: log.jsonl (a line per epoch), steps.jsonl, checkpoints, weights, pictures."""
 
     def __init__(self, outputs: OutputFolder, *, since: int, total: int, use_wandb: bool, config: dict[str, Any]):
-        """Go on after step `since` of `total`; later lines of the logs are cut off, as they will be written again."""
+        """Go on after step `since` of `total`; later lines of the logs are cut off, to be written again."""
         self.outputs, self.folder = outputs, outputs.folder
         self.lines, self.points = (JsonLines(self.folder / f"{name}.jsonl", since) for name in ("log", "steps"))
         self.progress = tqdm(total=total, initial=since, unit="step", desc="train", smoothing=0.1)
-        self.wandb_run = None
-        if use_wandb:
-            self.wandb_run = self._guarded(lambda: _start_wandb(self.folder, config))
+        self.wandb_run = self._guarded(lambda: _start_wandb(self.folder, config)) if use_wandb else None
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         self.progress.write(text)
 
-    def step(self) -> None:
-        self.progress.update()
-
     def point(self, point: dict[str, Any]) -> None:
         """Write a point of the curves, and show its loss beside the progress bar."""
         self.points.append(point)
-        self.progress.set_postfix({name: f"{point[name]:.3f}" for name in ("loss", "cps")}, refresh=False)
+        self.progress.set_postfix({name: f"{point[name]:.3f}" for name in ("loss", "cps")})
 
     def log(self, line: dict[str, Any]) -> None:
         """Write the line of an epoch, to wandb, too."""
@@ -71,17 +69,16 @@ class Logger:
 
     def keep_epoch(self, epoch: int, count: int, nets: list[nn.Module], metadata: dict[str, Any]) -> None:
         """Keep the networks of the last `count` epochs, this one among them."""
-        if count:
-            name = "epochs/epoch_{:03d}.safetensors"
-            save_networks(self.outputs.claim(name.format(epoch)), nets, metadata)
-            for old in {name.format(number) for number in range(epoch - count + 1)} & self.outputs.made:
-                (self.folder / old).unlink(missing_ok=True)
+        name = "epochs/epoch_{:03d}.safetensors"
+        save_networks(self.outputs.claim(name.format(epoch)), nets, metadata)
+        for old in {name.format(number) for number in range(epoch - count + 1)} & self.outputs.made:
+            (self.folder / old).unlink(missing_ok=True)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         save_checkpoint(self.folder, state)
 
     def finish(self, text: str) -> None:
-        """Print the last line, and free the disk of what only an unfinished run needs."""
+        """Print the last line; what only an unfinished run needs leaves the disk."""
         (self.folder / "previous.pt").unlink(missing_ok=True)
         self.say(text)
 
