@@ -95,9 +95,8 @@ def test_run_folder_says_what_a_trained_one_does(save, build_tiny, mms_config, m
     assert "histogram matching is off" not in capsys.readouterr().out
     trainer = Trainer(mms_config, build_loaders(mms_config, mms_dataloader.DATASET), build_tiny, Process(CPU))
     metadata, trained = read_metadata(run / "best.safetensors"), trainer.metadata()
-    of_a_training = {"seen"}
-    assert metadata.keys() == trained.keys() - of_a_training
-    for key in metadata.keys() - {"config", "selection", "step", "cps_weight"}:
+    assert metadata.keys() == trained.keys() and metadata["seen"] == {}
+    for key in metadata.keys() - {"config", "selection", "step", "cps_weight", "seen"}:
         assert metadata[key] == trained[key], key
     assert len(metadata["reference"]) == 256 and "released weights" in metadata["selection"]
     assert metadata["config"] == asdict(cfg) | {"run_name": "released", "out_root": str(tmp_path / "runs")}
@@ -143,7 +142,7 @@ def test_the_real_network_by_the_command_line(save, tmp_path):
         (lambda state: state["features.0.weight"].fill_(float("nan")), {}, "not all finite"),
         (len, {"test_domain": "E"}, "--test-domain E: M&Ms has A, B, C, D"),
         (len, {"dataset": "scgm", "test_domain": "4"}, "is --dataset right"),
-        (len, {"data": Path("nowhere")}, "no prepared M&Ms data"),
+        (len, {"data": Path("nowhere")}, "no data in"),
     ],
 )
 def test_mistakes_are_named(change, options, message, build_tiny, tmp_path, monkeypatch):

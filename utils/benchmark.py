@@ -68,7 +68,7 @@ def benchmark(
     machine = torch.cuda.get_device_name(process.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     title = f"{machine}, torch {torch.__version__}: {image_size} px, steps of {batch_size} x {accumulate} images"
     rows = [[name, *(f"{column[name]:.4g}" for column in columns.values())] for name in columns[precision[0]]]
-    print("\n" + to_markdown([Table(title, "", ["", *columns], rows)]))
+    print("\n" + to_markdown([Table(title, ["", *columns], rows)]))
     if out:
         write_json(out, {"machine": machine, "torch": torch.__version__, **settings, "measured": columns})
 

@@ -85,5 +85,7 @@ def naming(
         yield
     except UserError:
         raise
+    except PermissionError as error:
+        raise UserError(f"{path}: permission denied: ask its owner for the right, or choose another place") from error
     except errors as error:
         raise UserError(f"{path} {problem} ({first_line(error)}){remedy}") from error

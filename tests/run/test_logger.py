@@ -16,13 +16,13 @@ def test_lines_after_the_checkpoint_are_cut_off(tmp_path):
     with Logger(OutputFolder(tmp_path), since=0, total=9, use_wandb=False, config={}) as logger:
         for step in (10, 20, 30):
             logger.log({"step": step, "loss": step / 7})
-            logger.point({"step": step, "loss": step / 3})
+            logger.point({"step": step, "loss": step / 3, "cps": 0.0})
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"step": 40, "lo')  # the process was killed while writing
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [10, 20, 30]
     with Logger(OutputFolder(tmp_path), since=20, total=9, use_wandb=False, config={}) as logger:
         assert logger.lines == [{"step": 10, "loss": 10 / 7}, {"step": 20, "loss": 20 / 7}]
-        assert logger.points == [{"step": 10, "loss": 10 / 3}, {"step": 20, "loss": 20 / 3}]
+        assert logger.points == [{"step": 10, "loss": 10 / 3, "cps": 0.0}, {"step": 20, "loss": 20 / 3, "cps": 0.0}]
     assert len(read_log(tmp_path / "log.jsonl")) == len(read_log(tmp_path / "steps.jsonl")) == 2
 
 

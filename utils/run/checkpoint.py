@@ -72,6 +72,8 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
                 _check_seal(path)
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except UserError as error:
+            if isinstance(error.__cause__, PermissionError):  # not damaged: nothing is to be begun anew
+                raise
             problems.append(str(error))
             continue
         for problem in problems:
