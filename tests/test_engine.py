@@ -269,11 +269,12 @@ def test_last_epochs_are_kept_and_restart_deletes_only_ours(mms_config, build_ti
 def test_kept_epochs_count_in_the_space(mms_config, monkeypatch, tmp_path):
     needs = []
     monkeypatch.setattr(folder_module, "require_space", lambda folder, need: needs.append(need))
-    (tmp_path / "epochs").mkdir()
+    cfg = replace(mms_config, num_epoch=9)
+    (cfg.folder / "epochs").mkdir(parents=True)
     for name in ("epoch_001", "epoch_002"):
-        (tmp_path / f"epochs/{name}.safetensors").touch()
+        (cfg.folder / f"epochs/{name}.safetensors").touch()
     for changes in ({}, {"keep_epochs": 5}, {"keep_epochs": 99}, {"keep_epochs": 1}):
-        folder_module.begin_run(tmp_path, replace(mms_config, num_epoch=9, **changes), 1, {}, 100)
+        folder_module.begin_run(replace(cfg, **changes), 1, {}, 100)
     assert needs == [1000, 1000 + 400, 1000 + 800, 1000 + 100]  # to come, and the one more before an old one goes
 
 

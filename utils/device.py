@@ -41,12 +41,12 @@ def process_group(device: str) -> Iterator[Process]:
         return
     if ":" in device:
         raise UserError(f"--device {device}: several processes take a GPU each; use --device cuda")
-    where = choose_device(device, int(os.environ["LOCAL_RANK"]))
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
-    dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    chosen = choose_device(device, int(os.environ["LOCAL_RANK"]))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield Process(where, dist.get_rank(), dist.get_world_size())
+        yield Process(chosen, dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
 

@@ -71,7 +71,7 @@ def opened(cfg: Config, process: Process) -> Iterator[State | None]:
     with ExitStack() as stack:
         with main_first(process):
             if process.is_main:
-                stack.enter_context(hold_run(cfg.folder, cfg, process.world_size))
+                stack.enter_context(hold_run(cfg, process.world_size))
         yield None if cfg.restart else load_checkpoint(cfg.folder)
 
 
@@ -85,8 +85,8 @@ def begun(trainer: Trainer, total: int) -> Iterator[Logger | NullLogger]:
         logger = NullLogger()
         with main_first(process):
             if process.is_main:
-                weight_bytes = sum(p.nbytes for net in trainer.nets for p in net.parameters())
-                outputs = begin_run(cfg.folder, cfg, process.world_size, loaders.split._asdict(), weight_bytes)
+                weight_bytes = sum(parameter.nbytes for parameter in trainer.parameters)
+                outputs = begin_run(cfg, process.world_size, loaders.split._asdict(), weight_bytes)
                 facts = {"since": trainer.step, "total": total, "use_wandb": cfg.wandb, "config": asdict(cfg)}
                 logger = stack.enter_context(Logger(outputs, **facts))
         try:

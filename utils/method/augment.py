@@ -34,9 +34,7 @@ def amplitude_swap(
     height, width = image.shape[-2:]
     half = int(round(min(height, width) * window, 6))  # 44.9999 is 45
     if 2 * half + 1 > min(height, width):
-        raise ValueError(
-            f"window {window}: the square of {2 * half + 1} coefficients exceeds the {height}x{width} image"
-        )
+        raise ValueError(f"window {window}: a square of {2 * half + 1} coefficients exceeds {height}x{width} px")
     rows, columns = _fourier_basis(height, half, image.device), _fourier_basis(width, half, image.device)
     # Where one side is real, the complex products are spelt as real ones: half the work.
     spectrum, other_spectrum = (
@@ -116,12 +114,7 @@ def match_histogram(image: torch.Tensor, source: torch.Tensor, reference: torch.
 
 
 def gaussian_blur(image: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    """Blur each image with its own 5x5 Gaussian, mirrored at the border.
-
-    Args:
-        image: (B, 1, H, W).
-        sigma: (B,) in px.
-    """
+    """Blur each image (B, 1, H, W) with its own 5x5 Gaussian of `sigma` (B,) px, mirrored at the border."""
     offsets = torch.arange(-2, 3, device=image.device)
     kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True))[:, :, None, None, None]  # (B, 5, 1, 1, 1)
@@ -170,16 +163,12 @@ def canvas_to_view(
 
 
 def random_affine(count: int, *, generator: torch.Generator, rotation: int, max_shift: int, flip: bool) -> torch.Tensor:
-    """Draw `count` affine maps from the output's field of view to the canvas, for `canvas_to_view`.
+    """Draw affine maps (count, 2, 3) float32 from the output's field of view to the canvas, for `canvas_to_view`.
 
     Args:
-        generator: also names the device.
         rotation: largest angle; the angle is an integer, U{0..rotation} degrees.
         max_shift: px (at 288 px), the largest shift in each direction; shifts are whole px.
         flip: horizontal and vertical flips, each with probability 0.5.
-
-    Returns:
-        (count, 2, 3) float32.
     """
     device = generator.device
     angle = torch.randint(0, rotation + 1, (count,), generator=generator, device=device).deg2rad()
@@ -192,10 +181,9 @@ def random_affine(count: int, *, generator: torch.Generator, rotation: int, max_
 
 
 def cutmix_mask(count: int, size: int, *, generator: torch.Generator, boxes: int = 3) -> torch.Tensor:
-    """Draw box masks for CutMix, 1 where the second image shows.
+    """Draw box masks for CutMix, (count, 1, size, size) float32: 1 where the second image shows.
 
-    Returns:
-        (count, 1, size, size) float32 of 0 and 1; every box toggles the mask inside it.
+    Every box toggles the mask inside it.
     """
     device = generator.device
     area, split, top, left = torch.rand(4, count, boxes, generator=generator, device=device)
@@ -241,14 +229,10 @@ class Augmentation:
     def labeled(
         self, image: torch.Tensor, mask: torch.Tensor, quantiles: torch.Tensor, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Augment a labelled batch.
+        """Augment a labelled batch of canvases.
 
-        Args:
-            image, mask: canvases (B, 1, C, C), float and uint8.
-            quantiles: (B, Q) curve of each image.
-
-        Returns:
-            image (B, 1, size, size) float32, mask (B, size, size) int64.
+        image (B, 1, C, C) float, mask (B, 1, C, C) uint8, quantile curves (B, Q) of the images -> image
+        (B, 1, size, size) float32, mask (B, size, size) int64.
         """
         theta = self._affine(len(image), generator)
         view = self._match(canvas_to_view(image, self.cfg.image_size, theta), quantiles, generator)
@@ -259,13 +243,9 @@ class Augmentation:
     def unlabeled(
         self, image: torch.Tensor, quantiles: torch.Tensor, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Take the plain and, with `fourier_aug`, the Fourier view of an unlabelled batch, of the same geometry.
+        """Take the plain and, with `fourier_aug` (else None), the Fourier view of an unlabelled batch, moved alike.
 
-        Args:
-            image: canvases (B, 1, C, C), quantiles: (B, Q).
-
-        Returns:
-            plain and Fourier view, each (B, 1, size, size) float32; None without Fourier augmentation.
+        Canvases (B, 1, C, C) and their quantile curves (B, Q) -> views (B, 1, size, size) float32.
         """
         cfg, theta = self.cfg, self._affine(len(image), generator)
         plain = self._match(canvas_to_view(image, cfg.image_size, theta), quantiles, generator)
@@ -280,8 +260,8 @@ class Augmentation:
         return self._blur(plain, generator, view)
 
     def _affine(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        cfg = self.cfg
-        return random_affine(count, generator=generator, rotation=cfg.rotation, max_shift=cfg.max_shift, flip=cfg.flip)
+        settings = {name: getattr(self.cfg, name) for name in ("rotation", "max_shift", "flip")}
+        return random_affine(count, generator=generator, **settings)
 
     def _match(self, image: torch.Tensor, quantiles: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if self.reference is None:

@@ -21,6 +21,7 @@ import torch
 from config import Config
 from utils.method.losses import cross_pseudo_loss, dice_loss, kl_variance
 
+Autocast = Callable[[], AbstractContextManager]  # makes the context of forward passes
 Network = Callable[[torch.Tensor], torch.Tensor]  # image (B, 1, H, W) -> logits (B, K, H, W)
 
 
@@ -50,11 +51,7 @@ def pseudo_label(net: Network, views: UnlabeledViews) -> tuple[torch.Tensor, tor
 
 
 def cross_pseudo_supervision(
-    nets: Sequence[Network],
-    views: UnlabeledViews,
-    mode: str,
-    autocast: Callable[[], AbstractContextManager],
-    cfg: Config | None = None,
+    nets: Sequence[Network], views: UnlabeledViews, mode: str, autocast: Autocast, cfg: Config | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return L_cacps and the mean variance: each network learns the other's pseudo labels, weighed by its confidence.
 
@@ -62,7 +59,6 @@ def cross_pseudo_supervision(
         nets: both networks, in train mode also as teachers, so that their BatchNorm statistics move, as released.
         views: of the unlabelled batch.
         mode: of `cross_pseudo_loss`. In mode "plain" there is no variance: 0.
-        autocast: makes the context of the forward passes.
         cfg: handed on to the loss.
     """
     with autocast():
@@ -89,7 +85,7 @@ def training_step(
     dice_classes: slice,
     cps_loss: str,
     cps_weight: float,
-    autocast: Callable[[], AbstractContextManager],
+    autocast: Autocast,
     loss_scale: float = 1.0,
     cfg: Config | None = None,
 ) -> dict[str, torch.Tensor]:
@@ -105,7 +101,7 @@ def training_step(
         dice_classes: the classes that the supervised loss sums.
         cps_loss: mode of `cross_pseudo_loss`.
         cps_weight: beta at this step.
-        autocast: makes the context of the forward passes; losses are float32.
+        autocast: of the forward passes; losses are float32.
         loss_scale: factor of the gradient, for a step that averages several batches.
         cfg: the run's settings, for what a loss of your own needs (docs/new_idea.md).
 

@@ -26,17 +26,16 @@ DEFAULTS = {field.name: field.default for field in fields(Config) if field.defau
 
 
 @contextmanager
-def hold_run(folder: Path, cfg: Config, world_size: int) -> Iterator[None]:
+def hold_run(cfg: Config, world_size: int) -> Iterator[None]:
     """Hold the folder of a run while it is resumed or begun by `cfg`.
 
-    Raises:
-        UserError: another process holds it, it cannot be written, it holds files of another program, or a run with
-            other settings (unless `cfg.restart`).
+    Raises UserError when another process holds it, it cannot be written, it holds files of another program, or a run
+    with other settings (unless `cfg.restart`).
     """
-    with folder_lock(folder):
-        OutputFolder(folder).require_free(*RUN_FILES)
-        if not cfg.restart and any((folder / name).exists() for name in CHECKPOINTS):
-            _require_same_settings(folder, _settings(cfg, world_size))
+    with folder_lock(cfg.folder):
+        OutputFolder(cfg.folder).require_free(*RUN_FILES)
+        if not cfg.restart and any((cfg.folder / name).exists() for name in CHECKPOINTS):
+            _require_same_settings(cfg.folder, _settings(cfg, world_size))
         yield
 
 
@@ -54,15 +53,12 @@ def _require_same_settings(folder: Path, now: dict[str, Any]) -> None:
                         "Choose another --run-name, or begin anew with --restart")  # fmt: skip
 
 
-def begin_run(
-    folder: Path, cfg: Config, world_size: int, split: dict[str, list[str]], weight_bytes: int
-) -> OutputFolder:
-    """Make `folder` the run of these settings; with `cfg.restart`, delete what an earlier run of that name made.
+def begin_run(cfg: Config, world_size: int, split: dict[str, list[str]], weight_bytes: int) -> OutputFolder:
+    """Make the folder of a run, with its settings and split; with `cfg.restart`, delete what an earlier run made there.
 
-    Args:
-        split: patients by their part in the run.
-        weight_bytes: of both networks; UserError where the disk has no room for the checkpoints.
+    Raises UserError where the disk has no room for checkpoints of networks of `weight_bytes` together.
     """
+    folder = cfg.folder
     # Weights and two moments, as last, as previous and as the file being written; the best weights and kept epochs.
     kept = len(list(folder.glob(KEPT_EPOCHS)))
     epochs = max(min(cfg.keep_epochs, cfg.num_epoch) + 1 - kept, 1) if cfg.keep_epochs else 0

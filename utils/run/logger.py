@@ -23,11 +23,10 @@ WANDB_PATIENCE = 60  # seconds that a run waits for wandb, whose service may be 
 class NullLogger:
     """Does nothing where a Logger writes: for all processes but the main one."""
 
-    def __getattr__(self, name: str) -> "NullLogger":
+    def __getattr__(self, _name: str) -> "NullLogger":
         return self
 
-    def __call__(self, *args: Any, **options: Any) -> None:
-        return None
+    def __call__(self, *_args: Any, **_options: Any) -> None: ...
 
 
 class Logger:
