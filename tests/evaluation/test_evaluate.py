@@ -24,7 +24,7 @@ from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluation.evaluate import SLICES_DRAWN, case_drawing, evaluate_run
 from utils.evaluation.predict import Predictor, mean_dice, predict_scans, to_native
-from utils.evaluation.runs import load_run, open_data
+from utils.evaluation.runs import load_run, open_data, patients_to_evaluate
 from utils.run.checkpoint import read_metadata, save_networks
 
 MMS = mms_dataloader.DATASET
@@ -144,16 +144,7 @@ def test_evaluation_writes_everything_and_agrees_with_itself(trained, build_tiny
     # Deterministic, of the last checkpoint the same, as it has the same weights here; what is not made again goes.
     again = evaluate(trained, build_tiny, checkpoint="last")
     assert again["checkpoint"] == "last, step 2" and again["paper_protocol"] == summary["paper_protocol"]
-    assert (folder / "bland_altman.png").is_file() and not (folder / "predictions").exists()
-
-
-@pytest.mark.parametrize("change", [{"cps_loss": "threshold"}, {"new_setting": 1}])
-def test_runs_of_other_code_are_refused(trained, build_tiny, change):
-    metadata = read_metadata(trained / "best.safetensors")
-    config = metadata["config"] | change
-    save_networks(trained / "best.safetensors", [build_tiny(4), build_tiny(4)], metadata | {"config": config})
-    with pytest.raises(UserError, match=r"best\.safetensors: .*; evaluate it with the code that trained it"):
-        load(trained, build_tiny)
+    assert (folder / "report.html").is_file() and not (folder / "predictions").exists()
 
 
 def test_kept_epochs_are_evaluated(mms_config, build_tiny, tmp_path):
@@ -167,7 +158,7 @@ def test_kept_epochs_are_evaluated(mms_config, build_tiny, tmp_path):
         load(run, build_tiny, "epochs/epoch_007")
 
 
-def test_unfinished_training_and_seen_patients_are_named(trained, build_tiny):
+def test_unfinished_training_is_named(trained, build_tiny):
     known = json.loads((trained / "config.json").read_text())
     (trained / "config.json").write_text(json.dumps(known | {"max_steps": None, "num_epoch": 9}))
     remark = "(training not finished: epoch 1 of 9)"
@@ -178,29 +169,44 @@ def test_unfinished_training_and_seen_patients_are_named(trained, build_tiny):
         evaluate(trained, build_tiny)
     (trained / "log.jsonl").unlink()  # weights without a log: nothing is known
     assert "not finished" not in evaluate(trained, build_tiny)["checkpoint"]
-    split = json.loads((trained / "split.json").read_text())
-    patient = split["held_out"][0]
-    (trained / "split.json").write_text(json.dumps(split | {"unlabeled": [*split["unlabeled"], patient]}))
-    with pytest.raises(UserError, match=f"was trained with 1 of the patients of .* to evaluate on: {patient}"):
-        evaluate(trained, build_tiny)
+
+
+def test_patients_that_the_training_has_seen_are_refused(trained, build_tiny, mms_config):
+    """By their names or, under whatever name, by the voxels of a scan; who has seen only others is not."""
+    run, data = load(trained, build_tiny), build_loaders(mms_config, MMS).data
+    patients = patients_to_evaluate(run, data, "D")
+    [(checksum, patient), *_] = data.checksums(patients).items()
+    for seen, pair in (({"0" * 16: patient}, f"{patient} is {patient}"), ({checksum: "P7"}, f"{patient} is P7")):
+        known = run._replace(metadata=run.metadata | {"seen": run.metadata["seen"] | seen})
+        with pytest.raises(UserError, match=f"has seen 1 of the patients of .*: {pair} of the training"):
+            patients_to_evaluate(known, data, "D")
+    assert {*run.metadata["seen"].values()} == {*build_loaders(mms_config, MMS).split.unlabeled}
 
 
 def test_missing_and_foreign_runs_are_refused(trained, build_tiny, tmp_path):
     metadata, path = read_metadata(trained / "best.safetensors"), tmp_path / "best.safetensors"
-
-    def refused(problem, folder=tmp_path, checkpoint="best"):
+    for problem, folder, checkpoint in (
+        ("no such run", tmp_path / "nowhere", "best"),
+        ("no such file; the run has not ended its first epoch", tmp_path, "best"),
+        ("no such file; the run has saved no state", tmp_path, "last"),
+    ):
         with pytest.raises(UserError, match=problem):
             load(folder, build_tiny, checkpoint)
-
-    refused("no such run", tmp_path / "nowhere")
-    refused("no such file; the run has not ended its first epoch")
-    refused("no such file; the run has saved no state", checkpoint="last")
-    save_networks(path, [build_tiny(4), build_tiny(4)], metadata | {"dataset": "scgm"})
-    refused(r"use inference_scgm\.py")
+    nets, config = [build_tiny(4), build_tiny(4)], metadata["config"]
+    for problem, changes in (
+        (r"use inference_scgm\.py", {"dataset": "scgm"}),
+        (r"best\.safetensors: .*; use the code that trained it", {"config": config | {"cps_loss": "threshold"}}),
+        (r"best\.safetensors: .*; use the code that trained it", {"config": config | {"new_setting": 1}}),
+    ):
+        save_networks(path, nets, metadata | changes)
+        with pytest.raises(UserError, match=problem):
+            load(tmp_path, build_tiny)
     save_networks(path, [nn.Linear(1, 1), nn.Linear(1, 1)], metadata)
-    refused("not of this project")
+    with pytest.raises(UserError, match="not of this project"):
+        load(tmp_path, build_tiny)
     path.write_bytes(b"\x08" * 100)
-    refused("damaged")
+    with pytest.raises(UserError, match="damaged"):
+        load(tmp_path, build_tiny)
 
 
 @pytest.mark.parametrize("fault", ["data", "memory"])

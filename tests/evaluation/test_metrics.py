@@ -9,7 +9,13 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 from skimage import measure
 
-from utils.evaluation.metrics import largest_components, mean_std_interval, paper_dice, structure_metrics
+from utils.evaluation.metrics import (
+    agreement_limits,
+    largest_components,
+    mean_std_interval,
+    paper_dice,
+    structure_metrics,
+)
 
 SPACING = (1.5, 1.25, 8.0)  # mm
 
@@ -121,3 +127,14 @@ def test_mean_std_and_bootstrap_interval():
     assert mean_std_interval([7.0] * 4) == {"mean": 7, "std": 0, "ci95": [7, 7]}
     assert mean_std_interval([80.0]) == {"mean": 80, "std": None, "ci95": None}  # two patients are needed
     assert set(mean_std_interval([]).values()) == {None}
+
+
+def test_agreement_by_hand():
+    """Differences 1, 2, 3: mean 2, sample standard deviation 1, limits 2 -+ 1.96; the pair with a NaN is left out."""
+    figures = agreement_limits([100.0, 120.0, 140.0, np.nan], [101.0, 122.0, 143.0, 5.0])
+    assert figures["limits"] == pytest.approx([0.04, 3.96]) and figures["n"] == 3
+    expected = {"bias": 2, "sd": 1, "mae": 2, "truth_mean": 120, "predicted_mean": 122}
+    assert {key: figures[key] for key in expected} == pytest.approx(expected)
+    for pair, bias, n in (([50.0], [48.0]), -2, 1), (([np.nan], [3.0]), None, 0):
+        figures = agreement_limits(*pair)
+        assert (figures["n"], figures["bias"], figures["sd"], figures["limits"]) == (n, bias, None, None)

@@ -71,7 +71,7 @@ def arguments(tmp_path):
             "paper_protocol": {"mean": 65.0, "std": 35.3553, "ci95": [40.0, 90.0]},
             "volumetric": {name: {**METRICS, **SPREADS, **COUNTS} for name in ("LV", "RV")},
             "outside_field_percent": 0.5,
-            "calibration": {"field of view": {"ece": 1.5, "brier": 0.02}, "foreground": {"ece": None, "brier": None}},
+            "calibration": {"field of view": {"ece": 1.5}, "foreground": {"ece": None}},
             "risk": {"slices": RISK},
             "trained_by": {"git_commit": "c0ffee", "versions": {"torch": "2.10"}},
         },
@@ -126,7 +126,7 @@ def test_values_are_there(report):
                  '"data_root": "data/mms"', '"max_steps": null', '"git_commit": "c0ffee"', "badcab1e"):  # fmt: skip
         assert text in page.text
     volumetric, calibration, risk, _ = page.tables
-    assert calibration[1:] == [["field of view", "1.50", "0.0200"], ["foreground", "–", "–"]]
+    assert calibration[1:] == [["field of view", "1.50"], ["foreground", "–"]]
     assert risk[1] == ["slices", "9", "22.00", "20.00", "21.00", "25.00", "10.00"]
     assert volumetric[1] == ["LV", "87.12 [85.00, 90.00]", "9.50", "1.25", "1", "2", "4"]
 

@@ -59,7 +59,7 @@ def test_average_has_the_population_deviation_of_the_domain_means():
     found = cells(paper, "this implementation, full")
     assert {domain: found[domain][:2] for domain in "ABCD"} == {"A": (70, 5), "B": (74, 5), "C": (82, 5), "D": (86, 5)}
     # deviations -8, -4, 4, 8: sqrt(160 / 4), not sqrt(160 / 3)
-    assert found["average"] == (78, pytest.approx(6.3246, abs=1e-4), None, "", 2)
+    assert found["average"] == (78, pytest.approx(6.3246, abs=1e-4), None, "")
     assert str(found["average"]) == "78.00 ± 6.32" and str(found["A"]) == "70.00 ± 5.00"
     assert cells(myocardium, "Dice (%), full")["average"][:2] == found["average"][:2]
     assert cells(right, "HD95 (mm), full")["average"][:2] == (9, 0)
@@ -71,7 +71,7 @@ def test_seeds_are_averaged_with_their_sample_deviation():
     table = combine([*runs, summary("A", 70.0)])
     found = cells(table[0], "this implementation, full")
     # 84; deviations 6, -4, -2: sqrt(56 / 2)
-    assert found["B"] == (84, pytest.approx(5.2915, abs=1e-4), None, "3 seeds", 2)
+    assert found["B"] == (84, pytest.approx(5.2915, abs=1e-4), None, "3 seeds")
     assert str(found["A"]) == "70.00 ± 5.00"
     assert found["average"][:2] == (77, 7)  # of the domains, however many seeds one has
     assert "B seed 0, n = 50; B seed 1, n = 50; B seed 2, n = 50." in table[0].notes[1]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from torch import nn
@@ -17,7 +17,7 @@ from utils.data.prepared import PreparedData
 from utils.data.user_scans import labeled
 from utils.device import autocast_context, choose_device
 from utils.errors import UserError, clear_errors, memory_errors
-from utils.evaluation.compare import COMPARISON_FILES, by_method, comparison_folder, name_rows, write_comparison
+from utils.evaluation import compare
 from utils.evaluation.evaluate import evaluate_run
 from utils.evaluation.runs import CHECKPOINT, TrainedRun, load_run, open_data, read_run
 from utils.evaluation.segment import segment_files
@@ -29,8 +29,8 @@ class HeldOut:
     """For the held-out domain, without --input."""
 
     data_root: Path | None = None  # Evaluate on these prepared data; by default on the training's.
-    out: Path | None = None  # Write into this folder; by default into RUN/results/DOMAIN or "comparisons".
-    # Name the rows of a table over several runs, a name for each --run; runs of one name share a row.
+    out: Path | None = None  # Write here; by default into RUN/results/DOMAIN or "comparisons".
+    # Name the rows of a table over several runs, one name per --run; runs of one name share a row.
     label: tuple[str, ...] = ()
 
 
@@ -39,7 +39,7 @@ class LabeledScans:
     """For labelled scans of one's own: --input IMAGES --truth MASKS, or --input TABLE.csv."""
 
     truth: tuple[Path, ...] = ()  # Evaluate the scans by these label maps, or folders of them.
-    # Say what the values in the truth mean, as 1=RV 2=MYO 3=LV; by default what they do in the data set.
+    # Say what the values in the truth mean, as 1=RV 2=MYO 3=LV; by default as in the data set.
     labels: tuple[str, ...] = ()
 
 
@@ -49,26 +49,26 @@ class NewScans:
 
     overwrite: bool = False  # Replace label maps that are in the output folder already.
     volumes: bool = False  # Write volumes.csv, the clinical quantities of 4D scans of the heart.
-    confidence: bool = False  # Write two maps in [0, 1], too: confidence exp(-V) and networks' agreement.
-    # Look around this voxel of a slice instead of its centre, or around that which the networks find (auto).
+    confidence: bool = False  # Write maps in [0, 1] of confidence exp(-V) and agreement, too.
+    # Look around this voxel of a slice, not its centre; auto: around the one that the networks find.
     center: tuple[float, float] | Literal["auto"] | None = None
-    batch_size: int = 8  # Predict this many slices at a time, at least 1; fewer take less memory.
+    batch_size: int = 8  # Predict so many slices at a time, at least 1; fewer take less memory.
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inference:
     """Evaluate trained runs on the domains that their training never saw, or segment new scans."""
 
-    # Load these folders of trained runs; several also give a table, and methods a comparison with the first.
+    # Load these folders of trained runs; of several, also write tables that compare them.
     run: tuple[Path, ...]
-    input: tuple[Path, ...] = ()  # Read these NIfTI files or folders; or a table of images and truths.
+    input: tuple[Path, ...] = ()  # Read these NIfTI files or folders, or a table of such files.
     output: Path | None = None  # Write what comes of --input into this folder.
     checkpoint: str = "best"  # Load the best by source validation, the last, or epochs/epoch_007.
-    tta: bool = False  # Average over the 8 flips and right-angle rotations, in 8 times the time.
+    tta: bool = False  # Average over 8 flips and rotations, in 8 times the time.
     keep_largest: bool = False  # Keep only the largest connected component of every structure.
     save_predictions: bool = False  # Write an evaluation's predictions, in their scans' own grids.
-    device: str = "auto"  # Compute on "cpu", "cuda", "cuda:NUMBER", or a GPU where there is one ("auto").
-    precision: Literal["auto", "bf16", "fp32"] = "fp32"  # Precision; auto is bf16 where it is faster.
+    device: str = "auto"  # Compute on "cpu", "cuda", "cuda:NUMBER", or (auto) a GPU if there is one.
+    precision: Literal["auto", "bf16", "fp32"] = "fp32"  # Take auto for bf16 where it is faster.
     held_out: HeldOut = field(default_factory=HeldOut)
     labeled_scans: LabeledScans = field(default_factory=LabeledScans)
     new_scans: NewScans = field(default_factory=NewScans)
@@ -77,15 +77,18 @@ class Inference:
 def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module]) -> None:
     """Run what the command line asks for."""
     with clear_errors():
-        flags = tyro.cli(Inference, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
-        is_table = [path.suffix.lower() for path in flags.input] in ([".csv"], [".xlsx"])
-        own_scans = flags.labeled_scans if flags.labeled_scans.truth or is_table else flags.new_scans
-        mode = own_scans if flags.input else flags.held_out
+        config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+        flags = tyro.cli(Inference, config=config)
+        mode = flags.held_out
+        if flags.input:
+            is_table = [path.suffix.lower() for path in flags.input] in ([".csv"], [".xlsx"])
+            labeled_scans = flags.labeled_scans.truth or is_table
+            mode = flags.labeled_scans if labeled_scans else flags.new_scans
         check_flags(flags, mode, dataset)
         device = choose_device(flags.device)
         load = partial(
-            load_run, checkpoint=flags.checkpoint, dataset=dataset, build_network=build_network, device=device,
-            autocast=partial(autocast_context, device, flags.precision), tta=flags.tta,
+            load_run, checkpoint=flags.checkpoint, dataset=dataset, build_network=build_network,
+            device=device, autocast=partial(autocast_context, device, flags.precision), tta=flags.tta,
         )  # fmt: skip
         if mode is flags.held_out:
             evaluate_runs(load, dataset, flags)
@@ -96,19 +99,20 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             segment_files(load(flags.run[0]), dataset, flags.input, flags.output, **options)
 
 
-def check_flags(flags: Inference, mode: HeldOut | LabeledScans | NewScans, dataset: DatasetInfo) -> None:
+def check_flags(flags: Inference, mode: Any, dataset: DatasetInfo) -> None:
     """Raise UserError, naming every mistake, for flags that do not belong together."""
-    runs, batch_size = flags.run, flags.new_scans.batch_size
+    runs, groups = flags.run, (flags.held_out, flags.labeled_scans, flags.new_scans)
+    held_out, _, new_scans = groups
     mistakes = {
-        "--run takes one run or several, each of them once": not 0 < len({*map(Path.resolve, runs)}) == len(runs),
+        "--run takes runs, each once": not 0 < len({*map(Path.resolve, runs)}) == len(runs),
         "--input and --output belong together": bool(flags.input) != bool(flags.output),
         "--input takes one --run": flags.input and len(runs) > 1,
-        "--label names the rows of a table over several --run": flags.held_out.label and len(runs) < 2,
-        "--checkpoint: choose best, last or as epochs/epoch_007": not CHECKPOINT.fullmatch(flags.checkpoint),
-        f"--volumes: {dataset.name} has no clinical quantities": flags.new_scans.volumes and not dataset.clinical,
-        f"--batch-size {batch_size}: at least 1 slice at a time": batch_size < 1,
+        "--label names rows of a table over several --run": held_out.label and len(runs) < 2,
+        "--checkpoint: best, last or as epochs/epoch_007": not CHECKPOINT.fullmatch(flags.checkpoint),
+        f"--volumes: {dataset.name} has none": new_scans.volumes and not dataset.clinical,
+        f"--batch-size {new_scans.batch_size}: at least 1 slice": new_scans.batch_size < 1,
     }
-    for group in (flags.held_out, flags.labeled_scans, flags.new_scans):
+    for group in groups:
         for flag in fields(group):
             rule = f"--{flag.name.replace('_', '-')}: {group.__doc__}"
             mistakes[rule] = group is not mode and getattr(group, flag.name) != flag.default
@@ -122,10 +126,10 @@ def evaluate_runs(load: Callable[[Path], TrainedRun], dataset: DatasetInfo, flag
     several = len(folders) > 1
     if several:  # before the first of them is evaluated
         metadata = [read_run(folder, flags.checkpoint, dataset)[1] for folder in folders]
-        names = name_rows(folders, metadata, dataset, labels=flags.held_out.label, one_data=root is not None)
+        names = compare.name_rows(folders, metadata, flags.held_out.label, one_data=root is not None)
         facts = (sorted(map(str, folders)), flags.checkpoint, flags.tta, flags.keep_largest, root)
-        tables_at = out or comparison_folder(folders[0].parent, names, facts)
-        OutputFolder(tables_at).require_free(*COMPARISON_FILES)
+        tables_at = out or compare.comparison_folder(folders[0].parent, names, facts)
+        OutputFolder(tables_at).require_free(*compare.COMPARISON_FILES)
     summaries = []
     for folder in folders:
         run = load(folder)
@@ -137,18 +141,19 @@ def evaluate_runs(load: Callable[[Path], TrainedRun], dataset: DatasetInfo, flag
                 save_predictions=flags.save_predictions, keep_largest=flags.keep_largest,
             ))  # fmt: skip
     if several:
-        write_comparison(by_method(summaries, names, dataset), dataset, tables_at)
+        compare.write_comparison(compare.by_method(summaries, names, dataset), dataset, tables_at)
 
 
 def evaluate_user_scans(run: TrainedRun, dataset: DatasetInfo, flags: Inference) -> None:
     """Evaluate a run on the user's labelled scans, prepared as those of a data set are."""
-    source = flags.input[0]  # whose name the results bear
-    dataset = labeled(flags.input, flags.labeled_scans.truth, flags.labeled_scans.labels, dataset)
+    source, scans = flags.input[0], flags.labeled_scans  # the results bear the source's name
+    dataset = labeled(flags.input, scans.truth, scans.labels, dataset)
     with tempfile.TemporaryDirectory(prefix="semidg_") as folder, memory_errors(source):
-        prepared = Path(folder) / source.resolve().name
-        prepare_dataset(source if source.is_dir() else source.parent, prepared, dataset, workers=usable_cores())
+        raw, prepared = source if source.is_dir() else source.parent, Path(folder) / source.resolve().name
+        prepare_dataset(raw, prepared, dataset, workers=usable_cores())
         data = PreparedData.open(prepared, dataset)
         evaluate_run(
-            run, dataset, data, flags.output, domain=data.index["domain"][0], title=f"{dataset.name}, own scans",
-            save_predictions=flags.save_predictions, keep_largest=flags.keep_largest,
+            run, dataset, data, flags.output, domain=data.index["domain"][0],
+            title=f"{dataset.name}, own scans", save_predictions=flags.save_predictions,
+            keep_largest=flags.keep_largest,
         )  # fmt: skip

@@ -1,11 +1,11 @@
-"""Several runs in one table over their held-out domains; methods compared by patient."""
+"""Several runs in one table over held-out domains; methods compared by patient."""
 
 import csv
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from hashlib import sha256
-from itertools import zip_longest
+from itertools import chain, product, zip_longest
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
 from typing import Any
@@ -24,43 +24,43 @@ from utils.files import OutputFolder
 from utils.run.folder import DEFAULTS
 
 FORMATS = {"md": to_markdown, "csv": to_csv, "tex": to_latex}
-COMPARISON_FILES = [f"{name}.{form}" for name in ("leave_one_domain_out", "comparison") for form in FORMATS]
+COMPARISON_FILES = [f"{n}.{f}" for n in ("leave_one_domain_out", "comparison") for f in FORMATS]
 VARYING = {"seed", "test_domain", "init_from"}  # settings in which the runs of a row may differ
-METHOD_SETTINGS = {"cps_loss", "fourier_aug", "fourier_mode", "cutmix"}  # those that name the method
-MARKS = {"phantom": "phantom data", "tta": "test-time augmentation", "keep_largest": "largest components"}
-SELECTION_NOTE = "Published checkpoints may have been chosen on the held-out domain; ours never are."
-Summary = dict[str, Any]  # content of summary.json
-Runs = dict[str, list[Summary]]  # one method's summaries in order of seeds, by held-out domain
+METHOD_SETTINGS = {"cps_loss", "fourier_aug", "fourier_mode", "cutmix"}  # that name the method
+MARKS = {"phantom": "phantom data", "tta": "test-time augmentation"}
+MARKS["keep_largest"] = "largest components"
+SELECTION_NOTE = "Published checkpoints may be chosen on the held-out domain; ours never are."
+Runs = dict[str, list[dict]]  # one method's summary.json in order of seeds, by held-out domain
 
 
-def name_rows(
-    folders: Sequence[Path], metadata: Sequence[dict[str, Any]], dataset: DatasetInfo, *,
-    labels: Sequence[str], one_data: bool,
-) -> list[str]:  # fmt: skip
-    """Return the rows' names: labels, or methods with differing settings; UserError if runs do not fit."""
+def name_rows(folders: Sequence[Path], metadata: Sequence[dict], labels: Sequence[str], *, one_data: bool) -> list[str]:
+    """Return the rows' names, by labels or methods and settings; UserError if runs do not fit."""
     settings = []
-    for config, content in ((DEFAULTS | run["config"], run["content_hash"] or "unknown") for run in metadata):
+    for run in metadata:
+        config, content = DEFAULTS | run["config"], run["content_hash"] or "unknown"
         settings.append(config | {"data": content[:8], "init_from": bool(config["init_from"])})
     names = list(labels) or _names_by_settings([method_name(run) for run in metadata], settings)
     if len(names) != len(folders):
-        raise UserError(f"--label gives {len(names)} names for {len(folders)} runs: give one per --run")
-    problems = []
-    for key, remedy in {"ratio": "", "data": "; --data-root names data for all of them"}.items():
+        raise UserError(f"--label: {len(names)} names for {len(folders)} runs: give one per --run")
+    problems, places = [], defaultdict(list)  # of method, domain and seed
+    for folder, name, values in zip(folders, names, settings, strict=True):
+        places[name, values["test_domain"], values["seed"]].append(str(folder))
+        if values["test_domain"] == NO_DOMAIN:
+            problems.append(f"{folder} held out no domain: it has no place in the table")
+    for key, remedy in {"ratio": "", "data": "; --data-root names data for all"}.items():
         if len({values[key] for values in settings}) > 1 and not (one_data and key == "data"):
-            each = ", ".join(f"{folder}: {values[key]}" for folder, values in zip(folders, settings, strict=True))
-            problems.append(f"one table takes one {key}, not {each}{remedy}")
-    if any(values["test_domain"] == NO_DOMAIN for values in settings):
-        problems.append("a run trained on all domains has no place in a table over held-out ones")
-    cells = [(name, values["test_domain"], values["seed"]) for name, values in zip(names, settings, strict=True)]
-    if twice := [str(folder) for folder, cell in zip(folders, cells, strict=True) if cells.count(cell) > 1]:
-        problems.append(f"{', '.join(twice)}: one method, domain and seed; tell them apart by --label")
+            each = [f"{f}: {values[key]}" for f, values in zip(folders, settings, strict=True)]
+            problems.append(f"one table takes one {key}, not {', '.join(each)}{remedy}")
+    for same in places.values():
+        if len(same) > 1:
+            problems.append(f"{', '.join(same)}: one method, domain and seed: use --label")
     if problems:
         raise UserError("\n".join(problems))
     return names
 
 
-def _names_by_settings(methods: Sequence[str], settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Return each run's method, with the settings beside it in which the runs differ."""
+def _names_by_settings(methods: Sequence[str], settings: Sequence[dict]) -> list[str]:
+    """Return each run's method, with the settings in which the runs differ."""
     texts, hidden = [], RUNTIME_SETTINGS | METHOD_SETTINGS | {"seed", "test_domain"}
     for values in settings:
         idle = () if values["cps_weight"] else ("cps_", "fourier_")  # without effect
@@ -71,8 +71,8 @@ def _names_by_settings(methods: Sequence[str], settings: Sequence[dict[str, Any]
     return [", ".join([method, *each]) for method, each in zip(methods, named, strict=True)]
 
 
-def published_rows(dataset: str, ratio: float) -> tuple[list[list[Any]], str]:
-    """Return the rows published for a share of labelled patients, and a note on later ones."""
+def published_rows(dataset: str, ratio: float) -> tuple[list[list], str]:
+    """Return the rows published for a ratio, and a note on later ones."""
     rows, note = [], ""
     with open(Path(__file__).with_name("published.csv"), newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
@@ -84,30 +84,28 @@ def published_rows(dataset: str, ratio: float) -> tuple[list[list[Any]], str]:
     return rows, note
 
 
-def by_method(summaries: Sequence[Summary], names: Sequence[str], dataset: DatasetInfo) -> dict[str, Runs]:
-    """Return summaries by the names of their rows and by held-out domain, in order of seeds."""
+def by_method(summaries: Sequence[dict], names: Sequence[str], dataset: DatasetInfo) -> dict[str, Runs]:
+    """Return summaries by rows' names and held-out domain, in order of seeds."""
     methods: dict[str, Runs] = {name: {domain: [] for domain in dataset.domains} for name in names}
-    for name, summary in sorted(zip(names, summaries, strict=True), key=lambda pair: pair[1]["seed"]):
+    for name, summary in sorted(zip(names, summaries, strict=True), key=lambda one: one[1]["seed"]):
         methods[name][summary["test_domain"]].append(summary)
     return methods
 
 
 def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list[Table]:
     """Return a table by the paper's protocol, beside published rows, and one per structure."""
-    summaries = [summary for runs in methods.values() for seeds in runs.values() for summary in seeds]
-    ratio, kind = summaries[0]["ratio"], dataset.domain_kind
-    checkpoints = {f"{s['checkpoint'].split(',')[0]}, selection: {s['selection']}": None for s in summaries}
+    summaries = [summary for runs in methods.values() for summary in chain(*runs.values())]
+    ratio, data = summaries[0]["ratio"], summaries[0]["data"]
+    checkpoints = {f"{s['checkpoint'].split(',')[0]}, selection: {s['selection']}" for s in summaries}
     setting = (
-        f"{dataset.name}, data {summaries[0]['data']}, each {kind} held out in turn, {100 * ratio:g} % labelled. "
-        "Mean ± SD over patients, of several seeds over their means; average ± population SD of the means. "
-        f"Checkpoint: {'; '.join(checkpoints)}."
+        f"{dataset.name}, data {data}, each {dataset.domain_kind} held out in turn, "
+        f"{100 * ratio:g} % labelled. Mean ± SD over patients, of several seeds over their means; "
+        f"average ± population SD of the means. Checkpoint: {'; '.join(sorted(checkpoints))}."
     )
-    sources = [_sources(method, runs) for method, runs in methods.items()]
+    sources = [_sources(*item) for item in methods.items()]
     header = ["", *dataset.domains, "average"]
-    rows = [
-        [f"this implementation, {name}", *_cells(runs, lambda s: s["paper_protocol"], "mean", "std")]
-        for name, runs in methods.items()
-    ]
+    rows = [[f"this implementation, {name}", *_cells(runs, "paper_protocol", "mean", "std")]
+            for name, runs in methods.items()]  # fmt: skip
     notes = [f"Dice (%), structures pooled per slice, {FIELD_PX} px grid. {setting}", *sources]
     published, later = published_rows(dataset.key, ratio)
     if published:
@@ -116,45 +114,45 @@ def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list
     tables = [Table("Paper protocol", header, rows, notes)]
     notes = [f"In the scans' own grid; a miss: Dice 0, distances of the diagonal. {setting}", *sources]
     for structure in summaries[0]["volumetric"]:
-        rows = [
-            [f"{title}, {name}", *_cells(runs, lambda s: s["volumetric"][structure], key, f"{key}_std")]  # noqa: B023
-            for key, title in METRICS.items()
-            for name, runs in methods.items()
-        ]
+        rows = [[f"{title}, {name}", *_cells(runs, "volumetric", key, f"{key}_std", structure)]
+                for (key, title), (name, runs) in product(METRICS.items(), methods.items())]  # fmt: skip
         tables.append(Table(f"Volumetric, {structure}", header, rows, notes))
     return tables
 
 
-def _cells(runs: Runs, figures: Callable[[Summary], dict[str, Any]], mean: str, std: str) -> list[Cell]:
-    """Return a cell per domain, of two keys in its summaries' figures, and their average."""
+def _cells(runs: Runs, kind: str, mean: str, std: str, structure: str = "") -> list[Cell]:
+    """Return a cell per domain and their average, of two keys of figures."""
     cells = []
     for seeds in runs.values():
-        numbers = [Cell(figures(summary)[mean], figures(summary)[std]) for summary in seeds]
+        figures = [summary[kind][structure] if structure else summary[kind] for summary in seeds]
+        numbers = [Cell(each[mean], each[std]) for each in figures]
         cells.append(numbers[0] if len(numbers) == 1 else _average(numbers, stdev, "seed"))
     return [*cells, _average(cells, pstdev, "domain")]
 
 
-def _average(cells: Sequence[Cell], deviation: Callable[[list[float]], float], noun: str) -> Cell:
-    """Return mean and deviation of the known means, remarking how many if that is not plain."""
+def _average(cells: Sequence[Cell], deviation, noun: str) -> Cell:
+    """Return mean and deviation of the known means; remark their number where it is not plain."""
     known = [cell.mean for cell in cells if cell.mean is not None]
     remark = count(len(known), noun) if noun == "seed" or len(known) < len(cells) else ""
-    return Cell(fmean(known) if known else None, deviation(known) if len(known) > 1 else None, remark=remark)
+    spread = deviation(known) if len(known) > 1 else None
+    return Cell(fmean(known) if known else None, spread, remark=remark)
 
 
 def _sources(method: str, runs: Runs) -> str:
-    """Say what stands behind a method's cells, and in which settings its runs differ."""
-    summaries = [summary for seeds in runs.values() for summary in seeds]
-    sources = "; ".join(f"{s['test_domain']} seed {s['seed']}{s['unfinished']}, n = {s['patients']}" for s in summaries)
-    values = {key: {str(s["settings"][key]) for s in summaries} for key in summaries[0]["settings"].keys() - VARYING}
-    differ = ", ".join(key for key in sorted(values) if len(values[key]) > 1)
-    return f"Runs, {method}: {sources}." + (f" They differ in {differ}." if differ else "")
+    """Say what stands behind a method's cells, and where its runs differ."""
+    runs = list(chain(*runs.values()))
+    sources = [f"{s['test_domain']} seed {s['seed']}{s['unfinished']}, n = {s['patients']}" for s in runs]
+    first, *others = [run["settings"] for run in runs]
+    differ = [k for k in sorted(first.keys() - VARYING) if any(s[k] != first[k] for s in others)]
+    text = f"Runs, {method}: {'; '.join(sources)}."
+    return f"{text} They differ in {', '.join(differ)}." if differ else text
 
 
 def _not_comparable(methods: dict[str, Runs]) -> list[str]:
-    """Say in a note which methods' results cannot stand beside the published ones, and why."""
+    """Say in a note which methods cannot stand beside published ones, and why."""
     texts = []
     for method, runs in methods.items():
-        summaries = [summary for seeds in runs.values() for summary in seeds]
+        summaries = list(chain(*runs.values()))
         reasons = [text for key, text in MARKS.items() if any(s[key] for s in summaries)]
         reasons += {"data not its training's" for s in summaries if is_other(s["trained_by"], s)}
         reasons += sorted({s["method"] for s in summaries} - {"full"})
@@ -165,54 +163,58 @@ def _not_comparable(methods: dict[str, Runs]) -> list[str]:
 
 
 def compare_methods(methods: dict[str, Runs]) -> Table:
-    """Compare every method with the first, by domain and patient; the last notes are warnings."""
+    """Compare methods with the first, by domain and patient; the last notes are warnings."""
     reference, *others = methods
     dice = {method: _patient_dice(runs) for method, runs in methods.items()}
     rows, warnings = [], []
     for domain in [*methods[reference], "all"]:
         differences = {}  # by patient, in points of Dice
         for method in others:
-            both = [key for key in dice[method].keys() & dice[reference].keys() if domain in (key[0], "all")]
+            ours, theirs = dice[method], dice[reference]
+            both = [key for key in ours.keys() & theirs.keys() if domain in (key[0], "all")]
             if both or domain == "all":
-                differences[method] = sorted(dice[method][key] - dice[reference][key] for key in both)
+                differences[method] = sorted(ours[key] - theirs[key] for key in both)
         # Without zeros, which the versions of scipy treat differently.
-        unequal = {method: [value for value in values if value] for method, values in differences.items()}
-        p_values = [wilcoxon(values).pvalue if values else 1.0 for values in unequal.values()]
-        for method, p, adjusted in zip(differences, p_values, holm(p_values), strict=True):
-            row, mean = f"{method}, {domain}", Cell(**mean_std_interval(differences[method]))._replace(std=None)
-            rows.append([row, len(differences[method]), mean, f"{p:.3g}", f"{adjusted:.3g}"])
-            if (number := len(unequal[method])) < 6:  # the test's least p is 2 / 2^number
-                warnings.append(f"{row}: {count(number, 'patient')} differ, too few for p < 0.05.")
-            ours, theirs = (methods[name].get(domain, []) for name in (method, reference))
-            if [(s["seed"], {*s["paper_dice"]}) for s in ours] != [(s["seed"], {*s["paper_dice"]}) for s in theirs]:
-                warnings.append(f"{row}: other seeds or patients than {reference}; those of both count.")
+        unequal = [[value for value in values if value] for values in differences.values()]
+        p_values = [wilcoxon(values).pvalue if values else 1.0 for values in unequal]
+        for n, (method, values) in enumerate(differences.items()):
+            row, mean = f"{method}, {domain}", Cell(**mean_std_interval(values))._replace(std=None)
+            rows.append([row, len(values), mean, f"{p_values[n]:.3g}", f"{holm(p_values)[n]:.3g}"])
+            if len(unequal[n]) < 6:  # the test's least p is 2 / 2^number
+                differ = count(len(unequal[n]), "patient")
+                warnings.append(f"{row}: {differ} differ, too few for p < 0.05.")
+            each = [methods[name].get(domain, []) for name in (method, reference)]
+            ours, theirs = ([(s["seed"], {*s["paper_dice"]}) for s in seeds] for seeds in each)
+            if ours != theirs:
+                warnings.append(f"{row}: other seeds or patients than {reference}.")
     note = (
-        f"Mean difference from {reference} in points of the paper's Dice, paired by patient (mean over seeds) [95 % "
-        "bootstrap interval]; two-sided Wilcoxon signed-rank p, and by Holm for the number of methods. The "
-        "patients vary, not the trainings: another seed may give another difference."
+        f"Mean difference from {reference} in points of the paper's Dice, paired by patient (mean over "
+        "seeds) [95 % bootstrap interval]; two-sided Wilcoxon signed-rank p, and by Holm over the "
+        "methods. Patients vary, not trainings: another seed may differ."
     )
     header = ["", "patients", "difference", "p", "p (Holm)"]
     return Table("Comparison", header, rows, [note, *(f"Warning: {text}" for text in warnings)])
 
 
 def _patient_dice(runs: Runs) -> dict[tuple[str, str], float]:
-    """Return by domain and patient the mean Dice over the seeds, of patients that all seeds have."""
+    """Return the mean Dice by domain and patient, of patients that all seeds have."""
     return {
-        (domain, patient): fmean(summary["paper_dice"][patient] for summary in seeds)
+        (domain, patient): fmean(run["paper_dice"][patient] for run in seeds)
         for domain, seeds in runs.items()
         for patient in (seeds[0]["paper_dice"] if seeds else ())
-        if all(patient in summary["paper_dice"] for summary in seeds)
+        if all(patient in run["paper_dice"] for run in seeds)
     }
 
 
 def comparison_folder(parent: Path, names: Sequence[str], facts: Any) -> Path:
     """Return the folder for tables over runs, named by their rows and a hash of `facts`."""
     title = re.sub(r"[^\w.]+", "-", "_vs_".join(dict.fromkeys(names)))[:80]
-    return parent / "comparisons" / f"{title}_{sha256(repr((facts, names)).encode()).hexdigest()[:6]}"
+    digest = sha256(repr((facts, names)).encode()).hexdigest()
+    return parent / "comparisons" / f"{title}_{digest[:6]}"
 
 
 def write_comparison(methods: dict[str, Runs], dataset: DatasetInfo, folder: Path) -> None:
-    """Write the tables over the domains and the methods' comparison; print the first of each."""
+    """Write the tables and the methods' comparison; print the first of each."""
     outputs = OutputFolder(folder)
     written = {"leave_one_domain_out": leave_one_domain_out(methods, dataset)}
     if len(methods) > 1:

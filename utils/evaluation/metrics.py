@@ -9,15 +9,13 @@ import torch
 from scipy import ndimage
 from skimage import measure
 
-METRICS = {"dice": "Dice (%)", "hd95": "HD95 (mm)", "assd": "ASSD (mm)"}  # of a structure, by their keys in files
+METRICS = {"dice": "Dice (%)", "hd95": "HD95 (mm)", "assd": "ASSD (mm)"}  # by keys in files
 
 
 def paper_dice(probability: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the paper's Dice of slices, (B,) in [0, 1]: all structures pooled, softmax above 0.5.
+    """Return the paper's Dice of slices, (B,) in [0, 1]: structures pooled, softmax above 0.5.
 
-    Args:
-        probability: (B, K, H, W), class 0 is the background.
-        labels: (B, H, W) integer. Where both are empty, Dice is 1.
+    `probability` is (B, K, H, W), class 0 the background; `labels` (B, H, W). Two empty ones give 1.
     """
     predicted = probability[:, 1:] > 0.5
     classes = torch.arange(1, probability.shape[1], device=labels.device)[:, None, None]
@@ -27,10 +25,10 @@ def paper_dice(probability: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def structure_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
-    """Return "dice" (percent), "hd95", "assd" (mm) and "missed" (0 or 1) of one structure.
+    """Return "dice" (percent), "hd95", "assd" (mm) and "missed" (0 or 1) of bool masks (X, Y, Z).
 
-    The masks are bool (X, Y, Z), `spacing` in mm per voxel. Nothing is returned when both masks are
-    empty; when one is, the structure is missed: Dice 0, and both distances are the image diagonal.
+    `spacing` is in mm. Two empty masks give {}; one empty is a miss: Dice 0, distances of the
+    image diagonal.
     """
     voxels = np.count_nonzero(prediction), np.count_nonzero(truth)
     if not any(voxels):
@@ -38,14 +36,15 @@ def structure_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequen
     if not all(voxels):
         diagonal = float(np.linalg.norm(np.multiply(truth.shape, spacing)))
         return {"dice": 0.0, "hd95": diagonal, "assd": diagonal, "missed": 1}
-    # Imported here: it takes seconds, which training and every mistyped command would wait for.
+    # Imported here: it takes seconds, for which every mistyped command would wait.
     from monai.metrics.utils import get_edge_surface_distance
 
-    [box] = ndimage.find_objects((prediction | truth).view(np.uint8))  # the rest costs time, and changes no distance
+    [box] = ndimage.find_objects((prediction | truth).view(np.uint8))  # the rest changes no distance
     pair = [torch.from_numpy(np.ascontiguousarray(mask[box])) for mask in (prediction, truth)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # monai's notes on itself
-        _, distances, _ = get_edge_surface_distance(*pair, spacing=[float(s) for s in spacing], symmetric=True)
+        millimetres = [float(s) for s in spacing]
+        _, distances, _ = get_edge_surface_distance(*pair, spacing=millimetres, symmetric=True)
     hd95 = float(max(torch.quantile(directed, 0.95) for directed in distances))
     dice = 200 * np.count_nonzero(prediction & truth) / sum(voxels)
     return {"dice": dice, "hd95": hd95, "assd": float(torch.cat(distances).mean()), "missed": 0}
@@ -62,10 +61,7 @@ def largest_components(labels: np.ndarray) -> np.ndarray:
 
 
 def mean_std_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Return "mean", sample "std" and the mean's 95 % percentile bootstrap interval "ci95".
-
-    Without values all are None, of one value all but the mean.
-    """
+    """Return "mean", sample "std" and the mean's 95 % bootstrap interval "ci95"; None if unknown."""
     values = np.asarray(values, dtype=float)
     result = {"mean": float(values.mean()) if len(values) else None, "std": None, "ci95": None}
     if len(values) > 1:
@@ -76,7 +72,7 @@ def mean_std_interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return the p-values of several tests adjusted for their number by Holm's step-down method."""
+    """Return p-values adjusted for their number by Holm's step-down method."""
     order, count = np.argsort(p_values), len(p_values)
     steps = np.maximum.accumulate(np.sort(p_values) * (count - np.arange(count)))
     return np.minimum(steps, 1)[np.argsort(order)].tolist()
@@ -85,17 +81,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def agreement_limits(truth: Sequence[float], predicted: Sequence[float]) -> dict[str, Any]:
     """Compare predictions with their truths as Bland and Altman do; pairs with a NaN are left out.
 
-    Returns:
-        "bias", mean absolute error "mae", their intervals, "sd" of the differences, 95 % "limits",
-        both means and the number "n" of pairs. A value that needs more pairs is None.
+    Return "bias", mean absolute error "mae", their intervals, "sd" of the differences, 95 %
+    "limits", both means and the number "n" of pairs. A value that needs more pairs is None.
     """
     pairs = np.array([truth, predicted], dtype=float)
     truth, predicted = pairs[:, np.isfinite(pairs).all(0)]
     bias, sd, bias_ci95 = mean_std_interval(predicted - truth).values()
     mae, _, mae_ci95 = mean_std_interval(np.abs(predicted - truth)).values()
     limits = None if sd is None else [bias - 1.96 * sd, bias + 1.96 * sd]
-    means = {"truth_mean": None, "predicted_mean": None}
-    if len(truth):
-        means = {"truth_mean": float(truth.mean()), "predicted_mean": float(predicted.mean())}
-    intervals = {"bias_ci95": bias_ci95, "mae_ci95": mae_ci95}
-    return {"n": len(truth), "bias": bias, "sd": sd, "limits": limits, "mae": mae} | intervals | means
+    means = {"truth_mean": truth, "predicted_mean": predicted}
+    means = {key: float(values.mean()) if len(values) else None for key, values in means.items()}
+    figures = {"n": len(truth), "bias": bias, "sd": sd, "limits": limits, "mae": mae}
+    return figures | means | {"bias_ci95": bias_ci95, "mae_ci95": mae_ci95}

@@ -24,7 +24,7 @@ Autocast = Callable[[], AbstractContextManager]  # makes the context of forward 
 
 @torch.inference_mode()
 def predict(nets: Sequence[nn.Module], image: Tensor, *, autocast: Autocast, tta=False) -> tuple[Tensor, Tensor]:
-    """Return both networks' mean softmax (B, K, H, W) and agreement exp(-KL(first || second)) (B, H, W)."""
+    """Return the networks' mean softmax (B, K, H, W) and agreement exp(-KL(first || second)) (B, H, W)."""
     softmax = []
     for turns, flip in product(range(4), (False, True)) if tta else [(0, False)]:
         view = torch.rot90(image.flip(-1) if flip else image, turns, (-2, -1))
@@ -38,29 +38,29 @@ def predict(nets: Sequence[nn.Module], image: Tensor, *, autocast: Autocast, tta
 
 
 class Predictor(NamedTuple):
-    """Both networks of a run, in eval mode, and what they predict with."""
+    """Both networks of a run and what they predict with."""
 
     nets: Sequence[nn.Module]
     reference: Tensor | None  # (256,) mean quantile curve that histograms are matched to
     config: Config
     autocast: Autocast
-    tta: bool = False  # average over flips and rotations, in 8 times the time
+    tta: bool = False  # average over flips and rotations
 
     @property
     def device(self) -> torch.device:
         return next(self.nets[0].parameters()).device
 
     def view(self, canvas: Tensor, quantiles: Tensor) -> Tensor:
-        """Return the networks' input (B, 1, s, s), not augmented; arguments as in `maps`."""
+        """Return the networks' input (B, 1, s, s); arguments as in `maps`."""
         view = canvas_to_view(canvas, self.config.image_size)
         return view if self.reference is None else match_histogram(view, quantiles, self.reference[None])
 
     def maps(self, canvas: Tensor, quantiles: Tensor, partners=None) -> tuple[Tensor, dict[str, Tensor]]:
         """Predict canvases (B, 1, C, C), whose quantile curves are (B, 256).
 
-        Return the view (B, 1, s, s), and by name what `predict` gives, "probability" and
-        "agreement"; with `partners`, canvases whose amplitude makes Fourier views, also "confidence"
-        (B, s, s): exp(-V), V the KL variance between plain and Fourier view.
+        Return the view (B, 1, s, s), and "probability" and "agreement" as `predict` does; with
+        `partners`, canvases whose amplitude makes Fourier views, also "confidence" (B, s, s):
+        exp(-V), V the KL variance between plain and Fourier view.
         """
         view = self.view(canvas, quantiles)
         probability, agreement = predict(self.nets, view, autocast=self.autocast, tta=self.tta)
@@ -68,13 +68,15 @@ class Predictor(NamedTuple):
         if partners is not None:
             plain = predict(self.nets, view, autocast=self.autocast)[0] if self.tta else probability
             other = canvas_to_view(partners, self.config.image_size)
-            fourier, _ = predict(self.nets, repeatable_fourier_view(view, other, self.config), autocast=self.autocast)
-            maps["confidence"] = torch.exp(-kl_variance(*(p.clamp_min(1e-12).log() for p in (plain, fourier))))
+            other = repeatable_fourier_view(view, other, self.config)
+            fourier, _ = predict(self.nets, other, autocast=self.autocast)
+            logits = [p.clamp_min(1e-12).log() for p in (plain, fourier)]
+            maps["confidence"] = torch.exp(-kl_variance(*logits))
         return view, maps
 
 
 class ScanPrediction(NamedTuple):
-    """One scan (patient and phase) as the networks see it: S slices."""
+    """One scan as the networks see it: S slices."""
 
     patient: str
     phase: str
@@ -90,11 +92,12 @@ class ScanPrediction(NamedTuple):
 def predict_scans(
     predictor: Predictor, loader: DataLoader, data: PreparedData, confidence: bool = False
 ) -> Iterator[ScanPrediction]:
-    """Predict every scan of a loader of one scan per batch; a slice's partner is half the scan away."""
+    """Predict scans, each a batch of the loader; a slice's partner is half the scan away."""
     for batch in loader:
-        canvas, quantiles, mask = (batch[name].to(predictor.device) for name in ("image", "quantiles", "mask"))
-        view, maps = predictor.maps(canvas, quantiles, canvas.roll(len(canvas) // 2, 0) if confidence else None)
-        on_grid = F.interpolate(maps["probability"], size=FIELD_PX, mode="bilinear")  # whatever the images' size
+        canvas, curve, mask = (batch[name].to(predictor.device) for name in ("image", "quantiles", "mask"))
+        partners = canvas.roll(len(canvas) // 2, 0) if confidence else None
+        view, maps = predictor.maps(canvas, curve, partners)
+        on_grid = F.interpolate(maps["probability"], size=FIELD_PX, mode="bilinear")
         dice = paper_dice(on_grid, canvas_to_view(mask, FIELD_PX)[:, 0]).cpu().numpy()
         truth = canvas_to_view(mask, view.shape[-1])[:, 0]
         rows = batch["row"].numpy()
@@ -103,7 +106,7 @@ def predict_scans(
 
 
 def mean_dice(scans: Iterable[tuple[str, str, Sequence[float]]]) -> dict[str, float]:
-    """Return the mean (percent) over all slices of a patient's scans: patient, phase, values in [0, 1]."""
+    """Return patients' means (percent) over their slices, of (patient, phase, values in [0, 1])."""
     slices: dict[str, list[float]] = defaultdict(list)
     for patient, _, dice in scans:
         slices[patient] += dice
@@ -113,23 +116,23 @@ def mean_dice(scans: Iterable[tuple[str, str, Sequence[float]]]) -> dict[str, fl
 def to_native(
     scan: ScanPrediction, data: PreparedData, class_names: Sequence[str], *, keep_largest: bool = False
 ) -> tuple[np.ndarray, Volume, list[dict[str, Any]]]:
-    """Map a prediction to its scan's grid (bilinear softmax, argmax, largest components), and score it.
+    """Map a prediction to its scan's grid (bilinear softmax, argmax, largest components); score it.
 
-    Returns:
-        Labels (X, Y, Z) uint8, the truth's file, and by structure `structure_metrics`, volumes (ml),
-        and the truth's voxels, in all and outside the field of view.
+    Return labels (X, Y, Z) uint8, the truth's file, and by structure `structure_metrics`, volumes
+    (ml), and the truth's voxels, in all and outside the field of view.
     """
     truth, size = read_volume(data.truth_path(scan.patient, scan.phase), 3), scan.image.shape[-1]
-    plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, pixel_mm(data.info["spacing_mm"], size))
-    softmax = scan.probability.float().cpu().numpy()  # in its own grid, of all slices at once, it would take gigabytes
-    labels = np.stack([plane.to_native(slice_).argmax(0).astype(np.uint8) for slice_ in softmax], axis=-1)
+    pixel = pixel_mm(data.info["spacing_mm"], size)
+    plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, pixel)
+    softmax = scan.probability.float().cpu().numpy()  # its map of all slices would take gigabytes
+    labels = np.stack([plane.to_native(p).argmax(0).astype(np.uint8) for p in softmax], axis=-1)
     labels = largest_components(labels) if keep_largest else labels
-    voxel_ml, outside, rows = float(np.prod(truth.zooms)) / 1000, ~plane.inside(), []
+    voxel_ml, rows = float(np.prod(truth.zooms)) / 1000, []
     for label, name in enumerate(class_names[1:], start=1):
         masks = labels == label, truth.array == label
+        predicted, voxels = map(np.count_nonzero, masks)
         row = {"patient": scan.patient, "phase": scan.phase, "structure": name}
         row |= structure_metrics(*masks, truth.zooms)
-        row |= {"voxels": np.count_nonzero(masks[1]), "outside_field": np.count_nonzero(masks[1][outside])}
-        row |= {"predicted_ml": np.count_nonzero(masks[0]) * voxel_ml, "truth_ml": row["voxels"] * voxel_ml}
-        rows.append(row)
+        row |= {"voxels": voxels, "outside_field": np.count_nonzero(masks[1][~plane.inside()])}
+        rows.append(row | {"predicted_ml": predicted * voxel_ml, "truth_ml": voxels * voxel_ml})
     return labels, truth, rows

@@ -4,52 +4,54 @@ import json
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 from config import FIELD_PX
-from utils.evaluation.confidence import MONITORED, SCORES
+from utils.evaluation.confidence import SCORES
 from utils.evaluation.metrics import METRICS
 from utils.evaluation.tables import Cell, Table, to_markdown
 
 PHANTOM_WARNING = "Phantom data: these numbers say nothing about real scans."
 PAPER_NOTE = (
-    "Mean ± standard deviation over patients [95 % bootstrap interval]; structures pooled per slice, "
-    f"{FIELD_PX} px grid. Slices with little to see count as others do and pull it below the volumetric Dice."
+    "Mean ± standard deviation over patients [95 % bootstrap interval]; structures pooled per "
+    f"slice, {FIELD_PX} px grid. Slices with little to see pull it below the volumetric Dice."
 )
 
 
 def write_report(
-    path: Path, *, title: str, summary: Mapping[str, Any], tables: Sequence[Table], config: Mapping[str, Any],
+    path: Path, *, title: str, summary: Mapping, tables: Sequence[Table], config: Mapping,
     cases: Table, pictures: Sequence[tuple[str, Path]],
 ) -> None:  # fmt: skip
-    """Write the HTML page of summary.json; pictures are captions with PNG files, of which a missing one is named."""
+    """Write the HTML page; pictures are captions with PNG files, missing or not."""
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     templates = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
-    details = {"config": config} | {key: summary[key] for key in ("content_hash", "trained_by", "evaluated_by")}
+    keys = ("content_hash", "trained_by", "evaluated_by")
+    details = {"config": config} | {key: summary[key] for key in keys}
+    encoded = [b64encode(p.read_bytes()).decode() if p.is_file() else "" for _, p in pictures]
     page = templates.get_template("report.html").render(
-        title=title, warning=PHANTOM_WARNING if summary["phantom"] else "", setting=_setting(summary),
-        paper_dice=paper_dice_cell(summary), paper_note=PAPER_NOTE, tables=tables, cases=cases,
-        pictures=[(text, p, b64encode(p.read_bytes()).decode() if p.is_file() else "") for text, p in pictures],
+        title=title, warning=PHANTOM_WARNING if summary["phantom"] else "", tables=tables, cases=cases,
+        setting=_setting(summary), paper_dice=Cell(**summary["paper_protocol"]), paper_note=PAPER_NOTE,
+        pictures=[(*pair, data) for pair, data in zip(pictures, encoded, strict=True)],
         details=json.dumps(details, indent=2, ensure_ascii=False),
     )  # fmt: skip
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
-def summary_text(title: str, summary: Mapping[str, Any], tables: Sequence[Table]) -> str:
+def summary_text(title: str, summary: Mapping, tables: Sequence[Table]) -> str:
     """Return the content of summary.md; arguments as `write_report`."""
     warning = f"**{PHANTOM_WARNING}**\n\n" if summary["phantom"] else ""
-    paper = f"Paper protocol: Dice (%) {paper_dice_cell(summary)}. {PAPER_NOTE}"
+    paper = f"Paper protocol: Dice (%) {Cell(**summary['paper_protocol'])}. {PAPER_NOTE}"
     return f"# {title}\n\n{_setting(summary)}\n\n{warning}{paper}\n\n{to_markdown(tables)}"
 
 
-def _setting(summary: Mapping[str, Any]) -> str:
+def _setting(summary: Mapping) -> str:
     options = {"tta": ", test-time augmentation", "keep_largest": ", largest components only"}
+    chosen = "".join(text for key, text in options.items() if summary[key])
     return (
         f"Run {summary['run']}, data {summary['data']}. {count(summary['patients'], 'patient')}, "
         f"{100 * summary['ratio']:g} % labelled, seed {summary['seed']}, {summary['image_size']} px"
-        f"{''.join(text for key, text in options.items() if summary[key])}. Method: {summary['method']}. "
+        f"{chosen}. Method: {summary['method']}. "
         f"Checkpoint: {summary['checkpoint']}; selection: {summary['selection']}."
     )
 
@@ -59,62 +61,53 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def paper_dice_cell(summary: Mapping[str, Any]) -> Cell:
-    """Return the one number to quote."""
-    return Cell(**summary["paper_protocol"])
-
-
-def summary_tables(summary: Mapping[str, Any]) -> list[Table]:
-    """Return the content of summary.json as tables, of what the data set and the run have."""
+def summary_tables(summary: Mapping) -> list[Table]:
+    """Return the content of summary.json as tables."""
+    outside = f"{summary['outside_field_percent']:.2f} % of the labelled voxels"
     tables = [Table(
-        "Volumetric, in the scans' own grid", ["structure", *METRICS.values(), "missed", "both empty", "scans"],
+        "Volumetric, in the scans' own grid",
+        ["structure", *METRICS.values(), "missed", "both empty", "scans"],
         [[name, *_means(s, METRICS), s["missed"], s["both_empty"], s["scans"]]
          for name, s in summary["volumetric"].items()],
-        ["Mean over patients [95 % bootstrap interval]; a miss is Dice 0 and distances of the image diagonal. "
-         f"{summary['outside_field_percent']:.2f} % of the labelled voxels lie outside the field of view."],
+        ["Mean over patients [95 % bootstrap interval]; a miss is Dice 0 and distances of the "
+         f"diagonal. {outside} lie outside the field of view."],
     )]  # fmt: skip
     if clinical := summary.get("clinical"):
         tables.append(Table(
-            "Clinical quantities", ["quantity", "n", "truth", "predicted", "bias", "mean error", "SD", "from", "to"],
-            [[f"{name} ({q['unit']})", q["n"], *(Cell(q[key]) for key in ("truth_mean", "predicted_mean")),
+            "Clinical quantities",
+            ["quantity", "n", "truth", "predicted", "bias", "mean error", "SD", "from", "to"],
+            [[f"{name} ({q['unit']})", q["n"], Cell(q["truth_mean"]), Cell(q["predicted_mean"]),
               *_means(q, ("bias", "mae")), *map(Cell, (q["sd"], *(q["limits"] or (None, None))))]
              for name, q in clinical.items()],
-            ["Of the n patients who have both [95 % bootstrap interval]; from, to: limits of agreement."],
+            ["Of the n patients who have both [95 % interval]; from, to: limits of agreement."],
         ))  # fmt: skip
     tables.append(Table(
-        "Calibration", ["pixels", "ECE (%)", "Brier score"],
-        [[name, Cell(c["ece"]), Cell(c["brier"], digits=4)] for name, c in summary["calibration"].items()],
-        ["Of the mean softmax on the network's grid; foreground: structures in truth or prediction."],
+        "Calibration", ["pixels", "ECE (%)"],
+        [[name, Cell(c["ece"])] for name, c in summary["calibration"].items()],
+        ["Of the mean softmax on the network's grid; foreground: in truth or prediction."],
     ))  # fmt: skip
     scores = (*SCORES, "random", "best possible")
     tables.append(Table(
         "Risk when cases are kept by a score", ["cases", "number", *scores],
-        [[kind, r["number"], *(Cell(r[name]) for name in scores)] for kind, r in summary["risk"].items()],
-        ["Mean of 100 − paper Dice over all shares of cases kept, highest score first; lower is better."],
+        [[kind, r["number"], *(Cell(r[name]) for name in scores)]
+         for kind, r in summary["risk"].items()],
+        ["Mean of 100 − paper Dice over all shares kept, highest score first; lower is better."],
     ))  # fmt: skip
-    if pseudo := summary.get("pseudo_labels"):
-        dice = ", ".join(f"{domain} {value:.2f} %" for domain, value in pseudo["dice"].items())
-        tables.append(Table(
-            "Pseudo labels", ["score", "AUROC", "AUROC, foreground"],
-            [[name, *(Cell(s[key], digits=3) for key in ("auroc", "auroc_foreground"))]
-             for name, s in pseudo["scores"].items()],
-            [f"Against at most {MONITORED} hidden masks of source patients, after epoch {pseudo['epoch']}. "
-             f"Dice by domain: {dice}; {pseudo['error']:.2f} % of the pixels are wrong."],
-        ))  # fmt: skip
     return tables
 
 
-def _means(figures: Mapping[str, Any], keys: Iterable[str]) -> list[Cell]:
+def _means(figures: Mapping, keys: Iterable[str]) -> list[Cell]:
     return [Cell(figures[key], ci95=figures[f"{key}_ci95"]) for key in keys]
 
 
-def cases_table(cases: Sequence[Mapping[str, Any]]) -> Table:
-    """Return a line per scan, of the lines of per_case.csv as numbers; a metric may be absent, None or NaN."""
+def cases_table(cases: Sequence[Mapping]) -> Table:
+    """Return a row per scan, of lines of per_case.csv; a metric may be absent, None or NaN."""
     structures = dict.fromkeys(case["structure"] for case in cases)
     columns = {(s, key): f"{s} {name}" for key, name in METRICS.items() for s in structures}
     scans: dict[tuple, dict[tuple[str, str], Cell]] = {}
     for case in sorted(cases, key=lambda case: (case["paper_dice"], case["patient"])):
         scan = scans.setdefault((case["patient"], case["phase"], Cell(case["paper_dice"])), {})
         scan |= {(case["structure"], key): Cell(case.get(key)) for key in METRICS}
-    rows = [[*scan, *(cells.get(column, "–") for column in columns)] for scan, cells in scans.items()]
-    return Table("Cases, worst first", ["patient", "phase", "patient's paper Dice (%)", *columns.values()], rows)
+    rows = [[*scan, *(cells.get(key, "–") for key in columns)] for scan, cells in scans.items()]
+    header = ["patient", "phase", "patient's paper Dice (%)", *columns.values()]
+    return Table("Cases, worst first", header, rows)

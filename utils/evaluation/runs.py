@@ -20,7 +20,7 @@ CHECKPOINT = re.compile(r"best|last|epochs/epoch_\d+")
 
 
 class TrainedRun(NamedTuple):
-    """Both networks of a run, ready to predict, and what was saved beside them."""
+    """Both networks of a run, and what was saved beside them."""
 
     folder: Path
     checkpoint: str  # "best", "last" or a kept epoch such as "epochs/epoch_007"
@@ -30,15 +30,15 @@ class TrainedRun(NamedTuple):
 
 
 def load_run(
-    folder: Path, checkpoint: str, dataset: DatasetInfo, build_network: Callable[..., nn.Module], device: torch.device,
-    *, autocast: Autocast, tta: bool = False,
+    folder: Path, checkpoint: str, dataset: DatasetInfo, build_network: Callable[..., nn.Module],
+    device: torch.device, *, autocast: Autocast, tta: bool = False,
 ) -> TrainedRun:  # fmt: skip
-    """Load the networks of a checkpoint for a `Predictor` with `autocast` and `tta`; raises as `read_run`."""
+    """Load a checkpoint's networks into a `Predictor`; raises as `read_run`."""
     path, metadata, state = read_run(folder, checkpoint, dataset)
     try:
         config = Config(**metadata["config"])
     except (UserError, TypeError) as error:
-        raise UserError(f"{path}: {error}; evaluate it with the code that trained it") from error
+        raise UserError(f"{path}: {error}; use the code that trained it") from error
     nets = [build_network(len(metadata["class_names"])) for _ in range(2)]
     if state is None:
         load_networks(path, nets)
@@ -46,66 +46,75 @@ def load_run(
         for net, weights in zip(nets, state["networks"], strict=True):
             net.load_state_dict(weights)
     nets = [net.to(device, memory_format=torch.channels_last).eval() for net in nets]
-    reference = None if metadata["reference"] is None else torch.tensor(metadata["reference"], device=device)
-    return TrainedRun(folder, checkpoint, Predictor(nets, reference, config, autocast, tta), config, metadata)
+    curve = metadata["reference"]
+    reference = None if curve is None else torch.tensor(curve, device=device)
+    predictor = Predictor(nets, reference, config, autocast, tta)
+    return TrainedRun(folder, checkpoint, predictor, config, metadata)
 
 
-def read_run(folder: Path, checkpoint: str, dataset: DatasetInfo) -> tuple[Path, dict[str, Any], dict | None]:
-    """Return a checkpoint's file, its metadata and, of "last", its state; UserError if it is missing or foreign."""
+def read_run(folder: Path, checkpoint: str, dataset: DatasetInfo) -> tuple[Path, dict, dict | None]:
+    """Return a checkpoint's file, metadata and, of "last", state; UserError if missing or foreign."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such run; train one first: python {dataset.key}_train.py --help")
+        raise UserError(f"{folder}: no such run; train one: python {dataset.key}_train.py --help")
     path, state = folder / f"{checkpoint}.safetensors", None
     if checkpoint == "last":
         path, state = folder / "last.pt", load_checkpoint(folder)
         if state is None:
-            raise UserError(f"{path}: no such file; the run has saved no state, or --run names no run's folder")
+            raise UserError(f"{path}: no such file; the run has saved no state, or is none")
     elif checkpoint != "best" and not path.exists():
         kept = ", ".join(sorted(f"epochs/{file.stem}" for file in folder.glob(KEPT_EPOCHS)))
-        raise UserError(f"{path}: no such file; kept by --keep-epochs of the training: {kept or 'none'}")
+        raise UserError(f"{path}: no such file; --keep-epochs has kept: {kept or 'none'}")
     metadata = read_metadata(path) if state is None else state["metadata"]
-    if metadata["dataset"] != dataset.key:
-        raise UserError(f"{path} was trained on {metadata['dataset']} data: use inference_{metadata['dataset']}.py")
+    if (key := metadata["dataset"]) != dataset.key:
+        raise UserError(f"{path} was trained on {key} data: use inference_{key}.py")
     return path, metadata, state
 
 
 def open_data(run: TrainedRun, data_root: Path | None, dataset: DatasetInfo) -> tuple[PreparedData, str, str]:
-    """Open the data to evaluate a run on, by default its training's; return their folder's name and title, too."""
+    """Open the data to evaluate on, by default the training's; return names of folder and title, too."""
     domain, root = run.config.test_domain, data_root or Path(run.config.data_root)
     if domain == NO_DOMAIN and not data_root:
-        raise UserError(f"{run.folder} was trained on all domains: name other data by --data-root, or scans by --input")
+        raise UserError(f"{run.folder} was trained on all domains: name data by --data-root or --input")
     if not data_root and not root.exists():
         raise UserError(
             f"{run.folder} was trained on the data in {root}, which is not there (seen from "
-            f"{Path.cwd()}): --data-root names the folder where these data lie now"
+            f"{Path.cwd()}): name their folder by --data-root"
         )
     data = PreparedData.open(root, dataset)
     held_out = "all domains" if domain == NO_DOMAIN else f"{dataset.domain_kind} {domain}"
     if not is_other(run.metadata, data.info):
         return data, domain, f"{dataset.name}, held-out {held_out}"
     name = root.resolve().name
-    return data, f"{domain}@{name}", f"{dataset.name}, {held_out} of data other than the training's: {name}"
+    return data, f"{domain}@{name}", f"{dataset.name}, {held_out} of other data: {name}"
 
 
 def is_other(training: dict[str, Any], data: dict[str, Any]) -> bool:
-    """Return True if data are not the training's, by content hash; converted weights know none."""
+    """Return True if data are not the training's; converted weights know no content hash."""
     return training["content_hash"] not in (None, data["content_hash"])
 
 
-def patients_to_evaluate(run: TrainedRun, data: PreparedData, domain: str, dataset: DatasetInfo) -> list[str]:
-    """Return a domain's patients with masks; UserError if there are none, or the training has seen one."""
+def patients_to_evaluate(run: TrainedRun, data: PreparedData, domain: str) -> list[str]:
+    """Return a domain's patients with masks; UserError for none, or one that the training has seen.
+
+    Such a one bears a training patient's name, or its scan has a training scan's voxels.
+    """
     patients = data.patients_with_masks(domain)
     if not patients:
-        raise UserError(f"{data.root}: no {dataset.domain_kind} {domain} with masks to evaluate on: check --data-root")
-    if seen := sorted({*patients} & {*run.metadata["seen"].values()}):
+        raise UserError(f"{data.root}: no masks of domain {domain} to evaluate on: check --data-root")
+    seen = run.metadata["seen"]  # patients by checksum
+    known = {patient: patient for patient in {*patients} & {*seen.values()}}
+    known |= {p: seen[key] for key, p in data.checksums(patients).items() if key in seen}
+    if known:
+        pairs = ", ".join(f"{name} is {known[name]} of the training" for name in sorted(known)[:5])
         raise UserError(
-            f"{run.folder} was trained with {len(seen)} of the patients of {data.root} to evaluate on: "
-            f"{', '.join(seen[:5])}. Evaluate on others, or rename these if they only share their names"
+            f"{run.folder} has seen {len(known)} of the patients of {data.root} in its training: {pairs}. "
+            "Evaluate on others, or rename those that only share a name"
         )
     return patients
 
 
 def method_name(metadata: dict[str, Any]) -> str:
-    """Return the name of a run's method; an unknown mode goes by its own name."""
+    """Name a run's method; an unknown mode goes by its own name."""
     config = metadata["config"]
     if config["cps_weight"] == 0:
         return "supervised only"

@@ -2,12 +2,12 @@
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,34 +31,31 @@ Center = tuple[float, float] | Literal["auto"] | None
 
 
 def segment_files(
-    run: TrainedRun, dataset: DatasetInfo, inputs: Sequence[Path], output: Path, *, overwrite: bool = False,
-    volumes: bool = False, confidence: bool = False, center: Center = None, keep_largest: bool = False,
-    batch_size: int = 8,
+    run: TrainedRun, dataset: DatasetInfo, inputs: Sequence[Path], output: Path, *,
+    overwrite: bool = False, volumes: bool = False, confidence: bool = False, center: Center = None,
+    keep_largest: bool = False, batch_size: int = 8,
 ) -> None:  # fmt: skip
-    """Segment files, and all NIfTI files of folders, into OUTPUT/STEM_seg.nii.gz; measures into quality.csv.
+    """Segment files, and NIfTI files of folders, into OUTPUT/STEM_seg.nii.gz; measures into quality.csv.
 
-    With `confidence` also STEM_confidence.nii.gz (exp(-V), V the KL variance between plain and Fourier
-    view) and STEM_agreement.nii.gz (exp(-KL) between the networks); with `volumes` also volumes.csv.
+    `confidence` adds STEM_confidence.nii.gz (exp(-V), V the KL variance between plain and Fourier
+    view) and STEM_agreement.nii.gz (exp(-KL) between the networks); `volumes` adds volumes.csv.
 
-    Without `overwrite`, nothing that is there is replaced: the same command goes on after an
-    interruption, with the scans that lack a map or lines in a table. A bad file does not stop the others.
-
-    Raises:
-        UserError: no input, two inputs of one name, an output that cannot be written, or maps there that
-            this program did not make; after all others, the files that failed.
+    Without `overwrite`, only scans that lack a map or lines in a table are done. UserError for wrong
+    inputs or outputs, and in the end for the files that failed.
     """
     scans, outputs, kinds = _scans(inputs), OutputFolder(output), MAPS if confidence else ["seg"]
     names = {stem: [f"{stem}_{kind}.nii.gz" for kind in kinds] for stem in scans}
     tables = ["quality.csv", "volumes.csv"] if volumes else ["quality.csv"]
     outputs.require_free(*tables, *chain(*names.values()))
     require_writable(output, "--output")
-    done = set.intersection(*({row["scan"] for row in _read_lines(output / table).rows} for table in tables))
-    done = {stem for stem in done & scans.keys() if all((output / name).exists() for name in names[stem])}
+    done = {stem for stem in scans if all((output / name).exists() for name in names[stem])}
+    for table in tables:
+        done &= {row["scan"] for row in _read_lines(output / table).rows}
     if done and not overwrite:
         print(f"{len(done)} of {len(scans)} scans are done already; --overwrite does them anew")
         scans = {stem: path for stem, path in scans.items() if stem not in done}
-    options = {"confidence": confidence, "center": center, "keep_largest": keep_largest, "batch_size": batch_size}
-    problems = []
+    problems, options = [], {"confidence": confidence, "center": center}
+    options |= {"keep_largest": keep_largest, "batch_size": batch_size}
     for stem, path in tqdm(scans.items(), unit="scan", desc="segment"):
         try:
             with memory_errors(path, f", or a smaller --batch-size (now {batch_size})"):
@@ -83,18 +80,18 @@ def segment_files(
 
 
 def _scans(inputs: Sequence[Path]) -> dict[str, Path]:
-    """Return the scans by name, without ending; UserError for none, or two of one name."""
+    """Return the scans by stem; UserError for none, or two of one name."""
     scans: dict[str, Path] = {}
     for path in nifti_files(inputs):
         stem = file_stem(path)
         if path not in inputs and scan_name(path).kind:
             print(f"left out as a label map, by its name: {path}")
         elif stem in scans:
-            raise UserError(f"several inputs would be written as {stem}_seg.nii.gz: use another --output for one")
+            raise UserError(f"several inputs would be {stem}_seg.nii.gz: use another --output for one")
         else:
             scans[stem] = path
     if not scans:
-        raise UserError(f"no .nii or .nii.gz scan in {', '.join(map(str, inputs))} (subfolders are not searched)")
+        raise UserError(f"no .nii or .nii.gz scan in {', '.join(map(str, inputs))}, subfolders aside")
     return scans
 
 
@@ -102,22 +99,22 @@ def _read_lines(path: Path) -> Table:
     return read_table(path) if path.exists() else Table([], [])
 
 
-def _write_lines(path: Path, scan: str, lines: Sequence[dict[str, Any]]) -> None:
-    """Write a scan's lines in place of its earlier ones; other scans, and the user's columns, stay."""
-    table = _read_lines(path)
-    header = {name.casefold(): name for name in [*table.columns, "scan", *lines[0]]}
+def _write_lines(path: Path, scan: str, lines: Sequence[dict]) -> None:
+    """Write a scan's lines in place of its earlier ones; other scans and the user's columns stay."""
+    table, lines = _read_lines(path), [{"scan": scan, **line} for line in lines]
+    header = {name.casefold(): name for name in [*table.columns, *lines[0]]}
     rows = [row for row in table.rows if row["scan"] != scan]
-    rows += [{name.casefold(): value for name, value in {"scan": scan, **line}.items()} for line in lines]
+    rows += [{name.casefold(): value for name, value in line.items()} for line in lines]
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.DictWriter(file, header).writerows([header, *rows])
 
 
 def _read_scan(path: Path) -> Volume:
-    """Read a scan, slices on the third axis; UserError for one that cannot be read or is not plausible."""
     volume = read_volume(path)
     zooms, axis = np.round(volume.zooms, 2), int(np.argmax(volume.zooms))
     if axis != 2 and zooms[axis] > 1.05 * sorted(zooms)[1]:
-        raise UserError(f"voxels of {zooms.tolist()} mm: slices on axis {axis + 1}, not 3: exchange the axes (nibabel)")
+        problem = f"voxels of {zooms.tolist()} mm: slices on axis {axis + 1}, not 3"
+        raise UserError(f"{problem}: exchange the axes (nibabel)")
     if reasons := implausible(volume, any_thickness=True):
         raise UserError("; ".join(reasons))
     if volume.warning:
@@ -126,14 +123,14 @@ def _read_scan(path: Path) -> Volume:
 
 
 def segment_volume(
-    volume: Volume, predictor: Predictor, dataset: DatasetInfo, *, confidence: bool = False, center: Center = None,
-    keep_largest: bool = False, batch_size: int = 8,
-) -> tuple[dict[str, np.ndarray], list[dict[str, Any]]]:  # fmt: skip
+    volume: Volume, predictor: Predictor, dataset: DatasetInfo, *, confidence: bool = False,
+    center: Center = None, keep_largest: bool = False, batch_size: int = 8,
+) -> tuple[dict[str, np.ndarray], list[dict]]:  # fmt: skip
     """Segment all frames of a 3D or 4D volume, slices on the third axis.
 
-    `center` is the voxel of the organ's centre in a slice, "auto" as the networks find it, None the image's.
-    Return maps of the volume's shape by name (MAPS), 0 outside the field of view, of which "seg" holds
-    labels; and `structure_quality` of every frame, before `keep_largest`.
+    `center` is a voxel of a slice, "auto" the one that the networks find, None the middle. Return
+    by name MAPS of the volume's shape, 0 outside the field of view, and of every frame
+    `structure_quality`, before `keep_largest`.
     """
     shape, frames, size = volume.array.shape, frame_count(volume), predictor.config.image_size
     if confidence and shape[2] < 2:
@@ -150,7 +147,8 @@ def segment_volume(
     maps = {kind: np.empty((frames, shape[2], *shape[:2]), MAPS[kind]) for kind in kinds}
     for frame in range(frames):
         seen = {kind: np.empty((shape[2], size, size), MAPS[kind]) for kind in {*maps, "agreement"}}
-        for z, predicted in enumerate(predict(frame_slices(volume, frame), plane, predictor, confidence=confidence)):
+        slices = frame_slices(volume, frame)
+        for z, predicted in enumerate(predict(slices, plane, predictor, confidence=confidence)):
             for name, array in seen.items():
                 array[z] = predicted[name].argmax(0) if name == "seg" else predicted[name]
             for name, array in maps.items():
@@ -160,32 +158,32 @@ def segment_volume(
             maps["seg"][frame] = largest_components(maps["seg"][frame])
         for row in structure_quality(seen.pop("seg"), seen, dataset.class_names, voxel_ml):
             quality.append({"frame": frame} | row)
-    return {name: array.transpose(2, 3, 1, 0).reshape(shape) for name, array in maps.items()}, quality
+    maps = {name: array.transpose(2, 3, 1, 0).reshape(shape) for name, array in maps.items()}
+    return maps, quality
 
 
-def _predict_slices(
-    slices: np.ndarray, plane: PlaneMap, predictor: Predictor, dataset: DatasetInfo, batch_size: int, confidence=False
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yield the softmax "seg" (K, size, size) and the other maps (size, size) of each slice (X, Y)."""
-    # Slice by slice, as all that follows: a whole scan at its own resolution, with all classes, takes gigabytes.
+def _predict_slices(slices, plane, predictor, dataset, batch_size, confidence=False) -> Iterator[dict]:
+    """Yield softmax "seg" (K, size, size) and other maps (size, size) of each slice (X, Y)."""
+    # Slice by slice: a whole scan in its own grid, with all classes, takes gigabytes.
     normalized = (dataset.normalize(image[None].astype(np.float32)) for image in slices)
     canvas = np.concatenate([plane.to_canvas(image).astype(np.float16) for image in normalized])
     # A new scan has no partners from other scanners: half the scan away lies another amplitude.
-    partners = np.roll(range(len(canvas)), len(canvas) // 2)
+    partners = np.roll(canvas, len(canvas) // 2, 0)
     for first in range(0, len(canvas), batch_size):
-        images, others = canvas[first : first + batch_size], canvas[partners[first : first + batch_size]]
-        arrays = images[:, None], quantile_curves(images), *([others[:, None]] if confidence else [])
+        images, others = (part[first : first + batch_size, None] for part in (canvas, partners))
+        arrays = images, quantile_curves(images[:, 0]), *([others] if confidence else [])
         batch = [torch.from_numpy(array).to(predictor.device) for array in arrays]
         maps = {name: values.cpu().numpy() for name, values in predictor.maps(*batch)[1].items()}
         maps["seg"] = maps.pop("probability")
-        yield from (dict(zip(maps, values, strict=True)) for values in zip(*maps.values(), strict=True))
+        for n in range(len(images)):
+            yield {name: values[n] for name, values in maps.items()}
 
 
-def _locate(volume: Volume, plane: PlaneMap, predict: Callable[..., Iterable[dict]]) -> tuple[float, float] | None:
-    """Return and print the voxel of the organ's centre in a slice; None if the networks find nothing.
+def _locate(volume: Volume, plane: PlaneMap, predict) -> tuple[float, float] | None:
+    """Return and print the voxel of the organ's centre in a slice; None if nothing is found.
 
-    They look at overlapping windows of the first frame, in all as many as the scan has slices. The
-    centre is that of the connected region with the most foreground.
+    The networks look at overlapping windows of the first frame, in all as many as the scan has
+    slices. The centre is that of the connected region with the most foreground.
     """
     shape, zooms = np.array(plane.shape), np.array(plane.zooms)
     reach = (shape * zooms / plane.spacing - FIELD_PX).clip(0)  # px that the field of view can move
@@ -196,15 +194,15 @@ def _locate(volume: Volume, plane: PlaneMap, predict: Callable[..., Iterable[dic
     chosen = slices[((np.arange(depth) + 0.5) * len(slices) / depth).astype(int)]
     most, center = 0.0, None
     for window in windows:
-        found = predict(chosen, replace(plane, center=tuple(window)))
-        foreground = np.stack([1 - maps["seg"][0] for maps in found])
+        predicted = predict(chosen, replace(plane, center=tuple(window)))
+        foreground = np.stack([1 - maps["seg"][0] for maps in predicted])
         heat = (foreground * (foreground > 0.5)).sum(0)
         regions, count = ndimage.label(heat)
         sums = ndimage.sum(heat, regions, range(1, count + 1))
         if count and sums.max() > most:
             most, size = sums.max(), len(heat)
-            place = np.array(ndimage.center_of_mass(heat, regions, 1 + sums.argmax())) - (size - 1) / 2
-            voxel = window + place * pixel_mm(plane.spacing, size) / zooms
+            place = np.array(ndimage.center_of_mass(heat, regions, 1 + sums.argmax()))
+            voxel = window + (place - (size - 1) / 2) * pixel_mm(plane.spacing, size) / zooms
             center = tuple(voxel.clip(0, shape - 1).round(1).tolist())
     tqdm.write(f"center: {center or 'of the image, as the networks find nothing'}")
     return center
@@ -212,39 +210,43 @@ def _locate(volume: Volume, plane: PlaneMap, predict: Callable[..., Iterable[dic
 
 def structure_quality(
     labels: np.ndarray, certainty: dict[str, np.ndarray], class_names: Sequence[str], voxel_ml: float
-) -> list[dict[str, Any]]:
-    """Return the measures of every structure in predicted labels (Z, H, W) on the network's grid.
+) -> list[dict]:
+    """Measure every structure in predicted labels (Z, H, W) on the network's grid.
 
-    They are volume_ml; the mean in the structure of each map of `certainty` (Z, H, W); components, the
-    number of connected ones (26 neighbours); gaps, the share of slices between first and last without it.
+    Return volume_ml; the mean of each map of `certainty` (Z, H, W); components (26 neighbours), their
+    number; gaps, the share of slices between first and last that lack it.
     """
     rows = []
     for label, name in enumerate(class_names[1:], start=1):
         mask = labels == label
         slices = np.flatnonzero(mask.any((1, 2)))
         row = {"structure": name, "volume_ml": float(mask.sum() * voxel_ml)}
-        row |= {key: float(values[mask].mean()) if len(slices) else None for key, values in certainty.items()}
+        for key, values in certainty.items():
+            row[key] = float(values[mask].mean()) if len(slices) else None
         row["components"] = int(ndimage.label(mask, np.ones((3, 3, 3)))[1])
         row["gaps"] = 1 - len(slices) / (np.ptp(slices) + 1) if len(slices) else 0.0
         rows.append(row)
     return rows
 
 
-def clinical_figures(volume: Volume, labels: np.ndarray, dataset: DatasetInfo) -> tuple[dict[str, Any], str]:
-    """Return the clinical quantities by name, None where fewer than two frames are usable, and a remark.
+def clinical_figures(volume: Volume, labels: np.ndarray, dataset: DatasetInfo) -> tuple[dict, str]:
+    """Return clinical quantities by name, None with fewer than two usable frames, and a remark.
 
-    ED and ES are the frames, not constant, in which the first structure, the LV, is largest and smallest.
+    ED and ES are the frames, not constant, in which the LV is largest and smallest.
     """
-    names, frames, voxel_ml = dataset.class_names[1:], frame_count(volume), math.prod(volume.zooms) / 1000
+    names, frames = dataset.class_names[1:], frame_count(volume)
     labels = labels.reshape(*labels.shape[:3], frames)
-    ml = {name: (labels == value).sum((0, 1, 2)) * voxel_ml for value, name in enumerate(names, start=1)}
-    lv, remark = ml[names[0]], ""
+    voxels = {name: (labels == value).sum((0, 1, 2)) for value, name in enumerate(names, start=1)}
+    ml = {name: count * math.prod(volume.zooms) / 1000 for name, count in voxels.items()}
+    lv, remarks = ml[names[0]], []
     usable = [t for t in range(frames) if lv[t] and np.ptp(frame_slices(volume, t))]
     if left_out := ", ".join(str(t) for t in range(frames) if t not in usable):
-        remark = f"frames {left_out} (from 0) are blank or without {names[0]}: left out; "
+        remarks.append(f"frames {left_out} (from 0), blank or without {names[0]}, are left out")
     phases = {"ED": max(usable, key=lv.item, default=0), "ES": min(usable, key=lv.item, default=0)}
     volumes = {(phase, name): float(ml[name][t]) for phase, t in phases.items() for name in names}
-    row = phases | {f"{name} ({unit})": value for name, (value, unit) in dataset.clinical(volumes).items()}
+    quantities = dataset.clinical(volumes).items()
+    row = phases | {f"{name} ({unit})": value for name, (value, unit) in quantities}
     if len(usable) < 2:
-        row, remark = dict.fromkeys(row), f"{remark}fewer than two frames are left: no clinical figures"
-    return row, remark.removesuffix("; ")
+        row = dict.fromkeys(row)
+        remarks.append("fewer than two frames are left: no clinical figures")
+    return row, "; ".join(remarks)

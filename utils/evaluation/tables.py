@@ -1,4 +1,4 @@
-"""A table and the formats it is printed in: Markdown, CSV and LaTeX here, HTML by report.html."""
+"""A table in Markdown, CSV and LaTeX; report.html prints it as HTML."""
 
 import csv
 import io
@@ -20,14 +20,13 @@ class Cell(NamedTuple):
     std: float | None = None
     ci95: Sequence[float] | None = None
     remark: str = ""  # printed in brackets, such as "2 seeds"
-    digits: int = 2
 
     def __str__(self) -> str:
         if self.mean is None or math.isnan(self.mean):
             return "–"
         spread = "" if self.std is None else f" ± {self.std:.2f}"
         spread += "" if self.ci95 is None else " [{:.2f}, {:.2f}]".format(*self.ci95)
-        return f"{self.mean:.{self.digits}f}{spread}" + (self.remark and f" ({self.remark})")
+        return f"{self.mean:.2f}{spread}" + (self.remark and f" ({self.remark})")
 
 
 class Table(NamedTuple):
@@ -40,7 +39,7 @@ class Table(NamedTuple):
 
 
 def to_markdown(tables: Sequence[Table]) -> str:
-    """Return each table with its title above and its notes below."""
+    """Return each table with its title and notes."""
     blocks = []
     for table in tables:
         lines = [table.header, ["---"] * len(table.header), *table.rows]
@@ -50,7 +49,7 @@ def to_markdown(tables: Sequence[Table]) -> str:
 
 
 def to_csv(tables: Sequence[Table]) -> str:
-    """Return a line per entry, numbers unrounded, without the notes."""
+    """Return a line per entry, numbers unrounded."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["table", "row", "column", "mean", "sd", "low", "high", "remark"])
@@ -63,7 +62,7 @@ def to_csv(tables: Sequence[Table]) -> str:
 
 
 def to_latex(tables: Sequence[Table]) -> str:
-    r"""Return each table in LaTeX, shrunk to the width of a line where it is wider."""
+    r"""Return each table in LaTeX, shrunk to the line where it is wider."""
     lines = [r"% needs \usepackage{booktabs} and \usepackage{graphicx}"]
     for table in tables:
         caption = " ".join([f"{table.title}.", *table.notes]).translate(LATEX)
