@@ -1,4 +1,4 @@
-"""Every setting of a run, with its default for each data set. Edit here, or give any field as a flag.
+"""Every setting of a run, with its default for each data set. Edit here, or give it as a flag.
 
 python mms_train.py --test-vendor D --ratio 0.05 --num-epoch 50
 python mms_train.py --help
@@ -26,7 +26,7 @@ LEAST = dict.fromkeys(("seed", "val_patients", "save_every", "keep_epochs", "wor
 
 
 def pixel_mm(spacing: float, size: int) -> float:
-    """Return the mm per px of the field of view at `size` px, where the canvas has `spacing` mm per px."""
+    """Return the mm per px at an image size, where the canvas has `spacing` mm per px."""
     return spacing * FIELD_PX / size
 
 
@@ -35,28 +35,28 @@ class DataSettings:
     """What is trained on, and which domain is held out."""
 
     data_root: str  # Folder of the prepared data, as `prepare` has written it.
-    # Domain to hold out, which training never sees; "none" trains on all of them, for use on other data.
+    # Domain to hold out, which training never sees; "none" trains on all, for use on other data.
     test_domain: Annotated[str, tyro.conf.arg(aliases=["--test-vendor"])]
-    ratio: float  # Share of the patients that is labelled, in (0, 1]; 1 is the fully supervised upper bound.
-    val_patients: int = 0  # Number of labelled patients per source domain that only select the checkpoint.
-    use_extra_unlabeled: bool = False  # Train on the source domains' scans that come without masks, too.
-    image_size: int = FIELD_PX  # Size of the images in px, 32 to 288; all sizes show the same field of view.
+    ratio: float  # Share of labelled patients, in (0, 1]; 1 is the upper bound.
+    val_patients: int = 0  # Labelled patients per source domain that only select weights.
+    use_extra_unlabeled: bool = False  # Train on source scans without masks, too.
+    image_size: int = FIELD_PX  # Image size in px, 32 to 288; the field of view stays.
 
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationSettings:
     """Random changes of the images; lengths in px are given for 288 px, whatever the image size."""
 
-    rotation: int = 90  # Largest rotation in degrees, 0 to 360; angles are drawn uniformly from 0 on.
+    rotation: int = 90  # Largest rotation in degrees, 0 to 360.
     max_shift: int = 6  # Largest shift along each axis in px, 0 to 6.
     flip: bool = True  # Flip horizontally and vertically, each with probability 0.5.
     blur: bool = True  # Blur with a Gaussian of a sigma drawn from 0.25 to 1.25 px.
-    histogram_matching: bool = True  # Match histograms to images of the first source domain (at test: to their mean).
-    fourier_aug: bool = True  # Make the Fourier views; without them only --cps-loss plain is possible.
-    fourier_mode: Literal["AS", "AM"] = "AS"  # Swap the amplitude of low frequencies (AS) or mix that of all (AM).
-    fourier_window: float = 0.01  # Half-width of the square that AS swaps, as a share of 288 px (L).
+    histogram_matching: bool = True  # Match histograms to the first source domain.
+    fourier_aug: bool = True  # Make Fourier views, which all but --cps-loss plain need.
+    fourier_mode: Literal["AS", "AM"] = "AS"  # Swap low amplitudes or mix all.
+    fourier_window: float = 0.01  # Half-width of what AS swaps, a share of 288 px (L).
     fourier_ratio: float = 1.0  # Share of the other image's amplitude in AS, 0 to 1 (lambda).
-    fourier_alpha: float = 0.3  # Largest share of the other image's amplitude in AM, 0 to 1 (alpha).
+    fourier_alpha: float = 0.3  # Largest share of its amplitude in AM, 0 to 1 (alpha).
     cutmix: bool = True  # Give the pseudo supervision pairs of images that are mixed by boxes.
 
 
@@ -64,14 +64,14 @@ class AugmentationSettings:
 class MethodSettings:
     """The objective, and what the networks begin with."""
 
-    # Weigh each pixel by its confidence (pixel), the mean loss by it as released (scalar), or nothing (plain).
+    # Weigh each pixel by its confidence (pixel), the mean loss, as released (scalar), or nothing.
     cps_loss: Literal["pixel", "scalar", "plain"] = "pixel"
-    cps_weight: float  # Weight of the pseudo supervision, at least 0 (beta); 0 trains on labelled images only.
+    cps_weight: float  # Weight of the pseudo supervision (beta), at least 0; 0: none.
     cps_warmup: float = 0  # Number of epochs before the pseudo supervision begins.
     cps_ramp: float = 0  # Number of epochs over which its weight then rises to --cps-weight.
-    dice_background: bool = True  # Count the background as a class of the supervised Dice loss, too.
-    pretrained: str = "timm"  # ImageNet weights to begin with: "timm", "none" or the path of a resnet50_v1c.pth.
-    init_from: str | None = None  # Folder of a run whose best networks this one begins with, instead of ImageNet's.
+    dice_background: bool = True  # The Dice loss has a background class, too.
+    pretrained: str = "timm"  # ImageNet weights: "timm", "none", or a resnet50_v1c.pth.
+    init_from: str | None = None  # Run folder to take the first weights from.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +81,10 @@ class OptimisationSettings:
     # Learning rate of AdamW, above 0; it stays constant.
     lr: Annotated[float, tyro.conf.arg(aliases=["--learning-rate"])] = 1e-4
     weight_decay: float = 0.01  # Weight decay of AdamW, at least 0.
-    num_epoch: int = 50  # Number of epochs; one shows every unlabelled image once (and once more as CutMix partner).
-    batch_size: int = 32  # Labelled images per batch and process, at least 2; twice as many unlabelled with CutMix.
-    accumulate: int = 1  # Batches per step, whose gradients are averaged: a large batch on a small GPU.
-    max_steps: int | None = None  # Number of steps after which training ends, if the epochs have not ended before.
+    num_epoch: int = 50  # Epochs; one shows every unlabelled image once.
+    batch_size: int = 32  # Labelled images per batch and process, at least 2.
+    accumulate: int = 1  # Batches whose gradients make a step, for a small GPU.
+    max_steps: int | None = None  # Steps after which training ends.
     seed: int = 0  # Seed of weights, sampling, augmentation and dropout, at least 0.
 
 
@@ -92,19 +92,19 @@ class OptimisationSettings:
 class RunSettings:
     """Where the run is written, and on what it is computed; its result does not depend on these."""
 
-    demo: bool = False  # Train small on synthetic data that the program makes itself; needs no data.
-    run_name: str  # Folder under --out-root; {test_domain}, {ratio} and {seed} stand for the settings.
+    demo: bool = False  # Train small, on synthetic data that it makes itself.
+    run_name: str  # Folder in --out-root; {seed}, {ratio}, ... stand for settings.
     out_root: str = "runs"  # Folder of all runs.
     restart: bool = False  # Delete the run of this name and begin anew, instead of resuming it.
     save_every: int = 0  # Steps between checkpoints inside an epoch; 0 saves at epoch ends only.
     keep_epochs: int = 0  # Number of last epochs whose networks stay in epochs/, 0.3 GB each.
-    device: str = "auto"  # Device to compute on: "cuda", "cpu", or "auto" for a GPU where there is one.
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # Precision of the networks; auto is bf16 where it is faster.
+    device: str = "auto"  # "cuda", "cpu", or "auto" for a GPU where there is one.
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # Auto: bf16 if faster.
     compile: bool = False  # Compile the networks: minutes at the start, then faster steps.
-    checkpoint_activations: bool = False  # Recompute activations in the backward pass: less memory, slower steps.
-    monitor_pseudo_labels: bool = False  # Compare the pseudo labels with hidden source masks after each epoch.
+    checkpoint_activations: bool = False  # Recompute activations: less memory, slower.
+    monitor_pseudo_labels: bool = False  # Compare pseudo labels with hidden masks.
     workers: int = 4  # Processes for each of the two loaders; 0 reads in the training process.
-    wandb: bool = True  # Log to wandb, online when an account is configured, else into the run folder only.
+    wandb: bool = True  # Log to wandb, online where an account is configured.
 
 
 GROUPS = (DataSettings, AugmentationSettings, MethodSettings, OptimisationSettings, RunSettings)
@@ -148,7 +148,7 @@ class Config(*reversed(GROUPS)):
                 raise UserError(rule)
 
 
-# Settings that neither the method nor its result depends on ("precision" does change the last digits).
+# Settings that the result does not depend on ("precision" changes its last digits).
 RUNTIME_SETTINGS = frozenset({field.name for field in fields(RunSettings)} | {"data_root"}) - {"demo", "precision"}
 
 

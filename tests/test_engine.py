@@ -11,12 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import build_tiny_network, start_process
 from safetensors.torch import load_file
 
 import mms_dataloader
 import scgm_dataloader
-import utils.run.folder as folder_module
 from utils import engine
 from utils.data.loaders import SliceDataset, build_loaders
 from utils.device import Process
@@ -24,7 +22,7 @@ from utils.engine import EXIT_INTERRUPTED, Interrupt, fit
 from utils.errors import UserError
 from utils.evaluation.runs import method_name
 from utils.run.checkpoint import load_checkpoint, read_metadata
-from utils.trainer import MAX_BAD_STEPS, Trainer, batch_norms, derive_seed
+from utils.trainer import MAX_BAD_STEPS, Trainer, batch_norms
 
 CPU = torch.device("cpu")
 MMS = mms_dataloader.DATASET
@@ -168,28 +166,6 @@ def test_the_images_that_select_the_weights_are_called_what_they_are(mms_config,
         assert f"on {expected};" in read_metadata(Path(cfg.out_root, cfg.run_name, "best.safetensors"))["selection"]
 
 
-def run_until_killed(cfg, step):
-    original = Trainer.train_step
-
-    def stepping(self, batches, **options):
-        original(self, batches, **options)
-        if self.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Trainer.train_step = stepping
-    run(cfg, build_tiny_network)
-
-
-def test_killed_run_resumes_from_its_last_checkpoint(mms_config, build_tiny):
-    """SIGKILL leaves no chance to save: whatever came after the checkpoint is done again, to the bit."""
-    whole = run(replace(mms_config, run_name="whole"), build_tiny)
-    cfg = replace(mms_config, run_name="killed", workers=1)
-    child = start_process(run_until_killed, cfg, 5)
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
-    assert_same(whole, run(cfg, build_tiny))
-
-
 def test_moments_in_another_memory_layout_are_resumed_alike(mms_config, build_tiny):
     """The fused optimiser would take them for others, without a word; the weights lie channels_last."""
     loaders = build_loaders(mms_config, MMS)
@@ -264,18 +240,6 @@ def test_last_epochs_are_kept_and_restart_deletes_only_ours(mms_config, build_ti
     assert all(torch.equal(kept[f"1.{key}"], value) for key, value in state["networks"][1].items())
     run(replace(cfg, num_epoch=1, keep_epochs=0, restart=True), build_tiny)
     assert [path.name for path in (folder / "epochs").iterdir()] == ["mine.txt"]
-
-
-def test_kept_epochs_count_in_the_space(mms_config, monkeypatch, tmp_path):
-    needs = []
-    monkeypatch.setattr(folder_module, "require_space", lambda folder, need: needs.append(need))
-    cfg = replace(mms_config, num_epoch=9)
-    (cfg.folder / "epochs").mkdir(parents=True)
-    for name in ("epoch_001", "epoch_002"):
-        (cfg.folder / f"epochs/{name}.safetensors").touch()
-    for changes in ({}, {"keep_epochs": 5}, {"keep_epochs": 99}, {"keep_epochs": 1}):
-        folder_module.begin_run(replace(cfg, **changes), 1, {}, 100)
-    assert needs == [1000, 1000 + 400, 1000 + 800, 1000 + 100]  # to come, and the one more before an old one goes
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -515,15 +479,6 @@ def test_run_folder_admits_one_process(mms_config, build_tiny):
     fit(replace(mms_config, max_steps=1), loaders, build_tiny, Process(CPU))
 
 
-def test_weights_that_were_not_trained_here_are_kept(mms_config, build_tiny):
-    folder = Path(mms_config.out_root) / "run"
-    folder.mkdir(parents=True)
-    (folder / "best.safetensors").write_bytes(b"converted")
-    with pytest.raises(UserError, match="does not say that this program made it"):
-        run(mms_config, build_tiny)
-    assert (folder / "best.safetensors").read_bytes() == b"converted"
-
-
 @pytest.mark.parametrize("change", [{"fourier_aug": False, "cps_loss": "plain"}, {"cutmix": False}, {"cps_weight": 0.0},
                                     {"cps_loss": "scalar"}, {"fourier_mode": "AM"}, {"histogram_matching": False},
                                     {"val_patients": 1}])  # fmt: skip
@@ -544,8 +499,3 @@ def test_training_learns(mms_config, build_tiny):
     _, lines = run(cfg, build_tiny)
     assert lines[-1]["supervised"] < 0.8 * lines[0]["supervised"]
     assert lines[-1]["val_dice"] > 15
-
-
-def test_seeds_are_distinct():
-    seeds = {derive_seed(0, stream, step) for stream in range(3, 7) for step in range(500)}
-    assert len(seeds) == 2000 and max(seeds) < 2**63

@@ -38,7 +38,7 @@ def benchmark(
     precision: tuple[Literal["auto", "bf16", "fp32"], ...] = ("auto",), baseline: bool = False, compile: bool = False,
     checkpoint_activations: bool = False, workers: int = 4, steps: int = 10, out: Path | None = None,
 ) -> None:  # fmt: skip
-    """Measure the training step, the input pipeline and inference; medians of synchronised times after a warm-up.
+    """Measure the training step and inference: medians of synchronised times after a warm-up.
 
     Args:
         device: "auto", "cuda" or "cpu", as in training.
@@ -74,7 +74,7 @@ def benchmark(
 
 
 def measure(column: str, cfg: Config, process: Process, steps: int) -> dict[str, float]:
-    """Return the figures of a column, "baseline" or a precision, by name; the name carries the unit."""
+    """Return the figures of a column ("baseline" or a precision) by name with unit."""
     cfg = replace(cfg, precision="fp32" if column == "baseline" else column)
     device, trainer = process.device, Trainer(cfg, build_loaders(cfg, DATASET), build_network, process)
     if column == "baseline":

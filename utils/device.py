@@ -1,4 +1,4 @@
-"""Where a program computes: its device and precision, and its place among the processes that torchrun started."""
+"""Where a program computes: device, precision, and its place among the processes of torchrun."""
 
 import os
 import re
@@ -52,7 +52,7 @@ def process_group(device: str) -> Iterator[Process]:
 
 
 def choose_device(name: str, number: int = 0) -> torch.device:
-    """Return the device of that name; "auto" is GPU `number` where there is one, with a warning where there is none."""
+    """Return the device of that name; "auto" is GPU `number` where there is one, else the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and number == 0:
@@ -78,7 +78,7 @@ def autocast_context(device: torch.device, precision: str) -> AbstractContextMan
 
 @cache
 def bf16_is_faster(device_type: str) -> bool:
-    """Tell whether products in bf16 are faster than in float32: natively on GPUs; on CPUs by AMX, or AMD's AVX-512.
+    """Tell whether bf16 is faster than float32: natively on GPUs; on CPUs by AMX, or AMD's AVX-512.
 
     Intel's AVX-512 BF16 without AMX gains nothing over its float32 (docs/benchmark.md).
     """
@@ -116,7 +116,7 @@ def gather(items: list[Any]) -> list[Any]:
 
 @contextmanager
 def main_first(process: Process) -> Iterator[None]:
-    """Let the other processes wait for the block of the main one, whose UserError ends them, too, without a word."""
+    """Let the other processes wait for the main one, whose UserError ends them without a word."""
     failed = False
     try:
         yield

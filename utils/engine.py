@@ -26,7 +26,7 @@ SYNC_EVERY = 10  # steps between looks at the device's counters, for the progres
 
 
 def fit(cfg: Config, loaders: Loaders, build_network: BuildNetwork, process: Process, *, last: bool = True) -> None:
-    """Train two networks by `cfg`, resuming the run of that name if there is one; the main process writes.
+    """Train two networks by `cfg`, resuming the run of that name; the main process writes.
 
     Args:
         last: no other run follows, which a signal during the last step would have to keep from beginning.
@@ -52,7 +52,7 @@ def fit(cfg: Config, loaders: Loaders, build_network: BuildNetwork, process: Pro
             log_step(trainer, logger, always=epoch_ends)
             if epoch_ends:
                 end_epoch(trainer, logger)
-            # Between epochs the processes learn of a signal a step later, so that none waits for the device.
+            # Several processes learn of a signal a step later: none waits for the device.
             alone = process.world_size == 1
             stop = any_process(bool(interrupt.received)) if epoch_ends or alone else bool(asked_before)
             if epoch_ends or stop or (cfg.save_every and trainer.step % cfg.save_every == 0):
@@ -101,7 +101,7 @@ def begun(trainer: Trainer, total: int) -> Iterator[Logger | NullLogger]:
 
 
 def beginning(trainer: Trainer, total: int) -> Iterator[str]:
-    """Say what is worth knowing at the start of a run: who is labelled, and what the steps read from when on."""
+    """Say at the start of a run who is labelled, and what the steps read from when on."""
     cfg, split, index = trainer.cfg, trainer.loaders.split, trainer.loaders.data.index
     domain_of = dict(zip(index["patient"].tolist(), index["domain"].tolist(), strict=True))
     domains = sorted(Counter(domain_of[patient] for patient in split.labeled).items())
@@ -120,7 +120,7 @@ def beginning(trainer: Trainer, total: int) -> Iterator[str]:
 
 
 def log_step(trainer: Trainer, logger: Logger | NullLogger, *, always: bool) -> None:
-    """Count a step; every SYNC_EVERY steps look at the device's counters, for the curves and for a divergence."""
+    """Count a step; every SYNC_EVERY steps read the device's counters and write a point."""
     logger.progress.update()
     if always or trainer.step % SYNC_EVERY == 0:
         stop_if_diverged(trainer)
@@ -165,7 +165,7 @@ def draw_epoch(trainer: Trainer, logger: Logger | NullLogger) -> None:
 
 
 def stop_if_diverged(trainer: Trainer) -> None:
-    """Raise UserError after MAX_BAD_STEPS non-finite steps in a row, and name the images of these in not_finite.txt."""
+    """Raise UserError after MAX_BAD_STEPS bad steps in a row; not_finite.txt names their images."""
     if trainer.bad_steps["in_row"] < MAX_BAD_STEPS:
         return
     index, path = trainer.loaders.data.index, trainer.cfg.folder / "not_finite.txt"
@@ -181,7 +181,7 @@ def stop_if_diverged(trainer: Trainer) -> None:
 
 
 class Interrupt:
-    """Note SIGTERM, SIGUSR1, SIGHUP and Ctrl-C while active; a second signal ends the process at once."""
+    """Note signals while active; a second one ends the process at once."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 

@@ -16,7 +16,7 @@ REFUSED |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFIL
 
 
 class UserError(Exception):
-    """A mistake in the input or its surroundings; the message names the file, key or value and the remedy."""
+    """A mistake of the input or surroundings; it names the file, key or value and the remedy."""
 
 
 def first_line(error: Exception) -> str:
@@ -25,15 +25,15 @@ def first_line(error: Exception) -> str:
 
 
 def is_full_gpu(error: Exception) -> bool:
-    """Return True for torch.OutOfMemoryError, known by its name: `--help` must not wait for PyTorch."""
+    """Return True for torch.OutOfMemoryError, known by name: `--help` shall not wait for torch."""
     return type(error).__name__ == "OutOfMemoryError"
 
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Turn a UserError, a refusing disk, a full GPU memory or Ctrl-C inside the block into a message and an exit."""
+    """Turn a user's mistake, a refusing disk, a full GPU or Ctrl-C into a message and an exit."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a character that the terminal cannot show must not end the work
+        if isinstance(stream, io.TextIOWrapper):  # for terminals that cannot show a character
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
@@ -46,10 +46,10 @@ def clear_errors() -> Iterator[None]:
                 "Use --checkpoint-activations, --precision bf16, or a smaller --image-size or --batch-size (with "
                 "--accumulate the step stays as large)."
             )
-        if not str(error).startswith("DataLoader"):  # PyTorch has no class of its own for stalled or dead workers
+        if not str(error).startswith("DataLoader"):  # PyTorch has no class for it
             raise
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch reports every worker that is killed here
-        for worker in multiprocessing.active_children():  # Python would wait at its end for a stalled one
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch reports the workers
+        for worker in multiprocessing.active_children():  # Python would wait for a stalled one
             worker.kill()
         sys.exit(
             f"error: a process that reads the data stalled or died ({first_line(error)}). Check the disk of the data "
@@ -66,12 +66,12 @@ def clear_errors() -> Iterator[None]:
 
 @contextmanager
 def memory_errors(name: Path, remedy: str = "") -> Iterator[None]:
-    """Turn a full memory, of the machine or its GPU, into a UserError that names a file or folder."""
+    """Turn a full memory, of machine or GPU, into a UserError that names a file or folder."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         full = isinstance(error, MemoryError) or is_full_gpu(error)
-        if not full and "can't allocate memory" not in str(error):  # PyTorch has no class of its own for that
+        if not full and "can't allocate memory" not in str(error):
             raise
         raise UserError(f"{name}: out of memory: try --device cpu, --precision bf16{remedy}") from error
 
@@ -80,7 +80,7 @@ def memory_errors(name: Path, remedy: str = "") -> Iterator[None]:
 def naming(
     path: Path | str, problem: str, *, errors: type[Exception] | tuple = Exception, remedy: str = ""
 ) -> Iterator[None]:
-    """Turn what a library raises inside the block into a UserError "PATH PROBLEM (what the library says)REMEDY"."""
+    """Turn what a library raises into a UserError: "PATH PROBLEM (what the library says)REMEDY"."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""Files that must not be lost: written atomically, folders held by one process, nothing of the user's overwritten."""
+"""Files: written atomically, folders held by one process, nothing of the user's overwritten."""
 
 import codecs
 import csv
@@ -20,12 +20,12 @@ from utils.errors import UserError, first_line, naming
 
 NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 LOCK = "lock"  # file in a folder that a process works in
-RECORD = ".semidg-files"  # in such a folder: the files that this program made there, a relative path a line
+RECORD = ".semidg-files"  # the files that this program made in a folder, a relative path a line
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on success it replaces `path`, flushed to the disk."""
+    """Yield a temporary path beside `path`, which it then replaces, flushed to the disk."""
     temporary = path.with_name(f".tmp-{path.name}")  # libraries know a format by the suffix
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def require_space(folder: Path, need: int, content: str = "checkpoints") -> None
 
 
 def require_writable(folder: Path, choice: str) -> None:
-    """Make a folder and try to write in it; UserError, which names what to choose instead, where that fails."""
+    """Make a folder and try to write in it; UserError with what to choose instead."""
     with naming(folder, "cannot be written", errors=OSError, remedy=f": choose another {choice}"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -104,12 +104,12 @@ class OutputFolder:
                                 "overwritten. Move it away, or choose another folder")  # fmt: skip
 
     def claim(self, name: str) -> Path:
-        """Return the path to write `name` at, noted as made by this program; raises as `require_free`."""
+        """Return the path for `name`, noted as made by this program; raises as `require_free`."""
         self.require_free(name)
         path = self.folder / name
         if name not in self.made:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.record, "a") as file:  # before the file itself, so that a kill leaves none unclaimed
+            with open(self.record, "a") as file:  # first, so that a kill leaves none unclaimed
                 file.write(name + "\n")
         self.made.add(name)
         self.claimed.add(name)
@@ -128,7 +128,7 @@ class OutputFolder:
 
 
 def nifti_files(paths: Sequence[Path], *, deep: bool = False) -> list[Path]:
-    """Return the files among `paths` and the NIfTI files of the folders there, with `deep` of their subfolders, too."""
+    """Return the files among `paths`, and the NIfTI files in folders, with `deep` in all below."""
     files = []
     for path in paths:
         if not path.exists():
@@ -148,11 +148,11 @@ class Table(NamedTuple):
     """Content of a CSV or XLSX file, without blanks around the cells and without empty rows."""
 
     columns: list[str]  # as they are written
-    rows: list[dict[str, str]]  # cells by lower-case column name; "" where a cell or a column is missing
+    rows: list[dict[str, str]]  # cells by lower-case column name; "" where one is missing
 
 
 def read_table(path: Path) -> Table:
-    """Read a CSV or XLSX file as people edit it: any delimiter and encoding of a spreadsheet, whole numbers as such."""
+    """Read a CSV or XLSX file as people edit it, in any spreadsheet's delimiter and encoding."""
     with naming(path, "cannot be read as a table"):  # openpyxl raises what zip and XML raise
         if path.suffix.lower() == ".xlsx":
             import openpyxl  # here alone: it is slow to import
@@ -161,7 +161,7 @@ def read_table(path: Path) -> Table:
                 lines = list(openpyxl.load_workbook(file, read_only=True, data_only=True).active.values)
         else:
             text = _decode(path.read_bytes())
-            delimiter = max(",;\t", key=text.split("\n")[0].count)  # spreadsheets of some countries write semicolons
+            delimiter = max(",;\t", key=text.split("\n")[0].count)
             lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
     # Spreadsheets turn 3 into 3.0.
     texts = [[re.sub(r"^(\d+)\.0+$", r"\1", str("" if c is None else c).strip()) for c in line] for line in lines]
@@ -172,7 +172,7 @@ def read_table(path: Path) -> Table:
 
 
 def _decode(content: bytes) -> str:
-    """Decode what spreadsheets save: UTF-8 or UTF-16 with a byte-order mark, UTF-8 without, or else cp1252."""
+    """Decode what spreadsheets save: UTF-8, UTF-16 with a byte-order mark, or else cp1252."""
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16")
     try:

@@ -40,18 +40,18 @@ Batch = dict[str, torch.Tensor]
 BuildNetwork = Callable[..., nn.Module]
 State = dict[str, Any]  # of a run, as its checkpoints hold it
 Sums = dict[str, torch.Tensor]  # by name
-COUNTERS = ("epoch_sums", "point_sums", "bad_steps")  # dictionaries of tensors that the next lines of the log need
+COUNTERS = ("epoch_sums", "point_sums", "bad_steps")  # tensors for the next lines of the log
 
 
 class Trainer:
-    """The state of a run on its device: networks, optimisers, step, and what the log accumulates."""
+    """The state of a run on its device: networks, optimiser, step, and what the log adds up."""
 
     def __init__(
         self, cfg: Config, loaders: Loaders, build_network: BuildNetwork, process: Process, state: State | None = None
     ):
         """Begin anew, or where the method `state` was called."""
         self.cfg, self.loaders, self.process, self.device = cfg, loaders, process, process.device
-        self.autocast = partial(autocast_context, self.device, cfg.precision)  # makes the context of forward passes
+        self.autocast = partial(autocast_context, self.device, cfg.precision)
         self.nets = []
         for i in range(2):
             torch.manual_seed(derive_seed(cfg.seed, 3, i))
@@ -61,7 +61,7 @@ class Trainer:
                 net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
             self.nets.append(net.to(self.device, memory_format=torch.channels_last).train())
         split = loaders.split
-        # Patients that the networks learn from, or have learnt from before the run, by the checksums of their frames.
+        # Patients whose images the networks learn or have learnt from, by checksum of a frame.
         self.seen = loaders.data.checksums([*split.labeled, *split.unlabeled, *split.validation])
         if cfg.init_from and not state:
             held_out = loaders.data.checksums(split.held_out)
@@ -73,7 +73,7 @@ class Trainer:
             process.say("warning: --compile needs a C++ compiler (g++), and there is none: training without it")
         elif cfg.compile:
             self.step_nets = [torch.compile(net) for net in self.nets]
-        if cfg.checkpoint_activations:  # around the compiled networks: torch.compile cannot look into it
+        if cfg.checkpoint_activations:  # torch.compile cannot look into it
             self.step_nets = [checkpointed(net) for net in self.step_nets]
         self.parameters = [parameter for net in self.nets for parameter in net.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -88,7 +88,7 @@ class Trainer:
         self.point_sums: Sums = {}  # the same since the last point of the curves
         zero = torch.zeros((), device=self.device)
         self.bad_steps = {"in_row": zero, "in_epoch": zero}  # counts of steps that were not finite
-        self.recent_rows: deque[list[int]] = deque(maxlen=MAX_BAD_STEPS)  # of the index, read by the last steps
+        self.recent_rows: deque[list[int]] = deque(maxlen=MAX_BAD_STEPS)  # of the index
         self.stop_asked = zero  # above 0 where any process was to stop after this step
         self.epoch_began = time.monotonic()
         self.validated = f"{'validation' if cfg.val_patients else 'training'} images (labelled, source)"
@@ -169,13 +169,13 @@ class Trainer:
         self.step += 1
 
     def _update(self, loss: torch.Tensor, statistics_before: torch.Tensor, stop: bool) -> torch.Tensor:
-        """Step by the gradients' mean over the processes if that and the loss are finite; returns whether they are."""
+        """Step by the processes' mean gradient if it and the loss are finite; return whether they are."""
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         # One mean for all, the loss among them: so every process finds the same steps not finite.
         loss, self.stop_asked = loss.clone(), torch.full_like(loss, stop)
         average([*gradients, *self.statistics, loss, self.stop_asked])
         finite = torch.isfinite(loss + torch.nn.utils.get_total_norm(gradients))
-        self.optimizer.found_inf = (~finite).float()  # the fused step leaves everything as it is where this is 1
+        self.optimizer.found_inf = (~finite).float()  # the fused step changes nothing where it is 1
         self.optimizer.step()
         self.optimizer.zero_grad()
         unflatten(torch.where(finite, torch.cat(self.statistics), statistics_before), self.statistics)
@@ -185,7 +185,7 @@ class Trainer:
         return finite
 
     def mean_scalars(self, totals: Sums) -> dict[str, float | None]:
-        """Return the means of `epoch_sums` or `point_sums` over their finite steps; of the CPS term over its own."""
+        """Return means of `epoch_sums` or `point_sums` over finite steps; of CPS over its own."""
         values = [total.clone() for total in totals.values()]
         average(values)
         sums = dict(zip(totals, map(float, values), strict=True))
@@ -206,16 +206,16 @@ class Trainer:
                 net.train()
 
     def validate(self) -> float:
-        """Return the mean paper-protocol Dice (percent) on the labelled source images, without augmentation."""
+        """Return the mean paper Dice (percent) on the labelled source images."""
         with self.evaluating() as predictor:
             scans = predict_scans(predictor, self.loaders.val, self.loaders.data)
-            # Each process predicts its share of the scans; in one order, so that sums do not depend on who did which.
+            # Each process predicts its share; sorted, so that sums do not depend on who did which.
             slice_dice = gather([(scan.patient, scan.phase, scan.slice_dice.tolist()) for scan in scans])
         return float(np.mean(list(mean_dice(sorted(slice_dice)).values())))
 
     @torch.no_grad()
     def draw_samples(self, path: Path, title: str) -> None:
-        """Draw the views of the last step's unlabelled batch, the networks' pseudo labels and their confidence."""
+        """Draw views of the last step's unlabelled batch, pseudo labels and confidence."""
         loader = self.loaders.unlabeled
         positions = loader.sampler.batch_of_number((self.step - 1) * self.cfg.accumulate)
         parts = np.split(positions, 2) if self.cfg.cutmix else [positions]
@@ -234,7 +234,7 @@ class Trainer:
         plot_training_samples(path, **arrays, class_names=self.loaders.dataset.class_names[1:], title=title)
 
     def state(self) -> State:
-        """Return everything that resuming needs, as plain tensors and values: the same in every process."""
+        """Return all that resuming needs, as plain tensors and values, alike in every process."""
         average([*self.epoch_sums.values(), *self.point_sums.values()])
         return {
             "step": self.step,
@@ -256,7 +256,7 @@ class Trainer:
         for net, weights in zip(self.nets, state["networks"], strict=True):
             net.load_state_dict(weights)
         self.optimizer.load_state_dict(state["optimizer"])
-        # The fused step reads memory in the order in which the parameter lies, and on CPUs does not check it.
+        # The fused step reads memory as the parameter lies, and on CPUs does not check that.
         for parameter, values in self.optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
                 values[name] = torch.empty_like(parameter).copy_(values[name])
@@ -273,11 +273,11 @@ class Trainer:
 
 
 def checkpointed(net: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return `net` with activation checkpointing: a forward keeps its input alone, the backward computes it again."""
+    """Return `net` with activation checkpointing: a forward keeps its input alone."""
 
     @contextmanager
     def frozen_statistics() -> Iterator[None]:
-        """Keep BatchNorm's running statistics: they have counted the batch of the second forward already."""
+        """Keep BatchNorm's running statistics, which have counted this batch already."""
         norms = batch_norms([net])
         momenta = [norm.momentum for norm in norms]
         for norm in norms:

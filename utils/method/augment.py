@@ -1,4 +1,4 @@
-"""Batched augmentation on the device: geometry, histogram matching, Fourier views, blur, CutMix masks.
+"""Batched augmentation on the device: geometry, histograms, Fourier views, blur, CutMix masks.
 
 Everything here works on whole batches in float32 and draws its random numbers from a passed generator.
 Images are (B, 1, H, W). Images from `prepare` are canvases, wider than the field of view by a margin for shifts.
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from config import CANVAS_PX, FIELD_PX, Config
 
-# --- Fourier views (Yao et al. 2022, Fourier-based augmentation) ---------------------------------------------------
+# --- Fourier views (Yao et al. 2022, Fourier-based augmentation)
 
 
 def amplitude_swap(
@@ -86,7 +86,7 @@ def fourier_view(
     raise ValueError(f"unknown Fourier mode {mode!r}")
 
 
-# --- intensity -----------------------------------------------------------------------------------------------------
+# --- intensity--
 
 
 def match_histogram(image: torch.Tensor, source: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -126,7 +126,7 @@ def gaussian_blur(image: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return image
 
 
-# --- geometry ------------------------------------------------------------------------------------------------------
+# --- geometry---
 
 
 def canvas_to_view(
@@ -209,7 +209,7 @@ def random_partner(count: int, generator: torch.Generator) -> torch.Tensor:
     return partner
 
 
-# --- what training does with them ----------------------------------------------------------------------------------
+# --- what training does with them
 
 
 def repeatable_fourier_view(image: torch.Tensor, partner: torch.Tensor, cfg: Config) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Saving and loading what a run must not lose: atomically, sealed by a checksum, and never by unpickling code."""
+"""Saving and loading what a run must not lose: atomic, with checksums, never unpickling code."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def _seal(path: Path) -> None:
-    """Append the SHA-256 of a file that torch.save wrote, as the comment of the ZIP archive that it is.
+    """Append its SHA-256 to a file of torch.save, as the comment of the ZIP archive that it is.
 
     PyTorch verifies no checksums, and those of ZIP do not cover an archive's directory.
     """
@@ -72,7 +72,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
                 _check_seal(path)
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except UserError as error:
-            if isinstance(error.__cause__, PermissionError):  # not damaged: nothing is to be begun anew
+            if isinstance(error.__cause__, PermissionError):  # not damaged
                 raise
             problems.append(str(error))
             continue
@@ -85,7 +85,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
 
 
 def save_networks(path: Path, nets: list[nn.Module], metadata: dict[str, Any]) -> None:
-    """Save both networks' weights, keys prefixed "0." and "1.", with `metadata` as JSON, in one safetensors file."""
+    """Save both networks' weights, keys prefixed "0." and "1.", with `metadata` as JSON."""
     tensors = {
         f"{i}.{key}": value.detach().cpu().contiguous()
         for i, net in enumerate(nets)
@@ -119,7 +119,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def load_networks(path: Path, nets: list[nn.Module]) -> None:
-    """Load the weights that `save_networks` wrote; raises as `read_networks`, and when they are of other networks."""
+    """Load what `save_networks` wrote; raises as `read_networks`, and for other networks."""
     _, tensors = read_networks(path)
     with naming(path, NOT_OURS):
         for i, net in enumerate(nets):
@@ -136,7 +136,7 @@ def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Return what made a result: the code's git commit ("+" where it was changed since), the packages' versions."""
+    """Return the code's git commit ("+" where it was changed since) and the packages' versions."""
     describe = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+"]
     commit = None
     with suppress(OSError, subprocess.CalledProcessError):  # no git here, or no repository

@@ -1,4 +1,4 @@
-"""The folder of a run: its settings and split, who may write in it, how it is resumed or begun anew."""
+"""The folder of a run: settings and split, who may write in it, how it is resumed or begun."""
 
 import json
 import sys
@@ -45,7 +45,7 @@ def _settings(cfg: Config, world_size: int) -> dict[str, Any]:
 
 
 def _require_same_settings(folder: Path, now: dict[str, Any]) -> None:
-    there = DEFAULTS | read_json(folder / "config.json")  # a setting that is new in the code had its default
+    there = DEFAULTS | read_json(folder / "config.json")  # for settings that are new in the code
     keys = sorted(key for key in {*there, *now} - FREE_ON_RESUME if there.get(key) != now.get(key))
     if keys:
         lines = "".join(f"  {key}: {there.get(key)!r} there, {now.get(key)!r} now\n" for key in keys)
@@ -54,12 +54,12 @@ def _require_same_settings(folder: Path, now: dict[str, Any]) -> None:
 
 
 def begin_run(cfg: Config, world_size: int, split: dict[str, list[str]], weight_bytes: int) -> OutputFolder:
-    """Make the folder of a run, with its settings and split; with `cfg.restart`, delete what an earlier run made there.
+    """Make the folder of a run; with `cfg.restart`, delete what an earlier run made there.
 
     Raises UserError where the disk has no room for checkpoints of networks of `weight_bytes` together.
     """
     folder = cfg.folder
-    # Weights and two moments, as last, as previous and as the file being written; the best weights and kept epochs.
+    # Weights and two moments, three times (last, previous, being written); best, kept epochs.
     kept = len(list(folder.glob(KEPT_EPOCHS)))
     epochs = max(min(cfg.keep_epochs, cfg.num_epoch) + 1 - kept, 1) if cfg.keep_epochs else 0
     require_space(folder, (10 + epochs) * weight_bytes)
@@ -75,7 +75,7 @@ def begin_run(cfg: Config, world_size: int, split: dict[str, list[str]], weight_
 
 
 def load_initial(run: Path, nets: list[nn.Module], dataset: Any, held_out: dict[str, str]) -> dict[str, str]:
-    """Load the best networks of another run; return the patients that these have learnt from, by checksum.
+    """Load the best networks of another run; return by checksum the patients that they have seen.
 
     Args:
         dataset: the DatasetInfo that they must be of.
@@ -98,7 +98,7 @@ def load_initial(run: Path, nets: list[nn.Module], dataset: Any, held_out: dict[
 
 
 def unfinished(folder: Path) -> str:
-    """Return how far a run is that has not trained to its end, as a remark in brackets; empty where it has."""
+    """Return in brackets how far an unfinished run is; an empty text for a finished one."""
     lines = read_log(folder / "log.jsonl")
     if not lines:  # weights from elsewhere
         return ""

@@ -1,4 +1,4 @@
-"""What a run writes as it goes: its log, mirrored to wandb where that is wanted, its weights and its pictures."""
+"""What a run writes as it goes: log (to wandb, too), weights and pictures."""
 
 import json
 import os
@@ -30,10 +30,10 @@ class NullLogger:
 
 
 class Logger:
-    """Writes into the folder of a run: log.jsonl (a line per epoch), steps.jsonl, checkpoints, weights, pictures."""
+    """Writes into the folder of a run: log.jsonl, a line an epoch, steps.jsonl, weights, pictures."""
 
     def __init__(self, outputs: OutputFolder, *, since: int, total: int, use_wandb: bool, config: dict[str, Any]):
-        """Go on after step `since` of `total`; later lines of the logs are cut off, to be written again."""
+        """Go on after step `since` of `total`; later lines of the logs are cut off."""
         self.outputs, self.folder = outputs, outputs.folder
         self.lines, self.points = (JsonLines(self.folder / f"{name}.jsonl", since) for name in ("log", "steps"))
         self.progress = tqdm(total=total, initial=since, unit="step", desc="train", smoothing=0.1)
@@ -94,19 +94,19 @@ class Logger:
             self._guarded(lambda: self.wandb_run.log(content, step=self.lines[-1]["step"]))
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
-        """Return what `call` returns; when it fails or hangs, warn and go on without wandb, which costs no run."""
+        """Return what `call` returns; when it fails or hangs, warn and go on without wandb."""
         outcome = _within(WANDB_PATIENCE, call)
         if not isinstance(outcome, Exception):
             return outcome
         self.say(f"warning: wandb failed ({first_line(outcome)}); from here on the log is in {self.lines.path} only")
         self.wandb_run = None
-        # It has registered work for the end of the program, which would wait for its service for ever.
+        # Its work at the program's end would wait for its service for ever.
         _within(1, lambda: import_module("wandb").teardown())
         return None
 
 
 class JsonLines(list):
-    """The lines of a file; what is after step `since` is cut off, as a resumed run writes it again."""
+    """The lines of a file; those after step `since` are cut off, to be written again."""
 
     def __init__(self, path: Path, since: int):
         super().__init__(line for line in read_log(path) if line["step"] <= since)
@@ -121,7 +121,7 @@ class JsonLines(list):
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a log; a last line that a killed process left unfinished is dropped, other bad ones named."""
+    """Read a log; a last line that a kill left unfinished is dropped, other bad ones are named."""
     lines = []
     texts = path.read_text(errors="replace").splitlines() if path.exists() else []
     for number, text in enumerate(texts, start=1):
@@ -135,7 +135,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """Return what `call` returns or the exception that it raises; a TimeoutError when it takes longer."""
+    """Return what `call` returns or raises; a TimeoutError when it takes longer."""
     outcome: list[Any] = [TimeoutError(f"no answer within {seconds:g} s")]
 
     def run() -> None:
@@ -144,17 +144,17 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
         except Exception as error:
             outcome.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)  # unlike those of a pool, it does not delay the program's end
+    thread = threading.Thread(target=run, daemon=True)  # no thread of a pool: these delay the end
     thread.start()
     thread.join(seconds)
     return outcome[-1]
 
 
 def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
-    """Start or continue the wandb run of this folder: online with an account, else offline, never with a prompt."""
+    """Start or continue the folder's wandb run: online with an account, else offline; no prompt."""
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes"):
         return None
-    import wandb  # imported here: it takes seconds, and only the main process of a run that wants it needs it
+    import wandb  # imported here: it takes seconds
 
     mode = os.environ.get("WANDB_MODE", "online")
     if mode == "online" and not wandb.login(prompt=False):
