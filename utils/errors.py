@@ -46,6 +46,8 @@ def clear_errors() -> Iterator[None]:
                 "Use --checkpoint-activations, --precision bf16, or a smaller --image-size or --batch-size (with "
                 "--accumulate the step stays as large)."
             )
+        if type(error).__name__ == "InductorError":  # of torch.compile, for instance without Python.h
+            sys.exit(f"error: --compile failed: leave it out, or mend the compiler ({first_line(error)})")
         if not str(error).startswith("DataLoader"):  # PyTorch has no class for it
             raise
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch reports the workers

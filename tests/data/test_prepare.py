@@ -178,7 +178,7 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
         assert expected in out
     assert out.count(f"error: {image(1, '_sa_gt')}") == 1
     assert "unknown vendor 'Z'" not in out  # of a patient who is not on disk
-    with pytest.raises(UserError, match="nothing was prepared"):
+    with pytest.raises(UserError, match="has the errors listed above"):
         prepare_dataset(raw, raw.parent / "out", MMS, workers=2)
     assert sorted(path.name for path in raw.parent.iterdir()) == ["raw"]
 

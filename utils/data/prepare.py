@@ -62,7 +62,7 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
             shutil.rmtree(unfinished / "truth", ignore_errors=True)  # of a process that was killed
             cases, reports = _check_all(raw, dataset, workers, unfinished)
             if not _summarise(raw, dataset, cases, reports):
-                raise UserError(f"{raw} has the errors listed above: nothing was prepared")
+                raise UserError(f"{raw} has the errors listed above")
             rows = [row for report in reports for row in report.rows]
             with open(unfinished / "index.csv", "w", newline="") as file:
                 csv.writer(file).writerows([prepared.INDEX_COLUMNS, *rows])

@@ -155,5 +155,5 @@ def evaluate_user_scans(run: TrainedRun, dataset: DatasetInfo, flags: Inference)
         evaluate_run(
             run, dataset, data, flags.output, domain=data.index["domain"][0],
             title=f"{dataset.name}, own scans", save_predictions=flags.save_predictions,
-            keep_largest=flags.keep_largest,
+            keep_largest=flags.keep_largest, labels=scans.labels,
         )  # fmt: skip

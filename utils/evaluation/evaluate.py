@@ -23,7 +23,7 @@ from utils.evaluation.predict import ScanPrediction, mean_dice, predict_scans, t
 from utils.evaluation.report import cases_table, count, summary_tables, summary_text, write_report
 from utils.evaluation.runs import TrainedRun, method_name, patients_to_evaluate
 from utils.evaluation.tables import Cell
-from utils.files import OutputFolder, write_json
+from utils.files import OutputFolder, require_writable, write_json
 from utils.run.checkpoint import provenance
 from utils.run.folder import unfinished
 
@@ -35,24 +35,28 @@ SLICES_DRAWN = 6  # of a scan, at most
 
 def evaluate_run(
     run: TrainedRun, dataset: DatasetInfo, data: PreparedData, out: Path, *, domain: str,
-    title: str, save_predictions: bool = False, keep_largest: bool = False,
+    title: str, save_predictions: bool = False, keep_largest: bool = False, labels: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluate a run on a domain's patients with masks, into `out`; return summary.json."""
+    """Evaluate a run on a domain's patients with masks, into `out`; return summary.json.
+
+    `labels` says what the values in the user's masks meant, for the record.
+    """
     remark, patients = unfinished(run.folder), patients_to_evaluate(run, data, domain)
     outputs = OutputFolder(out)
     outputs.require_free(*RESULT_FILES)  # before the work
+    require_writable(out, "--out or --output")
     slice_dice, cases, drawings = [], [], {}
     uncertainty, loader = Uncertainty(), scan_loader(data, patients)
     scans = predict_scans(run.predictor, loader, data, confidence=True)
     for scan in tqdm(scans, f"evaluate {run.folder.name}", len(loader), leave=False, unit="scan"):
-        labels, truth, rows = to_native(scan, data, dataset.class_names, keep_largest=keep_largest)
+        segmented, truth, rows = to_native(scan, data, dataset.class_names, keep_largest=keep_largest)
         slice_dice.append((scan.patient, scan.phase, scan.slice_dice.tolist()))
         cases += rows
         uncertainty.add(scan)
         drawings[scan.patient, scan.phase] = case_drawing(scan, truth)
         if save_predictions:
             name = f"predictions/{scan.patient}_{scan.phase}.nii.gz"
-            write_volume(outputs.claim(name), labels, truth)
+            write_volume(outputs.claim(name), segmented, truth)
     paper_dice = mean_dice(slice_dice)
     cases = [{**case, "paper_dice": paper_dice[case["patient"]]} for case in cases]
     clinical = clinical_figures(cases, dataset)
@@ -72,6 +76,8 @@ def evaluate_run(
         "outside_field_percent": 100 * outside / max(voxels, 1),
         **{key: data.info[key] for key in ("phantom", "content_hash")},
         **uncertainty.summary(),
+        "labels": list(labels),
+        "warnings": exchanged_phases(cases, dataset),
         **({"clinical": clinical} if clinical else {}),
     }
     tables = summary_tables(summary)
@@ -91,6 +97,8 @@ def evaluate_run(
     outputs.remove_stale()  # of an earlier evaluation, maybe of another checkpoint
     paper = Cell(**summary["paper_protocol"])._replace(ci95=None)
     volumetric = [f"{name} {Cell(s['dice'])}" for name, s in summary["volumetric"].items()]
+    for text in summary["warnings"]:
+        print(f"warning: {text}")
     print(f"{run.folder}: {title}: paper Dice {paper} % of {count(len(paper_dice), 'patient')}; "
           f"volumetric Dice (%) {', '.join(volumetric)}; report in {out / 'report.html'}")  # fmt: skip
     return summary
@@ -143,6 +151,14 @@ def clinical_figures(cases: Sequence[dict], dataset: DatasetInfo) -> dict[str, d
                 for name, (value, unit) in dataset.clinical(volumes).items():
                     pairs[name, unit][column].append(value)
     return {name: agreement_limits(*pairs[name, unit]) | {"unit": unit} for name, unit in pairs}
+
+
+def exchanged_phases(cases: Sequence[dict], dataset: DatasetInfo) -> list[str]:
+    """Return a warning per patient whose first structure, the LV, is larger in the truth at ES."""
+    names = dataset.class_names[1:2] if dataset.clinical else ()
+    ml = {(c["patient"], c["phase"]): c["truth_ml"] for c in cases if c["structure"] in names}
+    patients = [p for p, phase in ml if phase == "ED" and ml[p, "ED"] < ml.get((p, "ES"), 0)]
+    return [f"{patient}: the true {names[0]} is larger at ES than at ED: exchanged?" for patient in patients]
 
 
 def case_drawing(scan: ScanPrediction, grid: Volume) -> dict[str, Any]:

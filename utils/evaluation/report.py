@@ -53,6 +53,8 @@ def _setting(summary: Mapping) -> str:
         f"{100 * summary['ratio']:g} % labelled, seed {summary['seed']}, {summary['image_size']} px"
         f"{chosen}. Method: {summary['method']}. "
         f"Checkpoint: {summary['checkpoint']}; selection: {summary['selection']}."
+        + (f" Labels in the masks: {', '.join(summary['labels'])}." if summary["labels"] else "")
+        + "".join(f" Warning: {text}." for text in summary["warnings"])
     )
 
 

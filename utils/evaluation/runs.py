@@ -56,6 +56,8 @@ def read_run(folder: Path, checkpoint: str, dataset: DatasetInfo) -> tuple[Path,
     """Return a checkpoint's file, metadata and, of "last", state; UserError if missing or foreign."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run; train one: python {dataset.key}_train.py --help")
+    if runs := ", ".join(sorted(path.parent.name for path in folder.glob("*/best.safetensors"))):
+        raise UserError(f"{folder} is no run but holds runs: {runs}")
     path, state = folder / f"{checkpoint}.safetensors", None
     if checkpoint == "last":
         path, state = folder / "last.pt", load_checkpoint(folder)

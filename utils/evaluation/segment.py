@@ -91,7 +91,7 @@ def _scans(inputs: Sequence[Path]) -> dict[str, Path]:
         else:
             scans[stem] = path
     if not scans:
-        raise UserError(f"no .nii or .nii.gz scan in {', '.join(map(str, inputs))}, subfolders aside")
+        raise UserError(f"no NIfTI file in {', '.join(map(str, inputs))}: name the subfolders, these are not searched")
     return scans
 
 
