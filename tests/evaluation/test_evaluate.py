@@ -154,7 +154,9 @@ def test_kept_epochs_are_evaluated(mms_config, build_tiny, tmp_path):
     last, kept = (evaluate(run, build_tiny, name, tmp_path / name) for name in ("last", "epochs/epoch_002"))
     assert kept["paper_dice"] == last["paper_dice"] and kept["checkpoint"].startswith("epochs/epoch_002, step ")
     assert kept["selection"] == "none, a kept epoch"
-    with pytest.raises(UserError, match=r"epoch_007\.safetensors: no such file; kept .*: epochs/epoch_001, epochs/epo"):
+    with pytest.raises(
+        UserError, match=r"epoch_007\.safetensors: no such file; --keep-epochs .*: epochs/epoch_001, epochs/epo"
+    ):
         load(run, build_tiny, "epochs/epoch_007")
 
 
@@ -226,7 +228,7 @@ def test_faults_of_an_evaluation_are_named(trained, build_tiny, tmp_path, fault)
     command = [sys.executable, "-c", code, "--run", trained, "--device", "cpu"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     expected = {
-        "data": f"data/mms, which is not there (seen from {tmp_path}): --data-root",
+        "data": f"data/mms, which is not there (seen from {tmp_path}): name their folder by --data-root",
         "memory": f"error: {trained}: out of memory: try --device cpu",
     }
     assert done.returncode == 1 and expected[fault] in done.stderr
