@@ -190,7 +190,6 @@ def test_figures_of_known_predictions():
     assert figures["scores"]["agreement"]["auroc"] == pytest.approx(0.5)  # the networks agree everywhere
     dice = (2 * (label > 0).sum((1, 2)) + 1e-4) / ((label > 0).sum((1, 2)) + (truth > 0).sum((1, 2)) + 1e-4)
     domain = data.index["domain"][rows]
-    assert figures["dice"] == {
-        d: pytest.approx(100 * float(dice[domain == d].mean()), abs=1e-3) for d in np.unique(domain)
-    }
+    expected = {d: 100 * float(dice[domain == d].mean()) for d in np.unique(domain)}
+    assert figures["dice"] == pytest.approx(expected, abs=1e-3)
     json.dumps(figures)

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
-from torch import nn
 
 from utils.data.dataset import DatasetInfo
 from utils.data.loaders import usable_cores
@@ -74,7 +73,7 @@ class Inference:
     new_scans: NewScans = field(default_factory=NewScans)
 
 
-def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module]) -> None:
+def run_inference(dataset: DatasetInfo, build_network: Callable) -> None:
     """Run what the command line asks for."""
     with clear_errors():
         flags = tyro.cli(Inference, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
@@ -98,8 +97,8 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             segment_files(load(flags.run[0]), dataset, flags.input, flags.output, **options)
 
 
-def check_flags(flags: Inference, mode: Any, dataset: DatasetInfo) -> None:
-    """Raise UserError, naming every mistake, for flags that do not belong together."""
+def check_flags(flags: Inference, mode, dataset: DatasetInfo) -> None:
+    """Raise UserError that names all flags that do not belong together."""
     runs, groups = flags.run, (flags.held_out, flags.labeled_scans, flags.new_scans)
     held_out, _, new_scans = groups
     mistakes = {
@@ -119,11 +118,11 @@ def check_flags(flags: Inference, mode: Any, dataset: DatasetInfo) -> None:
         raise UserError("\n".join(made))
 
 
-def evaluate_runs(load: Callable[[Path], TrainedRun], dataset: DatasetInfo, flags: Inference) -> None:
+def evaluate_runs(load: Callable, dataset: DatasetInfo, flags: Inference) -> None:
     """Evaluate runs on their held-out domains; of several, write tables, too."""
     folders, root, out = flags.run, flags.held_out.data_root, flags.held_out.out
     several = len(folders) > 1
-    if several:  # before the first of them is evaluated
+    if several:  # before the first evaluation
         metadata = [read_run(folder, flags.checkpoint, dataset)[1] for folder in folders]
         names = compare.name_rows(folders, metadata, flags.held_out.label, one_data=root is not None)
         facts = (sorted(map(str, folders)), flags.checkpoint, flags.tta, flags.keep_largest, root)
@@ -142,8 +141,8 @@ def evaluate_runs(load: Callable[[Path], TrainedRun], dataset: DatasetInfo, flag
 
 
 def evaluate_user_scans(run: TrainedRun, dataset: DatasetInfo, flags: Inference) -> None:
-    """Evaluate a run on the user's labelled scans, prepared as those of a data set are."""
-    source, scans = flags.input[0], flags.labeled_scans  # the results bear the source's name
+    """Evaluate a run on the user's labelled scans, prepared as a data set."""
+    source, scans = flags.input[0], flags.labeled_scans  # it names the results
     dataset = labeled(flags.input, scans.truth, scans.labels, dataset)
     with tempfile.TemporaryDirectory(prefix="semidg_") as folder, memory_errors(source):
         raw, prepared = source if source.is_dir() else source.parent, Path(folder) / source.resolve().name

@@ -8,7 +8,6 @@ from hashlib import sha256
 from itertools import chain, product, zip_longest
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
-from typing import Any
 
 from scipy.stats import wilcoxon
 
@@ -186,8 +185,7 @@ def compare_methods(methods: dict[str, Runs]) -> Table:
                 warnings.append(f"{row}: other seeds or patients than {reference}.")
     note = (
         f"Mean difference from {reference} in points of the paper's Dice, paired by patient (mean over "
-        "seeds) [95 % bootstrap interval]; two-sided Wilcoxon signed-rank p, and by Holm over the "
-        "methods. Patients vary, not trainings: another seed may differ."
+        "seeds) [95 % bootstrap interval]; two-sided Wilcoxon signed-rank p, and by Holm over methods."
     )
     header = ["", "patients", "difference", "p", "p (Holm)"]
     return Table("Comparison", header, rows, [note, *(f"Warning: {text}" for text in warnings)])
@@ -202,7 +200,7 @@ def _patient_dice(runs: Runs) -> dict[tuple[str, str], float]:
     }
 
 
-def comparison_folder(parent: Path, names: Sequence[str], facts: Any) -> Path:
+def comparison_folder(parent: Path, names: Sequence[str], facts) -> Path:
     """Return the folder for tables over runs, named by their rows and a hash of `facts`."""
     title = re.sub(r"[^\w.]+", "-", "_vs_".join(dict.fromkeys(names)))[:80]
     digest = sha256(repr((facts, names)).encode()).hexdigest()

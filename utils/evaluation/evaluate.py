@@ -96,7 +96,7 @@ def evaluate_run(
 def run_facts(run: TrainedRun) -> dict:
     """Return what summary.json says about the run itself."""
     settings = {k: value for k, value in asdict(run.config).items() if k not in RUNTIME_SETTINGS}
-    selection = {"best": run.metadata["selection"], "last": "none, the last state of the training"}
+    selection = {"best": run.metadata["selection"], "last": "none, the training's last state"}
     return {
         "run": run.folder.resolve().name,
         "selection": selection.get(run.checkpoint, "none, a kept epoch"),

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from itertools import product
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from utils.evaluation.metrics import largest_components, paper_dice, structure_m
 from utils.method.augment import canvas_to_view, match_histogram, repeatable_fourier_view
 from utils.method.losses import kl_variance
 
-Autocast = Callable[[], AbstractContextManager]  # makes the context of forward passes
+Autocast = Callable  # without arguments; makes the context of forward passes
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""A trained run, loaded for inference, and the data to evaluate it on."""
+"""A trained run and the data to evaluate it on."""
 
 import re
 from collections.abc import Callable
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from config import Config
 from utils.data.dataset import DatasetInfo
@@ -30,7 +29,7 @@ class TrainedRun(NamedTuple):
 
 
 def load_run(
-    folder: Path, checkpoint: str, dataset: DatasetInfo, build_network: Callable[..., nn.Module],
+    folder: Path, checkpoint: str, dataset: DatasetInfo, build_network: Callable,
     device: torch.device, *, autocast: Autocast, tta: bool = False,
 ) -> TrainedRun:  # fmt: skip
     """Load a checkpoint's networks into a `Predictor`; raises as `read_run`."""
