@@ -54,7 +54,8 @@ def labels(table):
     return [row[0] for row in table.rows]
 
 
-def test_average_has_the_population_deviation_of_the_domain_means():
+def test_averages_over_domains_and_seeds():
+    """Over domains with the population deviation of their means."""
     paper, left, myocardium, right = combine(all_domains())
     found = cells(paper, "this implementation, full")
     assert {domain: found[domain][:2] for domain in "ABCD"} == {"A": (70, 5), "B": (74, 5), "C": (82, 5), "D": (86, 5)}
@@ -64,9 +65,7 @@ def test_average_has_the_population_deviation_of_the_domain_means():
     assert cells(myocardium, "Dice (%), full")["average"][:2] == found["average"][:2]
     assert cells(right, "HD95 (mm), full")["average"][:2] == (9, 0)
     assert str(cells(left, "ASSD (mm), full")["B"]) == "2.00"
-
-
-def test_seeds_are_averaged_with_their_sample_deviation():
+    # Seeds are averaged with their sample deviation.
     runs = [summary("B", mean, seed=seed) for seed, mean in ((2, 90.0), (0, 80.0), (1, 82.0))]
     table = combine([*runs, summary("A", 70.0)])
     found = cells(table[0], "this implementation, full")
@@ -85,7 +84,7 @@ def test_seeds_are_averaged_with_their_sample_deviation():
     assert "None" not in to_markdown(nothing) + to_csv(nothing) + to_latex(nothing)
 
 
-def test_what_is_not_comparable_is_said_once_below_the_table():
+def test_methods_and_what_is_not_comparable():
     runs = [summary("A"), summary("B", image_size=64), summary("B", seed=1, content_hash="xyz", keep_largest=True)]
     runs += [summary(d, method="new", phantom=True, tta=True) for d in "AB"]
     tables = combine(runs)
@@ -96,6 +95,18 @@ def test_what_is_not_comparable_is_said_once_below_the_table():
     assert note in tables[0].notes and to_markdown(tables).count("Not comparable") == 1
     assert cells(tables[0], "this method, as published")["average"].mean == 84.52  # still beside ours
     assert "Not comparable" not in to_markdown(combine(all_domains(checkpoint="last, step 9")))
+    tables = combine([summary("A", 70.0), summary("A", 60.0, method="plain CPS"), summary("B", 80.0)])
+    assert [table.title for table in tables] == ["Paper protocol", *(f"Volumetric, {s}" for s in ("LV", "MYO", "RV"))]
+    means = [[cell.mean for cell in row[1:]] for row in tables[0].rows[:2]]
+    assert means == [[70, 80, None, None, 75], [60, None, None, None, 60]]
+    assert labels(tables[1])[:3] == ["Dice (%), full", "Dice (%), plain CPS", "HD95 (mm), full"]
+    # What stands behind the numbers is said.
+    remark = " (training not finished: epoch 12 of 50)"
+    other = {"seed": 3, "unfinished": remark, "settings": {"seed": 3, "num_epoch": 8}}
+    for table in combine([summary("A"), summary("B", **other)]):
+        assert f"A seed 0, n = 50; B seed 3{remark}, n = 50. They differ in num_epoch." in table.notes[1]
+        assert "2 % labelled. Mean ± SD over patients" in table.notes[0]
+        assert f"Checkpoint: best, selection: {RULE}." in table.notes[0]
 
 
 def test_published_rows_are_complete_and_those_of_the_ratio():
@@ -136,21 +147,6 @@ def test_every_step_of_the_ablation_has_its_name():
         ({"cps_loss": "threshold", "fourier_mode": "phase", "cutmix": False}, "threshold (phase), no CutMix"),  # new
     ):
         assert method_name({"config": settings | changes, "cps_weight": 3.0}) == name
-
-
-def test_methods_stand_in_rows_of_their_own():
-    tables = combine([summary("A", 70.0), summary("A", 60.0, method="plain CPS"), summary("B", 80.0)])
-    assert [table.title for table in tables] == ["Paper protocol", *(f"Volumetric, {s}" for s in ("LV", "MYO", "RV"))]
-    means = [[cell.mean for cell in row[1:]] for row in tables[0].rows[:2]]
-    assert means == [[70, 80, None, None, 75], [60, None, None, None, 60]]
-    assert labels(tables[1])[:3] == ["Dice (%), full", "Dice (%), plain CPS", "HD95 (mm), full"]
-    # What stands behind the numbers is said.
-    remark = " (training not finished: epoch 12 of 50)"
-    other = {"seed": 3, "unfinished": remark, "settings": {"seed": 3, "num_epoch": 8}}
-    for table in combine([summary("A"), summary("B", **other)]):
-        assert f"A seed 0, n = 50; B seed 3{remark}, n = 50. They differ in num_epoch." in table.notes[1]
-        assert "2 % labelled. Mean ± SD over patients" in table.notes[0]
-        assert f"Checkpoint: best, selection: {RULE}." in table.notes[0]
 
 
 def test_csv_and_markdown_hold_the_same_numbers():
