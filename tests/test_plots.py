@@ -49,13 +49,23 @@ def draw_case(path, labels, **changes):
     return imread(path)
 
 
-def test_case_is_drawn_upright_in_the_structure_colours(tmp_path, labels):
+def test_case_is_drawn_upright_in_the_structure_colours(tmp_path, labels, figures):
     """Under a title that, read as a formula, would be an error."""
     picture = draw_case(tmp_path / "new" / "folder" / "case.png", labels, title="$x_{$")
     centres = [places(picture, colour).mean(axis=0) for colour in FILLS]  # fails if a colour is absent
     (lv_row, lv_column), (myo_row, myo_column), (rv_row, rv_column) = centres
     assert rv_column + 30 < lv_column and abs(rv_row - lv_row) < 2  # axis 0 runs to the right
     assert lv_row + 30 < myo_row and abs(lv_column - myo_column) < 2  # axis 1 runs down
+    # The letters stand at the edges that they name, and the bar is as long as it says.
+    for spacing, length in ((1.0, 20), (0.15, 2)):  # the window has 60 px
+        draw_case(tmp_path / "case.png", labels, spacing=spacing)
+        ax = figures.pop().axes[0]
+        *letters, bar_text = ax.texts
+        at = {text.get_text(): text.get_position() for text in letters}
+        assert at["R"][0] < 0.1 < 0.9 < at["L"][0] and at["P"][1] < 0.1 < 0.9 < at["A"][1]
+        assert bar_text.get_text() == f"{length} mm"
+        (bar,) = ax.lines
+        assert np.ptp(bar.get_xdata()) * np.ptp(ax.get_xlim()) * spacing == pytest.approx(length)
 
 
 def test_truth_is_a_white_line_in_a_black_one_and_prediction_a_fill(tmp_path, labels):
@@ -73,10 +83,7 @@ def test_truth_is_a_white_line_in_a_black_one_and_prediction_a_fill(tmp_path, la
             assert alone > both > 400 > none
         contrast = [(np.abs(picture[..., :3] - (1 - brightness)) < 0.5).all(-1).sum() for picture in pictures]
         assert min(contrast[1:]) > contrast[0] + 100
-
-
-def test_agreement_map_runs_from_zero_to_one(tmp_path, labels):
-    """Here of a case without structures or contrast."""
+    # Agreement runs from 0 to 1; here of a case without structures or contrast.
     nothing, ends = np.zeros_like(labels), {0.0: (0.267, 0.005, 0.329), 1.0: (0.993, 0.906, 0.144)}
     for value, colour in ends.items():
         picture = draw_case(tmp_path / "c.png", nothing, agreement=np.full(labels.shape, value))
@@ -114,19 +121,6 @@ def test_preview_difference_is_symmetric_and_contours_are_of_what_there_is(tmp_p
     assert figures[0].get_suptitle() == "data mms"
 
 
-def test_edges_and_scale_of_a_picture(tmp_path, labels, figures):
-    """The letters stand at the edges that they name, and the bar is as long as it says."""
-    for spacing, length in ((1.0, 20), (0.15, 2)):  # the window has 60 px
-        draw_case(tmp_path / "case.png", labels, spacing=spacing)
-        ax = figures.pop().axes[0]
-        *letters, bar_text = ax.texts
-        places = {text.get_text(): text.get_position() for text in letters}
-        assert places["R"][0] < 0.1 < 0.9 < places["L"][0] and places["P"][1] < 0.1 < 0.9 < places["A"][1]
-        assert bar_text.get_text() == f"{length} mm"
-        (bar,) = ax.lines
-        assert np.ptp(bar.get_xdata()) * np.ptp(ax.get_xlim()) * spacing == pytest.approx(length)
-
-
 def test_curves(tmp_path, figures):
     points = [
         {"step": 10, "loss": 2.0, "supervised": 1.5, "variance": 0.0},
@@ -144,9 +138,7 @@ def test_curves(tmp_path, figures):
             assert curves[name].get_marker() == "o"  # a lone point has no line to show it
         assert list(curves["β L_cacps"].get_xdata()) == [10, 20, 30][:number]
         assert list(curves["kept: step 17"].get_xdata()) == [17, 17] and "training images" in axes[1].get_title()
-
-
-def test_many_points_are_drawn_as_means_of_neighbours(tmp_path, figures):
+    # Of many points, the means of neighbours.
     points = [{"step": 10 * i, "loss": float(i)} for i in range(1, 1001)]
     odd = {"validated": "$x_{$", "title": "$x_{$"}  # formulas would be errors
     plots.plot_curves(tmp_path / "curves.png", points=points, epochs=[], **odd)

@@ -1,7 +1,7 @@
-"""Pictures of a run and of its evaluation, each one PNG.
+"""Pictures of a run and of its evaluation, as PNG; no display is needed.
 
 Images are arrays as stored, (H, W), drawn with axis 0 from left to right; `class_names` names the
-labels 1 to K; the truth is a line, a prediction a translucent fill. No display is needed.
+labels 1 to K; the truth is a line, a prediction a translucent fill.
 """
 
 from pathlib import Path
@@ -19,13 +19,13 @@ with patch.dict("os.environ", MPLBACKEND="agg"):
     from matplotlib.patheffects import withStroke
     from matplotlib.text import Text
 
-# Of the labels 1, 2, 3: to colour-blind eyes, too, they differ as fills on whatever grey.
+# Of labels 1, 2, 3: to colour-blind eyes, too, they differ as fills on any grey.
 STRUCTURE_COLOURS = ("#D55E00", "#56B4E9", "#7A3CFF")  # M&Ms: LV, MYO, RV; SCGM: GM
 LINE_STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#000000", "-."))  # told apart without colour
 FILL_ALPHA = 0.5
 MOST_POINTS = 200  # of a curve; more would hide each other
-CASING = [withStroke(linewidth=2.4, foreground="black")]  # makes what is white visible on white
-DARK = {"facecolor": "dimgrey", "labelcolor": "white"}  # legend in which colours look as in images
+CASING = [withStroke(linewidth=2.4, foreground="black")]  # shows white on white
+DARK = {"facecolor": "dimgrey", "labelcolor": "white"}  # of a legend
 
 
 def plot_curves(path, *, points, epochs, validated, title, selected_step=None) -> None:
@@ -76,10 +76,8 @@ def plot_training_samples(
 ) -> None:
     """Draw what one unlabelled training step works with, a row per image (the first 4).
 
-    Args:
-        plain, fourier, mixed: (N, H, W) in about [0, 1], `mixed` after CutMix.
-        mask_box: (N, H, W), 1 where the other image was pasted.
-        pseudo_labels, confidence: (2, N, H, W) of the networks; int and exp(-V).
+    Plain, fourier and (after CutMix) mixed are (N, H, W) in about [0, 1]; mask_box (N, H, W) is 1 where
+    the other image was pasted; pseudo_labels and confidence exp(-V) of both networks (2, N, H, W).
     """
     name = "CutMix image" if mask_box.any() else "plain image"  # which is pseudo-labelled
     titles = ["plain image", "Fourier view", name]
@@ -157,7 +155,6 @@ def _contour(ax, mask, colour, path_effects=None) -> None:
 
 
 def _orient(ax, letters, spacing) -> None:
-    """Write edge letters and a scale bar into a shown image."""
     style = {"color": "white", "path_effects": CASING, "transform": ax.transAxes}
     for x, y, letter in zip((0.05, 0.95, 0.5, 0.5), (0.5, 0.5, 0.94, 0.05), letters, strict=False):
         ax.text(x, y, letter, ha="center", va="center", fontsize=8, **style)
@@ -175,13 +172,11 @@ def _fill_structures(ax, labels, class_names) -> None:
 
 
 def _fills(class_names, meaning, alpha=FILL_ALPHA):
-    """Return entries of a legend."""
     structures = structures_of(class_names)
     return [Patch(color=c, alpha=alpha, label=f"{name} {meaning}") for _, name, c in structures]
 
 
 def _grid(num_rows, column_titles, row_titles=()):
-    """Return a figure and its axes (rows, columns) for images."""
     figure = Figure((1.65 * len(column_titles) + 1, 1.65 * num_rows + 1), layout="compressed")
     axes = figure.subplots(num_rows, len(column_titles), squeeze=False)
     for ax in axes.flat:
@@ -194,7 +189,7 @@ def _grid(num_rows, column_titles, row_titles=()):
 
 
 def _save(figure, path, title, handles=(), **style) -> None:
-    """Write the PNG file, a legend of `handles` below; no text is read as a formula."""
+    """Write the PNG file; no text is read as a formula."""
     if handles:
         style |= {"ncols": min(len(handles), 2 * figure.axes[0].get_gridspec().ncols + 1)}
         figure.legend(handles=handles, loc="outside lower center", fontsize=8, **style)
@@ -206,9 +201,9 @@ def _save(figure, path, title, handles=(), **style) -> None:
 
 
 def radiological(array: np.ndarray, like) -> np.ndarray:
-    """Turn slices (..., X, Y) as a radiologist looks at them, if the scan says how its axes lie.
+    """Turn slices (..., X, Y) of a scan that says how its axes lie, as a radiologist looks at them.
 
-    X then runs from the patient's right to left (or front to back), Y front to back (or head to feet).
+    X then runs from right to left (or front to back), Y from front to back (or head to feet).
     """
     first, second = _axis_codes(like) or "LP"
     array = np.flip(array, [axis for axis, code in ((-2, first), (-1, second)) if code in "RAS"])
@@ -217,12 +212,12 @@ def radiological(array: np.ndarray, like) -> np.ndarray:
 
 
 def edge_letters(like) -> str:
-    """Return what left, right, upper, lower edge of a `radiological` slice face: "RLAP", or ""."""
+    """Return the left, right, upper, lower edge of a `radiological` slice: "RLAP", or ""."""
     codes = _axis_codes(like)
     return "".join(pair for pair in ("RL", "AP", "SI") if {*pair} & {*codes})
 
 
 def _axis_codes(like) -> tuple[str, ...]:
-    """Return where a scan's first two axes point, such as ("L", "P"); empty if it does not say."""
+    """Return where a scan's first two axes point, such as ("L", "P"), or ()."""
     known = like.header["sform_code"] or like.header["qform_code"]
     return nib.aff2axcodes(like.affine)[:2] if known else ()

@@ -41,10 +41,7 @@ def test_differences_are_paired_by_patient_and_averaged_over_seeds():
     assert count == 6 and difference.mean == pytest.approx(3.5)  # 1 to 6, the means of both seeds
     assert p == adjusted == "0.0312"  # six of six positive: 2 / 2^6
     assert rows(table)["new, all"] == rows(table)["new, A"] and len(table.notes) == 1
-
-
-def test_patients_without_a_difference_are_left_out_of_the_test():
-    """Versions of scipy differ in what they do with zeros."""
+    # Patients without a difference, which the versions of scipy treat differently, are left out of the test.
     gains = [1.1, 2.2, 3.3, 0.4, 5.5, 0]
     table = compare_methods(grouped(scored("full", "A", [70.0] * 6), scored("new", "A", [70 + gain for gain in gains])))
     count, difference, p, _ = rows(table)["new, A"]
@@ -66,9 +63,6 @@ def test_every_figure_against_scipy():
             assert difference.ci95 == pytest.approx(tuple(interval), abs=0.1)
             assert float(p) == pytest.approx(stats.wilcoxon(values).pvalue, rel=6e-3)
             assert float(p) <= float(adjusted) <= 2 * float(p) * 1.01
-
-
-def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 x 0.01; 2 x 0.03; 0.04 is not below that
     assert holm([0.7, 0.6]) == [1, 1] and holm([0.2]) == [0.2]
 
@@ -123,9 +117,7 @@ def test_rows_are_told_apart_by_what_differs():
     assert names(*begun, {"seed": 2}) == ["full, init_from True"] * 2 + ["full, init_from False"]
     assert names({}, {"cps_weight": 1.0}, {"seed": 1}, labels=["a", "b", "a"]) == ["a", "b", "a"]
     assert names({}, {"hash": "2" * 9}, one_data=True) == ["full, data 11111111", "full, data 22222222"]
-
-
-def test_runs_that_do_not_belong_together_are_refused_at_once():
+    # Runs that do not belong together are refused at once.
     with pytest.raises(UserError, match=r"one ratio(.|\n)*one data(.|\n)*--data-root") as refused:
         names({}, {"ratio": 0.05}, {"hash": "2" * 9})
     assert "0.05" in str(refused.value) and "22222222" in str(refused.value)

@@ -61,7 +61,7 @@ def test_calibration_is_that_of_a_slow_version_and_of_known_cases():
     assert calibration_error(np.zeros((3, BINS))) is None
 
 
-def test_auroc_is_that_of_the_rank_sum_test():
+def test_auroc_is_that_of_the_rank_sum_test_and_risk_lies_between_its_limits():
     rng = np.random.default_rng(0)
     score, wrong = rng.integers(6, size=60) / 6, rng.random(60) < 0.4
     u = mannwhitneyu(score[~wrong], score[wrong]).statistic
@@ -69,10 +69,7 @@ def test_auroc_is_that_of_the_rank_sum_test():
     for other, expected in ((~wrong, 1), (wrong, 0), (np.ones(60), 0.5)):
         assert auroc(np.asarray(other, float), wrong) == pytest.approx(expected)
     assert auroc(score, np.zeros(60)) is auroc(score, np.ones(60)) is auroc(*np.zeros((2, 0))) is None
-
-
-def test_risk_coverage_by_hand_and_between_its_limits():
-    # By 3, 2, 1: risks 0, then the tied 1 and 0 (each 0.5), then 1.
+    # Risk by scores 3, 2, 1: risks 0, then the tied 1 and 0 (each 0.5), then 1.
     areas = risk_areas({"score": np.array([2, 3, 2, 1.0])}, np.array([1, 0, 0, 1.0]))
     assert areas["score"] == pytest.approx(np.mean([0, 1 / 4, 1 / 3, 1 / 2]))
     rng = np.random.default_rng(0)
@@ -190,7 +187,6 @@ def test_figures_of_known_predictions():
     assert figures["scores"]["agreement"]["auroc"] == pytest.approx(0.5)  # the networks agree everywhere
     dice = (2 * (label > 0).sum((1, 2)) + 1e-4) / ((label > 0).sum((1, 2)) + (truth > 0).sum((1, 2)) + 1e-4)
     domain = data.index["domain"][rows]
-    assert figures["dice"] == {
-        d: pytest.approx(100 * float(dice[domain == d].mean()), abs=1e-3) for d in np.unique(domain)
-    }
+    expected = {d: 100 * float(dice[domain == d].mean()) for d in np.unique(domain)}
+    assert figures["dice"] == pytest.approx(expected, abs=1e-3)
     json.dumps(figures)

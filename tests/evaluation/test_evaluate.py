@@ -63,7 +63,7 @@ class Oracle(nn.Module):
         return 20.0 * nn.functional.one_hot(torch.from_numpy(next(self.masks).astype(np.int64)), 4).movedim(-1, 1)
 
 
-def test_perfect_prediction_scores_perfectly(mms_config):
+def test_perfect_prediction_scores_perfectly_and_patients_average_over_slices(mms_config, build_tiny):
     """Truth on the canvas, through the whole evaluation, is 100 by the paper and nearly so in native space."""
     loaders = build_loaders(mms_config, MMS)
     data, index = loaders.data, loaders.data.index
@@ -85,18 +85,12 @@ def test_perfect_prediction_scores_perfectly(mms_config):
         assert len(drawing["slices"]) <= SLICES_DRAWN and drawing["slices"][-1] == len(scan.rows) - 1
         assert (drawing["truth"] == drawing["prediction"]).all() and drawing["truth"].max() == 3
         assert drawing["image"].size < 200**2 * SLICES_DRAWN  # of every scan it stays in memory
-
-
-def test_patients_average_over_all_their_slices(mms_config, build_tiny):
-    """Against the protocol in plain NumPy, at an image size that must be brought to the grid first."""
-    loaders = build_loaders(mms_config, MMS)
-    nets = [build_tiny(4).eval() for _ in range(2)]
-    loader = scan_loader(loaders.data, loaders.split.held_out)
-    scans = list(predict_scans(Predictor(nets, None, mms_config, nullcontext), loader, loaders.data))
-    expected = {}
+    # Patients' means against plain NumPy, at an image size that must be brought to the grid first.
+    nets, expected = [build_tiny(4).eval() for _ in range(2)], {}
+    scans = list(predict_scans(Predictor(nets, None, mms_config, nullcontext), loader, data))
     for scan in scans:
         grid = nn.functional.interpolate(scan.probability, size=288, mode="bilinear").numpy() > 0.5
-        masks = loaders.data.masks[loaders.data.index["mask"][scan.rows]][:, 6:-6, 6:-6]
+        masks = data.masks[index["mask"][scan.rows]][:, 6:-6, 6:-6]
         for slice_, mask in zip(grid, masks, strict=True):
             truth = np.stack([mask == c for c in (1, 2, 3)])
             dice = (2 * (slice_[1:] & truth).sum() + 1e-4) / (slice_[1:].sum() + truth.sum() + 1e-4)
@@ -154,7 +148,8 @@ def test_kept_epochs_are_evaluated(mms_config, build_tiny, tmp_path):
     last, kept = (evaluate(run, build_tiny, name, tmp_path / name) for name in ("last", "epochs/epoch_002"))
     assert kept["paper_dice"] == last["paper_dice"] and kept["checkpoint"].startswith("epochs/epoch_002, step ")
     assert kept["selection"] == "none, a kept epoch"
-    with pytest.raises(UserError, match=r"epoch_007\.safetensors: no such file; kept .*: epochs/epoch_001, epochs/epo"):
+    problem = r"epoch_007\.safetensors: no such file; --keep-epochs .*: epochs/epoch_001, epochs/epoch_002"
+    with pytest.raises(UserError, match=problem):
         load(run, build_tiny, "epochs/epoch_007")
 
 
@@ -185,28 +180,24 @@ def test_patients_that_the_training_has_seen_are_refused(trained, build_tiny, mm
 
 def test_missing_and_foreign_runs_are_refused(trained, build_tiny, tmp_path):
     metadata, path = read_metadata(trained / "best.safetensors"), tmp_path / "best.safetensors"
-    for problem, folder, checkpoint in (
-        ("no such run", tmp_path / "nowhere", "best"),
-        ("no such file; the run has not ended its first epoch", tmp_path, "best"),
-        ("no such file; the run has saved no state", tmp_path, "last"),
-    ):
+
+    def refused(problem, folder=tmp_path, checkpoint="best", nets=None, **changes):
+        if nets:
+            save_networks(path, nets, metadata | changes)
         with pytest.raises(UserError, match=problem):
             load(folder, build_tiny, checkpoint)
-    nets, config = [build_tiny(4), build_tiny(4)], metadata["config"]
-    for problem, changes in (
-        (r"use inference_scgm\.py", {"dataset": "scgm"}),
-        (r"best\.safetensors: .*; use the code that trained it", {"config": config | {"cps_loss": "threshold"}}),
-        (r"best\.safetensors: .*; use the code that trained it", {"config": config | {"new_setting": 1}}),
-    ):
-        save_networks(path, nets, metadata | changes)
-        with pytest.raises(UserError, match=problem):
-            load(tmp_path, build_tiny)
-    save_networks(path, [nn.Linear(1, 1), nn.Linear(1, 1)], metadata)
-    with pytest.raises(UserError, match="not of this project"):
-        load(tmp_path, build_tiny)
+
+    refused("no such run", tmp_path / "nowhere")
+    refused("no such file; the run has not ended its first epoch")
+    refused("no such file; the run has saved no state", checkpoint="last")
+    nets = [build_tiny(4), build_tiny(4)]
+    refused(r"use inference_scgm\.py", nets=nets, dataset="scgm")
+    for change in ({"cps_loss": "threshold"}, {"new_setting": 1}):
+        config = metadata["config"] | change
+        refused(r"best\.safetensors: .*; use the code that trained it", nets=nets, config=config)
+    refused("not of this project", nets=[nn.Linear(1, 1), nn.Linear(1, 1)])
     path.write_bytes(b"\x08" * 100)
-    with pytest.raises(UserError, match="damaged"):
-        load(tmp_path, build_tiny)
+    refused("damaged")
 
 
 @pytest.mark.parametrize("fault", ["data", "memory"])
@@ -225,9 +216,7 @@ def test_faults_of_an_evaluation_are_named(trained, build_tiny, tmp_path, fault)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "-c", code, "--run", trained, "--device", "cpu"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    expected = {
-        "data": f"data/mms, which is not there (seen from {tmp_path}): --data-root",
-        "memory": f"error: {trained}: out of memory: try --device cpu",
-    }
+    expected = {"memory": f"error: {trained}: out of memory: try --device cpu"}
+    expected["data"] = f"data/mms, which is not there (seen from {tmp_path}): name their folder by --data-root"
     assert done.returncode == 1 and expected[fault] in done.stderr
     assert "ub.edu" not in done.stderr  # nobody needs to register

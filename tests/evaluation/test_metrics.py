@@ -50,15 +50,14 @@ SHAPES = {
 def test_surface_distances_on_anisotropic_voxels(name):
     prediction, truth = SHAPES[name]
     there, back = surface_distances(prediction, truth, SPACING), surface_distances(truth, prediction, SPACING)
-    metrics = structure_metrics(prediction, truth, SPACING)
-    # HD95: the larger of the two directed percentiles. ASSD: the mean over both surfaces' voxels together.
-    assert metrics["hd95"] == pytest.approx(max(np.percentile(there, 95), np.percentile(back, 95)), rel=1e-5)
-    assert metrics["assd"] == pytest.approx(np.concatenate([there, back]).mean(), rel=1e-5)
-    swapped = structure_metrics(truth, prediction, SPACING)
-    assert swapped == pytest.approx(metrics)
     overlap = sum(p and t for p, t in zip(prediction.flat, truth.flat, strict=True))
-    assert metrics["dice"] == pytest.approx(100 * 2 * overlap / (prediction.sum() + truth.sum()))
-    assert metrics["missed"] == 0
+    # HD95 is the larger directed percentile, ASSD the mean over both surfaces' voxels together.
+    expected = {"dice": 100 * 2 * overlap / (prediction.sum() + truth.sum()), "missed": 0}
+    expected["hd95"] = max(np.percentile(there, 95), np.percentile(back, 95))
+    expected["assd"] = np.concatenate([there, back]).mean()
+    for pair in ((prediction, truth), (truth, prediction)):
+        metrics = structure_metrics(*pair, SPACING)
+        assert metrics == pytest.approx(expected, rel=1e-5) and metrics["dice"] == pytest.approx(expected["dice"])
 
 
 def test_overlaps_by_hand():
@@ -67,15 +66,11 @@ def test_overlaps_by_hand():
     assert structure_metrics(prediction, truth, (1, 1, 1))["dice"] == pytest.approx(40)
     assert structure_metrics(truth, truth, SPACING) == {"dice": 100.0, "hd95": 0.0, "assd": 0.0, "missed": 0}
     assert structure_metrics(*np.zeros((2, 4, 4, 4), bool), SPACING) == {}  # excluded
-
-
-@pytest.mark.parametrize("empty", [0, 1])
-def test_one_side_empty_is_a_miss_at_the_diagonal(empty):
-    pair = [SHAPES["shifted"][0], SHAPES["shifted"][1]]
-    pair[empty] = np.zeros_like(pair[0])
-    diagonal = math.sqrt((32 * 1.5) ** 2 + (30 * 1.25) ** 2 + (10 * 8) ** 2)
+    # One side empty is a miss at the diagonal.
+    mask, diagonal = SHAPES["shifted"][0], math.sqrt((32 * 1.5) ** 2 + (30 * 1.25) ** 2 + (10 * 8) ** 2)
     expected = {"dice": 0, "hd95": diagonal, "assd": diagonal, "missed": 1}
-    assert structure_metrics(*pair, SPACING) == pytest.approx(expected)
+    for pair in ((mask, np.zeros_like(mask)), (np.zeros_like(mask), mask)):
+        assert structure_metrics(*pair, SPACING) == pytest.approx(expected)
 
 
 def test_largest_components_equal_a_search_of_the_whole():
@@ -99,26 +94,17 @@ def test_paper_dice_equals_a_loop():
                 true += truth[x, y] == c
                 overlap += p[c, x, y] > 0.5 and truth[x, y] == c
         assert dice.item() == pytest.approx((2 * overlap + 1e-4) / (predicted + true + 1e-4), rel=1e-6)
+    for probability, expected in (  # one pixel, whose label is 0, 1, 2
+        ((1.0, 0.0, 0.0), (1, 0, 0)),  # of two empty ones it is 1
+        ((0.0, 1.0, 0.0), (0, 1, 0)),  # the wrong structure does not count as a hit
+        ((0.5, 0.5, 0.0), (1, 0, 0)),  # the threshold is exclusive ...
+        ((0.3, 0.4, 0.3), (1, 0, 0)),  # ... and the largest probability is not enough
+    ):
+        pixels = torch.tensor(probability).view(1, -1, 1, 1).expand(3, -1, 1, 1)
+        assert paper_dice(pixels, torch.arange(3)[:, None, None]).tolist() == pytest.approx(expected, abs=2e-4)
 
 
-@pytest.mark.parametrize(
-    ("probability", "label", "expected"),
-    [
-        ((1.0, 0.0, 0.0), 0, 1),  # both empty
-        ((0.0, 1.0, 0.0), 1, 1),
-        ((0.0, 1.0, 0.0), 2, 0),  # the wrong structure does not count as a hit
-        ((0.5, 0.5, 0.0), 1, 0),  # the threshold is exclusive ...
-        ((0.5, 0.5, 0.0), 0, 1),
-        ((0.3, 0.4, 0.3), 1, 0),  # ... and the largest probability is not enough
-        ((0.0, 1.0, 0.0), 0, 0),
-    ],
-)
-def test_paper_dice_of_one_pixel(probability, label, expected):
-    dice = paper_dice(torch.tensor(probability).view(1, -1, 1, 1), torch.tensor([[[label]]]))
-    assert dice.item() == pytest.approx(expected, abs=2e-4)
-
-
-def test_mean_std_and_bootstrap_interval():
+def test_statistics_over_patients():
     values = np.random.default_rng(3).normal(80, 10, 50)
     result = mean_std_interval(list(values))
     assert (result["mean"], result["std"]) == pytest.approx((values.mean(), values.std(ddof=1)))
@@ -127,10 +113,7 @@ def test_mean_std_and_bootstrap_interval():
     assert mean_std_interval([7.0] * 4) == {"mean": 7, "std": 0, "ci95": [7, 7]}
     assert mean_std_interval([80.0]) == {"mean": 80, "std": None, "ci95": None}  # two patients are needed
     assert set(mean_std_interval([]).values()) == {None}
-
-
-def test_agreement_by_hand():
-    """Differences 1, 2, 3: mean 2, sample standard deviation 1, limits 2 -+ 1.96; the pair with a NaN is left out."""
+    # Agreement: differences 1, 2, 3 with mean 2, standard deviation 1, limits 2 -+ 1.96; no pair with a NaN.
     figures = agreement_limits([100.0, 120.0, 140.0, np.nan], [101.0, 122.0, 143.0, 5.0])
     assert figures["limits"] == pytest.approx([0.04, 3.96]) and figures["n"] == 3
     expected = {"bias": 2, "sd": 1, "mae": 2, "truth_mean": 120, "predicted_mean": 122}

@@ -110,7 +110,7 @@ def test_label_maps_lie_where_the_organ_lies(tmp_path, shape, zooms):
     assert (tmp_path / "scan_sa.nii.gz").read_bytes() == before
 
 
-def test_center_moves_the_field_of_view(tmp_path):
+def test_center_moves_the_field_of_view(tmp_path, capsys):
     truth = phantom((400, 400, 2), (1.1, 1.1, 8), (158, 0))  # half of it outside the centred field of view
     write(tmp_path / "scan.nii.gz", truth, np.diag([1.1, 1.1, 8, 1]))
     for center, low, high in ((None, 0, 0.8), ((199.5 + 158 / 1.1, 199.5), 0.97, 1)):
@@ -118,6 +118,11 @@ def test_center_moves_the_field_of_view(tmp_path):
         assert low < dice(read(tmp_path / "out/scan_seg.nii.gz") == 3, truth == 3) < high
     with pytest.raises(UserError, match=r"outside the image of \(400, 400\)"):
         segment(tmp_path / "scan.nii.gz", tmp_path / "other", center=(500, 0))
+    net = Brightness()  # that finds nothing: the image's centre is kept
+    net.forward = lambda image: torch.cat([image * 0 + 9, image.repeat(1, 3, 1, 1) * 0], 1)
+    segment(tmp_path / "scan.nii.gz", tmp_path / "none", trained(net), center="auto")
+    assert "center: of the image, as the networks find nothing" in capsys.readouterr().out
+    assert not read(tmp_path / "none/scan_seg.nii.gz").any()
 
 
 def test_prediction_does_not_depend_on_order_or_batch_size(tmp_path, build_tiny):
@@ -154,23 +159,23 @@ def test_tta_is_the_mean_over_flips_and_rotations(build_tiny):
     assert torch.allclose(maps["probability"], expected, atol=1e-6)
 
 
-def segment_confidence(slices, net, **changes):
-    """Return confidence and agreement of slices (4, 120, 120) of 1.5 mm within the field of view."""
-    volume = Volume(np.moveaxis(slices, 0, 2), None, np.eye(4), (1.5, 1.5, 8.0))
-    maps, _ = segment_volume(volume, trained(net, **changes).predictor, DATASET, confidence=True)
-    inside = PlaneMap((120, 120), (1.5, 1.5), 300, 1.1).inside()
-    return maps["confidence"][inside], maps["agreement"][inside]
-
-
 def test_confidence_is_the_variance_between_the_views(build_tiny):
     """Slices of one amplitude leave nothing to be unsure of; other slices do. Agreement is 1 for equal networks."""
     torch.manual_seed(0)
     net = build_tiny(4).eval()
-    same = np.repeat(np.random.default_rng(0).random((1, 120, 120)), 4, 0)
-    confidence, agreement = segment_confidence(same, net)
-    assert np.allclose(confidence, 1, atol=1e-4) and np.allclose(agreement, 1, atol=1e-5)
-    other = same * np.linspace(1, 3, 120)[None, :, None] ** np.arange(4)[:, None, None]
-    whole, half, none = (segment_confidence(other, net, fourier_ratio=ratio)[0] for ratio in (1.0, 0.5, 0.0))
+    inside = PlaneMap((120, 120), (1.5, 1.5), 300, 1.1).inside()
+
+    def confidence(slices, ratio):
+        volume = Volume(slices, None, np.eye(4), (1.5, 1.5, 8.0))
+        run = trained(net, fourier_ratio=ratio)
+        maps, _ = segment_volume(volume, run.predictor, DATASET, confidence=True)
+        assert np.allclose(maps["agreement"][inside], 1, atol=1e-5)
+        return maps["confidence"][inside]
+
+    same = np.repeat(np.random.default_rng(0).random((120, 120, 1)), 4, 2)
+    assert np.allclose(confidence(same, 1.0), 1, atol=1e-4)
+    other = same * np.linspace(1, 3, 120)[:, None, None] ** np.arange(4)
+    whole, half, none = (confidence(other, ratio) for ratio in (1.0, 0.5, 0.0))
     assert whole.min() < 0.9999 and half.min() > whole.min() and np.allclose(none, 1, atol=1e-4)
 
 
@@ -190,8 +195,8 @@ def test_confidence_uses_the_fourier_mode_of_the_run(build_tiny):
         assert torch.allclose(maps["confidence"], expected, atol=1e-4)
 
 
-def test_inputs_and_maps_of_others_are_never_overwritten(tmp_path):
-    """Neither a scan named like an output, nor a label map beside it, corrected by hand maybe."""
+def test_bad_outputs_are_said_before_the_work(tmp_path):
+    """Maps of others, corrected by hand maybe, or inputs of their names; folders that cannot be written."""
     scan = write(tmp_path / "scan.nii.gz")
     by_hand = write(tmp_path / "scan_seg.nii.gz").read_bytes()
     for overwrite in (False, True):
@@ -199,6 +204,9 @@ def test_inputs_and_maps_of_others_are_never_overwritten(tmp_path):
             with pytest.raises(UserError, match=r"scan_seg\.nii\.gz is there, and .* Move it away"):
                 segment(inputs, tmp_path, overwrite=overwrite)
     assert (tmp_path / "scan_seg.nii.gz").read_bytes() == by_hand
+    for output in (scan, Path("/proc")):
+        with pytest.raises(UserError, match=f"{output} cannot be written .*: choose another --output"):
+            segment(scan, output, trained(Full(AssertionError())))
 
 
 def test_an_interrupted_command_goes_on(tmp_path, capsys):
@@ -242,19 +250,11 @@ def test_a_bad_scan_does_not_stop_the_others(tmp_path, capsys):
     assert f"scans segmented into {tmp_path / 'out'}: 1." in capsys.readouterr().out
     with pytest.raises(UserError, match=r"no \.nii or \.nii\.gz scan in"):  # it holds nothing but our own map
         segment(tmp_path / "out", tmp_path / "more")
-    assert "left out as a label map, by its name: " in capsys.readouterr().out
     with pytest.raises(UserError, match="no such file or folder"):
         segment(tmp_path / "none.nii.gz", tmp_path / "out")
     write(tmp_path / "other/good.nii")
     with pytest.raises(UserError, match=r"several inputs would be good_seg\.nii\.gz"):
         segment([good, tmp_path / "other"], tmp_path / "out")
-
-
-def test_a_folder_that_cannot_be_written_is_said_before_the_work(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    for output in (tmp_path / "file", Path("/proc")):
-        with pytest.raises(UserError, match=f"{output}: cannot be written .*: choose another --output"):
-            segment(write(tmp_path / "scan.nii.gz"), output, trained(Full(AssertionError())))
 
 
 def test_label_maps_in_a_folder_are_left_out(tmp_path, capsys):
@@ -271,28 +271,23 @@ def test_label_maps_in_a_folder_are_left_out(tmp_path, capsys):
     assert all(f"left out as a label map, by its name: {tmp_path / name}.nii.gz\n" in said for name in maps)
 
 
-@pytest.mark.parametrize(("array", "zoom", "options", "reason"), [
-    (np.full((60, 60, 2), 7), 2, {}, "all voxels lie in 7000 to 7000"),
-    (np.arange(7200).reshape(60, 60, 2) % 30, 20, {}, "correct the voxel size in the header"),
-    (phantom((100, 100, 1), (2, 2, 8)), 2, {"confidence": True}, "--confidence compares with another slice"),
+STACK = phantom((80, 70, 3, 2), (1.5, 1.25, 8))
+
+
+@pytest.mark.parametrize(("array", "zooms", "options", "reason"), [
+    (np.full((60, 60, 2), 7), (2, 2, 8), {}, "all voxels lie in 7000 to 7000"),
+    (np.arange(7200).reshape(60, 60, 2) % 30, (20, 20, 8), {}, "correct the header"),
+    (phantom((100, 100, 1), (2, 2, 8)), (2, 2, 8), {"confidence": True}, "--confidence compares with another slice"),
+    (np.swapaxes(STACK, 0, 2), (8, 1.25, 1.5), {}, "axis 1, not 3: exchange the axes"),
+    (np.swapaxes(STACK, 1, 2), (1.5, 8, 1.25), {}, "axis 2, not 3: exchange the axes"),
 ])  # fmt: skip
-def test_no_scan_is_refused_and_the_others_go_on(tmp_path, array, zoom, options, reason):
-    write(tmp_path / "odd.nii.gz", array, np.diag([zoom, zoom, 8, 1]))
-    write(tmp_path / "scan.nii.gz")
+def test_no_scan_is_refused_and_the_others_go_on(tmp_path, array, zooms, options, reason):
+    """Slices may be thinner than their square pixels are wide."""
+    write(tmp_path / "odd.nii.gz", array, np.diag([*zooms, 1]))
+    write(tmp_path / "scan.nii.gz", affine=np.diag([2, 2, 1.5, 1]))
     with pytest.raises(UserError, match=f"1 of 2 scans failed:\n  .*odd.nii.gz: .*{reason}"):
         segment(tmp_path, tmp_path / "out", **options)
     assert "scan_seg.nii.gz" in maps_in(tmp_path / "out")
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_slices_on_another_axis_are_refused(tmp_path, axis):
-    moved, zooms = np.swapaxes(phantom((80, 70, 3, 2), (1.5, 1.25, 8)), axis, 2), np.array([1.5, 1.25, 8])
-    zooms[[axis, 2]] = zooms[[2, axis]]
-    write(tmp_path / "moved.nii.gz", moved, np.diag([*zooms, 1]))
-    with pytest.raises(UserError, match=rf"moved.* axis {axis + 1}, not 3: exchange the axes"):
-        segment(tmp_path, tmp_path / "out")
-    write(tmp_path / "thin.nii.gz", affine=np.diag([2, 2, 1.5, 1]))  # thinner than its square pixels are wide
-    segment(tmp_path / "thin.nii.gz", tmp_path / "out")
 
 
 class Full(Brightness):
@@ -357,14 +352,6 @@ def test_the_networks_find_the_organ(tmp_path, capsys, moved_mm):
         expected = (np.array(shape[:2]) - 1) / 2 + np.array(place) / zooms[:2]
         assert np.abs(np.array(said, float) - expected).max() < 2  # voxels
     assert reached[1] >= 0.98 * reached[0] > 0.95
-
-
-def test_nothing_found_keeps_the_image_center(tmp_path, capsys):
-    net = Brightness()
-    net.forward = lambda image: torch.cat([image * 0 + 9, image.repeat(1, 3, 1, 1) * 0], 1)
-    segment(write(tmp_path / "scan.nii.gz"), tmp_path / "out", trained(net), center="auto")
-    assert "center: of the image, as the networks find nothing" in capsys.readouterr().out
-    assert not read(tmp_path / "out/scan_seg.nii.gz").any()
 
 
 @pytest.mark.parametrize("frames", [1, 4])

@@ -54,7 +54,8 @@ def labels(table):
     return [row[0] for row in table.rows]
 
 
-def test_average_has_the_population_deviation_of_the_domain_means():
+def test_averages_over_domains_and_seeds():
+    """Over domains with the population deviation of their means."""
     paper, left, myocardium, right = combine(all_domains())
     found = cells(paper, "this implementation, full")
     assert {domain: found[domain][:2] for domain in "ABCD"} == {"A": (70, 5), "B": (74, 5), "C": (82, 5), "D": (86, 5)}
@@ -64,9 +65,7 @@ def test_average_has_the_population_deviation_of_the_domain_means():
     assert cells(myocardium, "Dice (%), full")["average"][:2] == found["average"][:2]
     assert cells(right, "HD95 (mm), full")["average"][:2] == (9, 0)
     assert str(cells(left, "ASSD (mm), full")["B"]) == "2.00"
-
-
-def test_seeds_are_averaged_with_their_sample_deviation():
+    # Seeds are averaged with their sample deviation.
     runs = [summary("B", mean, seed=seed) for seed, mean in ((2, 90.0), (0, 80.0), (1, 82.0))]
     table = combine([*runs, summary("A", 70.0)])
     found = cells(table[0], "this implementation, full")
@@ -75,9 +74,7 @@ def test_seeds_are_averaged_with_their_sample_deviation():
     assert str(found["A"]) == "70.00 ± 5.00"
     assert found["average"][:2] == (77, 7)  # of the domains, however many seeds one has
     assert "B seed 0, n = 50; B seed 1, n = 50; B seed 2, n = 50." in table[0].notes[1]
-
-
-def test_no_mean_and_no_deviation():
+    # No mean and no deviation.
     empty = summary("A", None, None)
     paper, volumetric, *_ = combine([empty, summary("B", 70.0, None), summary("B", None, None, seed=1)])
     found = cells(paper, "this implementation, full")
@@ -87,7 +84,7 @@ def test_no_mean_and_no_deviation():
     assert "None" not in to_markdown(nothing) + to_csv(nothing) + to_latex(nothing)
 
 
-def test_what_is_not_comparable_is_said_once_below_the_table():
+def test_methods_and_what_is_not_comparable():
     runs = [summary("A"), summary("B", image_size=64), summary("B", seed=1, content_hash="xyz", keep_largest=True)]
     runs += [summary(d, method="new", phantom=True, tta=True) for d in "AB"]
     tables = combine(runs)
@@ -98,6 +95,18 @@ def test_what_is_not_comparable_is_said_once_below_the_table():
     assert note in tables[0].notes and to_markdown(tables).count("Not comparable") == 1
     assert cells(tables[0], "this method, as published")["average"].mean == 84.52  # still beside ours
     assert "Not comparable" not in to_markdown(combine(all_domains(checkpoint="last, step 9")))
+    tables = combine([summary("A", 70.0), summary("A", 60.0, method="plain CPS"), summary("B", 80.0)])
+    assert [table.title for table in tables] == ["Paper protocol", *(f"Volumetric, {s}" for s in ("LV", "MYO", "RV"))]
+    means = [[cell.mean for cell in row[1:]] for row in tables[0].rows[:2]]
+    assert means == [[70, 80, None, None, 75], [60, None, None, None, 60]]
+    assert labels(tables[1])[:3] == ["Dice (%), full", "Dice (%), plain CPS", "HD95 (mm), full"]
+    # What stands behind the numbers is said.
+    remark = " (training not finished: epoch 12 of 50)"
+    other = {"seed": 3, "unfinished": remark, "settings": {"seed": 3, "num_epoch": 8}}
+    for table in combine([summary("A"), summary("B", **other)]):
+        assert f"A seed 0, n = 50; B seed 3{remark}, n = 50. They differ in num_epoch." in table.notes[1]
+        assert "2 % labelled. Mean ± SD over patients" in table.notes[0]
+        assert f"Checkpoint: best, selection: {RULE}." in table.notes[0]
 
 
 def test_published_rows_are_complete_and_those_of_the_ratio():
@@ -114,16 +123,11 @@ def test_published_rows_are_complete_and_those_of_the_ratio():
     assert scgm.header == ["", "1", "2", "3", "4", "average"]
     assert str(cells(scgm, "this method, as published")["3"]) == "78.75 ± 9.44"
     assert scgm.notes[-1] == "Published later: VDPL (U-Net) as in its own paper."
-
-
-def test_data_set_without_published_numbers():
+    # Of a data set without published numbers there are none.
     tables = combine([summary("x", dataset="new"), summary("y", dataset="new", mean=70.0)])
     assert labels(tables[0]) == ["this implementation, full"] and tables[0].header == ["", "x", "y", "average"]
     assert "New, data mms, each hospital held out in turn" in tables[0].notes[0] and len(tables[0].notes) == 2
-
-
-def test_published_averages_are_the_means_of_their_domains():
-    off = {}
+    off = {}  # averages that are not the means of their domains
     for dataset, ratio in PUBLISHED:
         for method, *dice, average in published_rows(dataset, ratio)[0]:
             if abs(gap := average.mean - fmean(cell.mean for cell in dice)) > 0.0051:  # rounding
@@ -145,24 +149,7 @@ def test_every_step_of_the_ablation_has_its_name():
         assert method_name({"config": settings | changes, "cps_weight": 3.0}) == name
 
 
-def test_methods_stand_in_rows_of_their_own():
-    tables = combine([summary("A", 70.0), summary("A", 60.0, method="plain CPS"), summary("B", 80.0)])
-    assert [table.title for table in tables] == ["Paper protocol", *(f"Volumetric, {s}" for s in ("LV", "MYO", "RV"))]
-    means = [[cell.mean for cell in row[1:]] for row in tables[0].rows[:2]]
-    assert means == [[70, 80, None, None, 75], [60, None, None, None, 60]]
-    assert labels(tables[1])[:3] == ["Dice (%), full", "Dice (%), plain CPS", "HD95 (mm), full"]
-
-
-def test_what_stands_behind_the_numbers_is_said():
-    remark = " (training not finished: epoch 12 of 50)"
-    other = {"seed": 3, "unfinished": remark, "settings": {"seed": 3, "num_epoch": 8}}
-    for table in combine([summary("A"), summary("B", **other)]):
-        assert f"A seed 0, n = 50; B seed 3{remark}, n = 50. They differ in num_epoch." in table.notes[1]
-        assert "2 % labelled. Mean ± SD over patients" in table.notes[0]
-        assert f"Checkpoint: best, selection: {RULE}." in table.notes[0]
-
-
-def test_csv_holds_the_same_numbers():
+def test_csv_and_markdown_hold_the_same_numbers():
     tables = combine([*all_domains(), summary("D", 81.3333333333, seed=1)])
     lines = list(csv.DictReader(io.StringIO(to_csv(tables))))
     entries = [cell for table in tables for _, *row in table.rows for cell in row]
@@ -170,6 +157,12 @@ def test_csv_holds_the_same_numbers():
         numbers = tuple(float(line[key]) if line[key] else None for key in ("mean", "sd"))
         assert numbers == (cell.mean, cell.std) and line["remark"] == cell.remark
     assert [line["column"] for line in lines[:5]] == [*"ABCD", "average"] and lines[3]["remark"] == "2 seeds"
+    table = Table("Title", ["name", "n", "Dice"], [["a|b", 3, Cell(80.126, ci95=(70.0, 90.0))]], ["Foot."])
+    assert to_markdown([table]) == (
+        "**Title**\n\n| name | n | Dice |\n| --- | --- | --- |\n| a\\|b | 3 | 80.13 [70.00, 90.00] |\n\nFoot.\n"
+    )
+    assert "Title,a|b,Dice,80.126,,70.0,90.0,\n" in to_csv([table]) and "Title,a|b,n,3,,,,\n" in to_csv([table])
+    assert str(Cell(float("nan"))) == str(Cell(None)) == "–"
 
 
 def test_latex_is_well_formed():
@@ -201,12 +194,3 @@ def test_latex_compiles_and_fits_the_page(tmp_path):
     assert done.returncode == 0, done.stdout[-2000:]
     for complaint in ("Overfull", "Missing character", "Float too large"):
         assert complaint not in done.stdout
-
-
-def test_markdown_and_csv_of_any_table():
-    table = Table("Title", ["name", "n", "Dice"], [["a|b", 3, Cell(80.126, ci95=(70.0, 90.0))]], ["Foot."])
-    assert to_markdown([table]) == (
-        "**Title**\n\n| name | n | Dice |\n| --- | --- | --- |\n| a\\|b | 3 | 80.13 [70.00, 90.00] |\n\nFoot.\n"
-    )
-    assert "Title,a|b,Dice,80.126,,70.0,90.0,\n" in to_csv([table]) and "Title,a|b,n,3,,,,\n" in to_csv([table])
-    assert str(Cell(float("nan"))) == str(Cell(None)) == "–"

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
-from torch import nn
 
 from utils.data.dataset import DatasetInfo
 from utils.data.loaders import usable_cores
@@ -28,9 +27,9 @@ from utils.files import OutputFolder
 class HeldOut:
     """For the held-out domain, without --input."""
 
-    data_root: Path | None = None  # Evaluate on these prepared data; by default on the training's.
+    data_root: Path | None = None  # Evaluate on these prepared data, not on the training's.
     out: Path | None = None  # Write here; by default into RUN/results/DOMAIN or "comparisons".
-    # Name the rows of a table over several runs, one name per --run; runs of one name share a row.
+    # Name the rows of a table over runs, one name per --run; equal names share a row.
     label: tuple[str, ...] = ()
 
 
@@ -39,7 +38,7 @@ class LabeledScans:
     """For labelled scans of one's own: --input IMAGES --truth MASKS, or --input TABLE.csv."""
 
     truth: tuple[Path, ...] = ()  # Evaluate the scans by these label maps, or folders of them.
-    # Say what the values in the truth mean, as 1=RV 2=MYO 3=LV; by default as in the data set.
+    # Name the values in the truth, as 1=RV 2=MYO 3=LV; by default as in the data set.
     labels: tuple[str, ...] = ()
 
 
@@ -47,12 +46,12 @@ class LabeledScans:
 class NewScans:
     """For new scans: --input without --truth."""
 
-    overwrite: bool = False  # Replace label maps that are in the output folder already.
+    overwrite: bool = False  # Replace label maps that are there already.
     volumes: bool = False  # Write volumes.csv, the clinical quantities of 4D scans of the heart.
     confidence: bool = False  # Write maps in [0, 1] of confidence exp(-V) and agreement, too.
-    # Look around this voxel of a slice, not its centre; auto: around the one that the networks find.
+    # Look around this voxel of a slice, not its centre; auto: around what the networks find.
     center: tuple[float, float] | Literal["auto"] | None = None
-    batch_size: int = 8  # Predict so many slices at a time, at least 1; fewer take less memory.
+    batch_size: int = 8  # Predict so many slices at a time (at least 1); fewer take less memory.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,16 +73,15 @@ class Inference:
     new_scans: NewScans = field(default_factory=NewScans)
 
 
-def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module]) -> None:
+def run_inference(dataset: DatasetInfo, build_network: Callable) -> None:
     """Run what the command line asks for."""
     with clear_errors():
-        config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-        flags = tyro.cli(Inference, config=config)
+        flags = tyro.cli(Inference, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
         mode = flags.held_out
         if flags.input:
             is_table = [path.suffix.lower() for path in flags.input] in ([".csv"], [".xlsx"])
-            labeled_scans = flags.labeled_scans.truth or is_table
-            mode = flags.labeled_scans if labeled_scans else flags.new_scans
+            is_labeled = flags.labeled_scans.truth or is_table
+            mode = flags.labeled_scans if is_labeled else flags.new_scans
         check_flags(flags, mode, dataset)
         device = choose_device(flags.device)
         load = partial(
@@ -99,8 +97,8 @@ def run_inference(dataset: DatasetInfo, build_network: Callable[..., nn.Module])
             segment_files(load(flags.run[0]), dataset, flags.input, flags.output, **options)
 
 
-def check_flags(flags: Inference, mode: Any, dataset: DatasetInfo) -> None:
-    """Raise UserError, naming every mistake, for flags that do not belong together."""
+def check_flags(flags: Inference, mode, dataset: DatasetInfo) -> None:
+    """Raise UserError that names all flags that do not belong together."""
     runs, groups = flags.run, (flags.held_out, flags.labeled_scans, flags.new_scans)
     held_out, _, new_scans = groups
     mistakes = {
@@ -120,11 +118,11 @@ def check_flags(flags: Inference, mode: Any, dataset: DatasetInfo) -> None:
         raise UserError("\n".join(made))
 
 
-def evaluate_runs(load: Callable[[Path], TrainedRun], dataset: DatasetInfo, flags: Inference) -> None:
-    """Evaluate runs on their held-out domains; of several, write the tables over them, too."""
+def evaluate_runs(load: Callable, dataset: DatasetInfo, flags: Inference) -> None:
+    """Evaluate runs on their held-out domains; of several, write tables, too."""
     folders, root, out = flags.run, flags.held_out.data_root, flags.held_out.out
     several = len(folders) > 1
-    if several:  # before the first of them is evaluated
+    if several:  # before the first evaluation
         metadata = [read_run(folder, flags.checkpoint, dataset)[1] for folder in folders]
         names = compare.name_rows(folders, metadata, flags.held_out.label, one_data=root is not None)
         facts = (sorted(map(str, folders)), flags.checkpoint, flags.tta, flags.keep_largest, root)
@@ -135,25 +133,25 @@ def evaluate_runs(load: Callable[[Path], TrainedRun], dataset: DatasetInfo, flag
         run = load(folder)
         data, name, title = open_data(run, root, dataset)
         results = out if out and not several else folder / "results" / name
+        options = {"domain": run.config.test_domain, "title": title}
         with memory_errors(folder):
-            summaries.append(evaluate_run(
-                run, dataset, data, results, domain=run.config.test_domain, title=title,
-                save_predictions=flags.save_predictions, keep_largest=flags.keep_largest,
-            ))  # fmt: skip
+            summaries.append(evaluate_run(run, dataset, data, results, **options, **_common(flags)))
     if several:
         compare.write_comparison(compare.by_method(summaries, names, dataset), dataset, tables_at)
 
 
 def evaluate_user_scans(run: TrainedRun, dataset: DatasetInfo, flags: Inference) -> None:
-    """Evaluate a run on the user's labelled scans, prepared as those of a data set are."""
-    source, scans = flags.input[0], flags.labeled_scans  # the results bear the source's name
+    """Evaluate a run on the user's labelled scans, prepared as a data set."""
+    source, scans = flags.input[0], flags.labeled_scans  # it names the results
     dataset = labeled(flags.input, scans.truth, scans.labels, dataset)
     with tempfile.TemporaryDirectory(prefix="semidg_") as folder, memory_errors(source):
         raw, prepared = source if source.is_dir() else source.parent, Path(folder) / source.resolve().name
         prepare_dataset(raw, prepared, dataset, workers=usable_cores())
         data = PreparedData.open(prepared, dataset)
-        evaluate_run(
-            run, dataset, data, flags.output, domain=data.index["domain"][0],
-            title=f"{dataset.name}, own scans", save_predictions=flags.save_predictions,
-            keep_largest=flags.keep_largest, labels=scans.labels,
-        )  # fmt: skip
+        options = {"domain": data.index["domain"][0], "title": f"{dataset.name}, own scans"}
+        options |= {"labels": scans.labels, **_common(flags)}
+        evaluate_run(run, dataset, data, flags.output, **options)
+
+
+def _common(flags: Inference) -> dict[str, bool]:
+    return {name: getattr(flags, name) for name in ("save_predictions", "keep_largest")}

@@ -8,7 +8,6 @@ from hashlib import sha256
 from itertools import chain, product, zip_longest
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
-from typing import Any
 
 from scipy.stats import wilcoxon
 
@@ -17,7 +16,7 @@ from utils.data.dataset import DatasetInfo
 from utils.data.prepared import NO_DOMAIN
 from utils.errors import UserError
 from utils.evaluation.metrics import METRICS, holm, mean_std_interval
-from utils.evaluation.report import count
+from utils.evaluation.report import MARKS, count
 from utils.evaluation.runs import is_other, method_name
 from utils.evaluation.tables import Cell, Table, to_csv, to_latex, to_markdown
 from utils.files import OutputFolder
@@ -25,16 +24,14 @@ from utils.run.folder import DEFAULTS
 
 FORMATS = {"md": to_markdown, "csv": to_csv, "tex": to_latex}
 COMPARISON_FILES = [f"{n}.{f}" for n in ("leave_one_domain_out", "comparison") for f in FORMATS]
-VARYING = {"seed", "test_domain", "init_from"}  # settings in which the runs of a row may differ
-METHOD_SETTINGS = {"cps_loss", "fourier_aug", "fourier_mode", "cutmix"}  # that name the method
-MARKS = {"phantom": "phantom data", "tta": "test-time augmentation"}
-MARKS["keep_largest"] = "largest components"
+VARYING = {"seed", "test_domain", "init_from"}  # in which the runs of a row may differ
+METHOD_SETTINGS = {"cps_loss", "fourier_aug", "fourier_mode", "cutmix"}  # named by the method
 SELECTION_NOTE = "Published checkpoints may be chosen on the held-out domain; ours never are."
 Runs = dict[str, list[dict]]  # one method's summary.json in order of seeds, by held-out domain
 
 
 def name_rows(folders: Sequence[Path], metadata: Sequence[dict], labels: Sequence[str], *, one_data: bool) -> list[str]:
-    """Return the rows' names, by labels or methods and settings; UserError if runs do not fit."""
+    """Return names of rows, by labels or methods and settings; UserError if runs do not fit."""
     settings = []
     for run in metadata:
         config, content = DEFAULTS | run["config"], run["content_hash"] or "unknown"
@@ -60,7 +57,7 @@ def name_rows(folders: Sequence[Path], metadata: Sequence[dict], labels: Sequenc
 
 
 def _names_by_settings(methods: Sequence[str], settings: Sequence[dict]) -> list[str]:
-    """Return each run's method, with the settings in which the runs differ."""
+    """Return each run's method and the settings in which the runs differ."""
     texts, hidden = [], RUNTIME_SETTINGS | METHOD_SETTINGS | {"seed", "test_domain"}
     for values in settings:
         idle = () if values["cps_weight"] else ("cps_", "fourier_")  # without effect
@@ -74,7 +71,7 @@ def _names_by_settings(methods: Sequence[str], settings: Sequence[dict]) -> list
 def published_rows(dataset: str, ratio: float) -> tuple[list[list], str]:
     """Return the rows published for a ratio, and a note on later ones."""
     rows, note = [], ""
-    with open(Path(__file__).with_name("published.csv"), newline="", encoding="utf-8") as file:
+    with open(Path(__file__).with_name("published.csv"), encoding="utf-8") as file:
         for line in csv.DictReader(file):
             if (line["dataset"], float(line["ratio"])) == (dataset, ratio):
                 numbers = zip_longest(line["dice"].split(), line["std"].split())
@@ -93,7 +90,7 @@ def by_method(summaries: Sequence[dict], names: Sequence[str], dataset: DatasetI
 
 
 def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list[Table]:
-    """Return a table by the paper's protocol, beside published rows, and one per structure."""
+    """Return a table by the paper's protocol, with published rows, and one per structure."""
     summaries = [summary for runs in methods.values() for summary in chain(*runs.values())]
     ratio, data = summaries[0]["ratio"], summaries[0]["data"]
     checkpoints = {f"{s['checkpoint'].split(',')[0]}, selection: {s['selection']}" for s in summaries}
@@ -139,7 +136,6 @@ def _average(cells: Sequence[Cell], deviation, noun: str) -> Cell:
 
 
 def _sources(method: str, runs: Runs) -> str:
-    """Say what stands behind a method's cells, and where its runs differ."""
     runs = list(chain(*runs.values()))
     sources = [f"{s['test_domain']} seed {s['seed']}{s['unfinished']}, n = {s['patients']}" for s in runs]
     first, *others = [run["settings"] for run in runs]
@@ -183,21 +179,19 @@ def compare_methods(methods: dict[str, Runs]) -> Table:
             if len(unequal[n]) < 6:  # the test's least p is 2 / 2^number
                 differ = count(len(unequal[n]), "patient")
                 warnings.append(f"{row}: {differ} differ, too few for p < 0.05.")
-            each = [methods[name].get(domain, []) for name in (method, reference)]
-            ours, theirs = ([(s["seed"], {*s["paper_dice"]}) for s in seeds] for seeds in each)
+            ours, theirs = (methods[name].get(domain, []) for name in (method, reference))
+            ours, theirs = ([(s["seed"], {*s["paper_dice"]}) for s in seeds] for seeds in (ours, theirs))
             if ours != theirs:
                 warnings.append(f"{row}: other seeds or patients than {reference}.")
     note = (
         f"Mean difference from {reference} in points of the paper's Dice, paired by patient (mean over "
-        "seeds) [95 % bootstrap interval]; two-sided Wilcoxon signed-rank p, and by Holm over the "
-        "methods. Patients vary, not trainings: another seed may differ."
+        "seeds) [95 % bootstrap interval]; two-sided Wilcoxon signed-rank p, and by Holm over methods."
     )
     header = ["", "patients", "difference", "p", "p (Holm)"]
     return Table("Comparison", header, rows, [note, *(f"Warning: {text}" for text in warnings)])
 
 
 def _patient_dice(runs: Runs) -> dict[tuple[str, str], float]:
-    """Return the mean Dice by domain and patient, of patients that all seeds have."""
     return {
         (domain, patient): fmean(run["paper_dice"][patient] for run in seeds)
         for domain, seeds in runs.items()
@@ -206,7 +200,7 @@ def _patient_dice(runs: Runs) -> dict[tuple[str, str], float]:
     }
 
 
-def comparison_folder(parent: Path, names: Sequence[str], facts: Any) -> Path:
+def comparison_folder(parent: Path, names: Sequence[str], facts) -> Path:
     """Return the folder for tables over runs, named by their rows and a hash of `facts`."""
     title = re.sub(r"[^\w.]+", "-", "_vs_".join(dict.fromkeys(names)))[:80]
     digest = sha256(repr((facts, names)).encode()).hexdigest()

@@ -1,7 +1,6 @@
 """Calibration of the networks, and how well a score knows their errors."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +45,7 @@ def auroc(score: np.ndarray, wrong: np.ndarray) -> float | None:
 
 
 def calibration_sums(probability: torch.Tensor, truth: torch.Tensor) -> np.ndarray:
-    """Return by bin (3, BINS) sums over N pixels, softmax (N, K), of 1, their maximum, right ones."""
+    """Return (3, BINS) sums over N pixels, softmax (N, K): number, maximum, right ones."""
     maximum, label = probability.double().max(1)
     number = (maximum * BINS).long().clamp_max(BINS - 1).numpy()
     weights = (torch.ones_like(maximum), maximum, (label == truth).double())
@@ -54,7 +53,7 @@ def calibration_sums(probability: torch.Tensor, truth: torch.Tensor) -> np.ndarr
 
 
 def calibration_error(sums: np.ndarray) -> float | None:
-    """Return the expected calibration error (percent) of `calibration_sums`; None without pixels."""
+    """Return the expected calibration error (percent) of `calibration_sums`, or None."""
     count, maximum, right = sums
     return 100 * float(np.abs(maximum - right).sum() / count.sum()) if count.any() else None
 
@@ -81,7 +80,7 @@ class Uncertainty:
             values = [float(one[area].mean()) for one, area in zip(score, areas, strict=True)]
             self.slices[name].append((scan.patient, scan.phase, values))
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict:
         """Return "calibration" by pixels, and "risk": `risk_areas` of 100 - Dice (percent)."""
         values = {"slices": {}, "patients": {}}
         for name, scans in self.slices.items():
@@ -94,7 +93,7 @@ class Uncertainty:
 
 
 def hidden_rows(data: PreparedData, split: Split) -> np.ndarray:
-    """Return index rows of a sample of source slices whose masks neither loss nor selection sees."""
+    """Return rows of a sample of source slices whose masks neither loss nor selection sees."""
     rows = data.rows(sorted(set(split.unlabeled) - set(split.labeled)), with_mask=True)
     if len(rows) < 2:
         raise UserError(f"--monitor-pseudo-labels: {data.root} has no masks of unlabelled source "
@@ -106,8 +105,8 @@ def hidden_rows(data: PreparedData, split: Split) -> np.ndarray:
 
 
 @torch.no_grad()
-def monitor_pseudo_labels(predictor: Predictor, data: PreparedData, split: Split) -> dict[str, Any]:
-    """Compare the pseudo labels of a fixed sample, in views without augmentation, with the truth.
+def monitor_pseudo_labels(predictor: Predictor, data: PreparedData, split: Split) -> dict:
+    """Compare the pseudo labels of a fixed sample, not augmented, with the truth.
 
     Return "dice" (percent, paper protocol) by domain, "error" (percent of pixels), and by score
     `auroc` of all pixels and of the foreground.

@@ -1,14 +1,12 @@
-"""The evaluation of a run on a domain: metrics, tables, pictures, predictions, report."""
+"""The evaluation of a run on a domain."""
 
 import csv
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from config import RUNTIME_SETTINGS, pixel_mm
@@ -35,8 +33,8 @@ SLICES_DRAWN = 6  # of a scan, at most
 
 def evaluate_run(
     run: TrainedRun, dataset: DatasetInfo, data: PreparedData, out: Path, *, domain: str,
-    title: str, save_predictions: bool = False, keep_largest: bool = False, labels: Sequence[str] = (),
-) -> dict[str, Any]:  # fmt: skip
+    title: str, save_predictions=False, keep_largest=False, labels: Sequence[str] = (),
+) -> dict:  # fmt: skip
     """Evaluate a run on a domain's patients with masks, into `out`; return summary.json.
 
     `labels` says what the values in the user's masks meant, for the record.
@@ -59,7 +57,6 @@ def evaluate_run(
             write_volume(outputs.claim(name), segmented, truth)
     paper_dice = mean_dice(slice_dice)
     cases = [{**case, "paper_dice": paper_dice[case["patient"]]} for case in cases]
-    clinical = clinical_figures(cases, dataset)
     voxels, outside = (sum(case[key] for case in cases) for key in ("voxels", "outside_field"))
     summary = {
         **run_facts(run),
@@ -78,7 +75,7 @@ def evaluate_run(
         **uncertainty.summary(),
         "labels": list(labels),
         "warnings": exchanged_phases(cases, dataset),
-        **({"clinical": clinical} if clinical else {}),
+        "clinical": clinical_figures(cases, dataset),
     }
     tables = summary_tables(summary)
     write_json(outputs.claim("summary.json"), summary)
@@ -94,7 +91,7 @@ def evaluate_run(
         outputs.claim("report.html"), title=title, summary=summary, tables=tables,
         config=asdict(run.config), cases=cases_table(cases), pictures=pictures,
     )  # fmt: skip
-    outputs.remove_stale()  # of an earlier evaluation, maybe of another checkpoint
+    outputs.remove_stale()  # of an earlier evaluation
     paper = Cell(**summary["paper_protocol"])._replace(ci95=None)
     volumetric = [f"{name} {Cell(s['dice'])}" for name, s in summary["volumetric"].items()]
     for text in summary["warnings"]:
@@ -104,28 +101,24 @@ def evaluate_run(
     return summary
 
 
-def run_facts(run: TrainedRun) -> dict[str, Any]:
-    """Return what summary.json says about the run itself, whatever the data."""
+def run_facts(run: TrainedRun) -> dict:
+    """Return what summary.json says about the run itself."""
     settings = {k: value for k, value in asdict(run.config).items() if k not in RUNTIME_SETTINGS}
-    selection = {"best": run.metadata["selection"], "last": "none, the last state of the training"}
-    with run.predictor.autocast():
-        precision = "bf16" if torch.is_autocast_enabled(run.predictor.device.type) else "fp32"
-    trained_by = ("git_commit", "versions", "content_hash")
+    selection = {"best": run.metadata["selection"], "last": "none, the training's last state"}
     return {
         "run": run.folder.resolve().name,
         "selection": selection.get(run.checkpoint, "none, a kept epoch"),
         "method": method_name(run.metadata),
         "settings": settings,
         **{key: settings[key] for key in ("ratio", "seed", "image_size")},
-        "precision": precision,
         "tta": run.predictor.tta,
-        "trained_by": {name: run.metadata[name] for name in trained_by},
+        "trained_by": {key: run.metadata[key] for key in ("git_commit", "versions", "content_hash")},
         "evaluated_by": provenance(),
     }
 
 
-def volumetric_figures(cases: Sequence[dict], structure: str) -> dict[str, Any]:
-    """Return one structure's metrics: means over patients, of the means over their scans."""
+def volumetric_figures(cases: Sequence[dict], structure: str) -> dict:
+    """Return one structure's metrics: means over patients, of means over their scans."""
     scans = [case for case in cases if case["structure"] == structure]
     figures = {"missed": sum(case.get("missed", 0) for case in scans), "scans": len(scans)}
     figures["both_empty"] = sum("dice" not in case for case in scans)
@@ -135,8 +128,7 @@ def volumetric_figures(cases: Sequence[dict], structure: str) -> dict[str, Any]:
             if metric in case:
                 patients[case["patient"]].append(case[metric])
         spread = mean_std_interval([np.mean(values) for values in patients.values()])
-        keys = (metric, f"{metric}_std", f"{metric}_ci95")
-        figures |= zip(keys, spread.values(), strict=True)
+        figures |= {metric: spread["mean"], f"{metric}_std": spread["std"], f"{metric}_ci95": spread["ci95"]}
     return figures
 
 
@@ -161,14 +153,14 @@ def exchanged_phases(cases: Sequence[dict], dataset: DatasetInfo) -> list[str]:
     return [f"{patient}: the true {names[0]} is larger at ES than at ED: exchanged?" for patient in patients]
 
 
-def case_drawing(scan: ScanPrediction, grid: Volume) -> dict[str, Any]:
+def case_drawing(scan: ScanPrediction, grid: Volume) -> dict:
     """Return what `plot_case` draws: few slices, cropped, as those of all scans stay in memory."""
     last, window = len(scan.rows) - 1, ()
     slices = np.unique(np.linspace(0, last, SLICES_DRAWN).round().astype(int)).tolist()
-    maps = {"image": scan.image, "agreement": scan.agreement}
-    maps |= {"truth": scan.truth, "prediction": scan.probability.argmax(1)}
-    arrays = {name: values[slices].float().cpu().numpy() for name, values in maps.items()}
-    arrays = {name: plots.radiological(array, grid) for name, array in arrays.items()}
+    arrays = {"image": scan.image, "agreement": scan.agreement}
+    arrays |= {"truth": scan.truth, "prediction": scan.probability.argmax(1)}
+    for name, values in arrays.items():
+        arrays[name] = plots.radiological(values[slices].float().cpu().numpy(), grid)
     places = np.argwhere((arrays["truth"] + arrays["prediction"]).any(0))  # of structures
     if len(places):
         low, high = places.min(0), places.max(0) + 1
@@ -179,7 +171,7 @@ def case_drawing(scan: ScanPrediction, grid: Volume) -> dict[str, Any]:
 
 
 def draw_overlays(
-    outputs: OutputFolder, dataset: DatasetInfo, summary: Mapping, drawings: Mapping, title: str
+    outputs: OutputFolder, dataset: DatasetInfo, summary: dict, drawings: dict, title: str
 ) -> list[tuple[str, Path]]:
     """Draw worst, median and best patient; return captions and files, for the report."""
     paper_dice, pictures = summary["paper_dice"], []
@@ -190,7 +182,7 @@ def draw_overlays(
         if rank := ranks.get(patient):
             caption = f"{rank} patient: {patient} {phase}; paper Dice {paper_dice[patient]:.1f} %"
             path = outputs.claim(f"overlays/{rank}_{patient}_{phase}.png")
-            options = {"class_names": dataset.class_names[1:], "title": f"{caption}\n{title}"}
-            plots.plot_case(path, **options, **drawings[patient, phase], spacing=spacing)
+            text = {"class_names": dataset.class_names[1:], "title": f"{caption}\n{title}"}
+            plots.plot_case(path, **drawings[patient, phase], **text, spacing=spacing)
             pictures.append((caption, path))
     return pictures

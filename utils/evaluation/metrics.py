@@ -1,8 +1,7 @@
-"""Metrics of a scan, on the network's grid and in the scan's own; statistics over patients."""
+"""Metrics of a scan, and statistics over patients."""
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ def structure_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequen
     if not all(voxels):
         diagonal = float(np.linalg.norm(np.multiply(truth.shape, spacing)))
         return {"dice": 0.0, "hd95": diagonal, "assd": diagonal, "missed": 1}
-    # Imported here: it takes seconds, for which every mistyped command would wait.
+    # Imported here: every mistyped command would wait seconds for it.
     from monai.metrics.utils import get_edge_surface_distance
 
     [box] = ndimage.find_objects((prediction | truth).view(np.uint8))  # the rest changes no distance
@@ -51,7 +50,7 @@ def structure_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequen
 
 
 def largest_components(labels: np.ndarray) -> np.ndarray:
-    """Return labels (X, Y, Z) with each structure's largest component (26 neighbours) only."""
+    """Return labels (X, Y, Z) with each structure's largest component (26 neighbours)."""
     kept = np.zeros_like(labels)
     for value, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is not None:
@@ -60,7 +59,7 @@ def largest_components(labels: np.ndarray) -> np.ndarray:
     return kept
 
 
-def mean_std_interval(values: Sequence[float]) -> dict[str, Any]:
+def mean_std_interval(values: Sequence[float]) -> dict:
     """Return "mean", sample "std" and the mean's 95 % bootstrap interval "ci95"; None if unknown."""
     values = np.asarray(values, dtype=float)
     result = {"mean": float(values.mean()) if len(values) else None, "std": None, "ci95": None}
@@ -78,11 +77,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return np.minimum(steps, 1)[np.argsort(order)].tolist()
 
 
-def agreement_limits(truth: Sequence[float], predicted: Sequence[float]) -> dict[str, Any]:
-    """Compare predictions with their truths as Bland and Altman do; pairs with a NaN are left out.
+def agreement_limits(truth: Sequence[float], predicted: Sequence[float]) -> dict:
+    """Compare predictions with truths as Bland and Altman do; pairs with a NaN are left out.
 
-    Return "bias", mean absolute error "mae", their intervals, "sd" of the differences, 95 %
-    "limits", both means and the number "n" of pairs. A value that needs more pairs is None.
+    Return "bias", mean absolute error "mae", their intervals, "sd" of differences, 95 % "limits",
+    both means and the number "n" of pairs; what needs more pairs is None.
     """
     pairs = np.array([truth, predicted], dtype=float)
     truth, predicted = pairs[:, np.isfinite(pairs).all(0)]

@@ -1,10 +1,9 @@
-"""Ensemble prediction of both networks, used by training and inference alike."""
+"""Prediction of both networks together, in training and inference."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from utils.evaluation.metrics import largest_components, paper_dice, structure_m
 from utils.method.augment import canvas_to_view, match_histogram, repeatable_fourier_view
 from utils.method.losses import kl_variance
 
-Autocast = Callable[[], AbstractContextManager]  # makes the context of forward passes
+Autocast = Callable  # without arguments; makes the context of forward passes
 
 
 @torch.inference_mode()
@@ -58,9 +57,8 @@ class Predictor(NamedTuple):
     def maps(self, canvas: Tensor, quantiles: Tensor, partners=None) -> tuple[Tensor, dict[str, Tensor]]:
         """Predict canvases (B, 1, C, C), whose quantile curves are (B, 256).
 
-        Return the view (B, 1, s, s), and "probability" and "agreement" as `predict` does; with
-        `partners`, canvases whose amplitude makes Fourier views, also "confidence" (B, s, s):
-        exp(-V), V the KL variance between plain and Fourier view.
+        Return the view (B, 1, s, s), and "probability" and "agreement" as `predict` does; with partners,
+        canvases whose amplitude makes Fourier views, also "confidence" exp(-V) (B, s, s).
         """
         view = self.view(canvas, quantiles)
         probability, agreement = predict(self.nets, view, autocast=self.autocast, tta=self.tta)
@@ -83,14 +81,14 @@ class ScanPrediction(NamedTuple):
     rows: np.ndarray  # (S,) of the index
     image: Tensor  # (S, s, s) input
     probability: Tensor  # (S, K, s, s) mean softmax of the networks
-    agreement: Tensor  # (S, s, s) exp(-KL) between the networks, in [0, 1]
+    agreement: Tensor  # (S, s, s) in [0, 1]
     truth: Tensor  # (S, s, s) labels
     slice_dice: np.ndarray  # (S,) paper protocol, in [0, 1], at FIELD_PX
     confidence: Tensor | None = None  # (S, s, s) exp(-V), in [0, 1], where wanted
 
 
 def predict_scans(
-    predictor: Predictor, loader: DataLoader, data: PreparedData, confidence: bool = False
+    predictor: Predictor, loader: DataLoader, data: PreparedData, confidence=False
 ) -> Iterator[ScanPrediction]:
     """Predict scans, each a batch of the loader; a slice's partner is half the scan away."""
     for batch in loader:
@@ -114,8 +112,8 @@ def mean_dice(scans: Iterable[tuple[str, str, Sequence[float]]]) -> dict[str, fl
 
 
 def to_native(
-    scan: ScanPrediction, data: PreparedData, class_names: Sequence[str], *, keep_largest: bool = False
-) -> tuple[np.ndarray, Volume, list[dict[str, Any]]]:
+    scan: ScanPrediction, data: PreparedData, class_names: Sequence[str], *, keep_largest=False
+) -> tuple[np.ndarray, Volume, list[dict]]:
     """Map a prediction to its scan's grid (bilinear softmax, argmax, largest components); score it.
 
     Return labels (X, Y, Z) uint8, the truth's file, and by structure `structure_metrics`, volumes

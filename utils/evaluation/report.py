@@ -1,8 +1,8 @@
-"""An evaluation as Markdown, and as one HTML page that loads nothing from elsewhere."""
+"""An evaluation as Markdown, and as an HTML page that loads nothing."""
 
 import json
 from base64 import b64encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jinja2
@@ -12,50 +12,49 @@ from utils.evaluation.confidence import SCORES
 from utils.evaluation.metrics import METRICS
 from utils.evaluation.tables import Cell, Table, to_markdown
 
+MARKS = {"phantom": "phantom data", "tta": "test-time augmentation", "keep_largest": "largest components"}
 PHANTOM_WARNING = "Phantom data: these numbers say nothing about real scans."
 PAPER_NOTE = (
-    "Mean ± standard deviation over patients [95 % bootstrap interval]; structures pooled per "
-    f"slice, {FIELD_PX} px grid. Slices with little to see pull it below the volumetric Dice."
+    "Mean ± SD over patients [95 % bootstrap interval]; structures pooled per slice, "
+    f"{FIELD_PX} px grid. Slices with little to see pull it below the volumetric Dice."
 )
 
 
 def write_report(
-    path: Path, *, title: str, summary: Mapping, tables: Sequence[Table], config: Mapping,
+    path: Path, *, title: str, summary: dict, tables: Sequence[Table], config: dict,
     cases: Table, pictures: Sequence[tuple[str, Path]],
 ) -> None:  # fmt: skip
     """Write the HTML page; pictures are captions with PNG files, missing or not."""
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     templates = jinja2.Environment(loader=folder, autoescape=True, undefined=jinja2.StrictUndefined)
-    keys = ("content_hash", "trained_by", "evaluated_by")
-    details = {"config": config} | {key: summary[key] for key in keys}
+    details = {key: summary[key] for key in ("content_hash", "trained_by", "evaluated_by")}
     encoded = [b64encode(p.read_bytes()).decode() if p.is_file() else "" for _, p in pictures]
     page = templates.get_template("report.html").render(
         title=title, warning=PHANTOM_WARNING if summary["phantom"] else "", tables=tables, cases=cases,
         setting=_setting(summary), paper_dice=Cell(**summary["paper_protocol"]), paper_note=PAPER_NOTE,
         pictures=[(*pair, data) for pair, data in zip(pictures, encoded, strict=True)],
-        details=json.dumps(details, indent=2, ensure_ascii=False),
+        details=json.dumps({"config": config} | details, indent=2, ensure_ascii=False),
     )  # fmt: skip
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
-def summary_text(title: str, summary: Mapping, tables: Sequence[Table]) -> str:
-    """Return the content of summary.md; arguments as `write_report`."""
+def summary_text(title: str, summary: dict, tables: Sequence[Table]) -> str:
+    """Return summary.md."""
     warning = f"**{PHANTOM_WARNING}**\n\n" if summary["phantom"] else ""
     paper = f"Paper protocol: Dice (%) {Cell(**summary['paper_protocol'])}. {PAPER_NOTE}"
     return f"# {title}\n\n{_setting(summary)}\n\n{warning}{paper}\n\n{to_markdown(tables)}"
 
 
-def _setting(summary: Mapping) -> str:
-    options = {"tta": ", test-time augmentation", "keep_largest": ", largest components only"}
-    chosen = "".join(text for key, text in options.items() if summary[key])
+def _setting(summary: dict) -> str:
+    marks = "".join(f", {text}" for key, text in MARKS.items() if summary[key])
     return (
-        f"Run {summary['run']}, data {summary['data']}. {count(summary['patients'], 'patient')}, "
-        f"{100 * summary['ratio']:g} % labelled, seed {summary['seed']}, {summary['image_size']} px"
-        f"{chosen}. Method: {summary['method']}. "
-        f"Checkpoint: {summary['checkpoint']}; selection: {summary['selection']}."
-        + (f" Labels in the masks: {', '.join(summary['labels'])}." if summary["labels"] else "")
-        + "".join(f" Warning: {text}." for text in summary["warnings"])
-    )
+        "Run {run}, data {data}. {number}, {percent:g} % labelled, seed {seed}, {image_size} px{marks}. "
+        "Method: {method}. Checkpoint: {checkpoint}; selection: {selection}.{labels_text}{warnings_text}"
+    ).format(
+        **summary, number=count(summary["patients"], "patient"), percent=100 * summary["ratio"], marks=marks,
+        labels_text=f" Labels in the masks: {', '.join(summary['labels'])}." if summary["labels"] else "",
+        warnings_text="".join(f" Warning: {text}." for text in summary["warnings"]),
+    )  # fmt: skip
 
 
 def count(number: int, noun: str) -> str:
@@ -63,7 +62,7 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def summary_tables(summary: Mapping) -> list[Table]:
+def summary_tables(summary: dict) -> list[Table]:
     """Return the content of summary.json as tables."""
     outside = f"{summary['outside_field_percent']:.2f} % of the labelled voxels"
     tables = [Table(
@@ -71,10 +70,10 @@ def summary_tables(summary: Mapping) -> list[Table]:
         ["structure", *METRICS.values(), "missed", "both empty", "scans"],
         [[name, *_means(s, METRICS), s["missed"], s["both_empty"], s["scans"]]
          for name, s in summary["volumetric"].items()],
-        ["Mean over patients [95 % bootstrap interval]; a miss is Dice 0 and distances of the "
-         f"diagonal. {outside} lie outside the field of view."],
+        ["Mean over patients [95 % interval]; a miss is Dice 0 and distances of the diagonal. "
+         f"{outside} lie outside the field of view."],
     )]  # fmt: skip
-    if clinical := summary.get("clinical"):
+    if clinical := summary["clinical"]:
         tables.append(Table(
             "Clinical quantities",
             ["quantity", "n", "truth", "predicted", "bias", "mean error", "SD", "from", "to"],
@@ -86,23 +85,23 @@ def summary_tables(summary: Mapping) -> list[Table]:
     tables.append(Table(
         "Calibration", ["pixels", "ECE (%)"],
         [[name, Cell(c["ece"])] for name, c in summary["calibration"].items()],
-        ["Of the mean softmax on the network's grid; foreground: in truth or prediction."],
+        ["Of the mean softmax; foreground: in truth or prediction."],
     ))  # fmt: skip
     scores = (*SCORES, "random", "best possible")
     tables.append(Table(
         "Risk when cases are kept by a score", ["cases", "number", *scores],
         [[kind, r["number"], *(Cell(r[name]) for name in scores)]
          for kind, r in summary["risk"].items()],
-        ["Mean of 100 − paper Dice over all shares kept, highest score first; lower is better."],
+        ["Mean of 100 − paper Dice over all shares kept; lower is better."],
     ))  # fmt: skip
     return tables
 
 
-def _means(figures: Mapping, keys: Iterable[str]) -> list[Cell]:
+def _means(figures: dict, keys: Iterable[str]) -> list[Cell]:
     return [Cell(figures[key], ci95=figures[f"{key}_ci95"]) for key in keys]
 
 
-def cases_table(cases: Sequence[Mapping]) -> Table:
+def cases_table(cases: Sequence[dict]) -> Table:
     """Return a row per scan, of lines of per_case.csv; a metric may be absent, None or NaN."""
     structures = dict.fromkeys(case["structure"] for case in cases)
     columns = {(s, key): f"{s} {name}" for key, name in METRICS.items() for s in structures}

@@ -1,12 +1,11 @@
-"""A trained run, loaded for inference, and the data to evaluate it on."""
+"""A trained run and the data to evaluate it on."""
 
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from config import Config
 from utils.data.dataset import DatasetInfo
@@ -23,14 +22,14 @@ class TrainedRun(NamedTuple):
     """Both networks of a run, and what was saved beside them."""
 
     folder: Path
-    checkpoint: str  # "best", "last" or a kept epoch such as "epochs/epoch_007"
+    checkpoint: str  # "best", "last" or as "epochs/epoch_007"
     predictor: Predictor
     config: Config
-    metadata: dict[str, Any]
+    metadata: dict
 
 
 def load_run(
-    folder: Path, checkpoint: str, dataset: DatasetInfo, build_network: Callable[..., nn.Module],
+    folder: Path, checkpoint: str, dataset: DatasetInfo, build_network: Callable,
     device: torch.device, *, autocast: Autocast, tta: bool = False,
 ) -> TrainedRun:  # fmt: skip
     """Load a checkpoint's networks into a `Predictor`; raises as `read_run`."""
@@ -46,8 +45,7 @@ def load_run(
         for net, weights in zip(nets, state["networks"], strict=True):
             net.load_state_dict(weights)
     nets = [net.to(device, memory_format=torch.channels_last).eval() for net in nets]
-    curve = metadata["reference"]
-    reference = None if curve is None else torch.tensor(curve, device=device)
+    reference = metadata["reference"] and torch.tensor(metadata["reference"], device=device)
     predictor = Predictor(nets, reference, config, autocast, tta)
     return TrainedRun(folder, checkpoint, predictor, config, metadata)
 
@@ -73,10 +71,10 @@ def read_run(folder: Path, checkpoint: str, dataset: DatasetInfo) -> tuple[Path,
 
 
 def open_data(run: TrainedRun, data_root: Path | None, dataset: DatasetInfo) -> tuple[PreparedData, str, str]:
-    """Open the data to evaluate on, by default the training's; return names of folder and title, too."""
+    """Open the data to evaluate on; return the results' folder's name and title, too."""
     domain, root = run.config.test_domain, data_root or Path(run.config.data_root)
     if domain == NO_DOMAIN and not data_root:
-        raise UserError(f"{run.folder} was trained on all domains: name data by --data-root or --input")
+        raise UserError(f"{run.folder} was trained on all domains: use --data-root or --input")
     if not data_root and not root.exists():
         raise UserError(
             f"{run.folder} was trained on the data in {root}, which is not there (seen from "
@@ -90,7 +88,7 @@ def open_data(run: TrainedRun, data_root: Path | None, dataset: DatasetInfo) -> 
     return data, f"{domain}@{name}", f"{dataset.name}, {held_out} of other data: {name}"
 
 
-def is_other(training: dict[str, Any], data: dict[str, Any]) -> bool:
+def is_other(training: dict, data: dict) -> bool:
     """Return True if data are not the training's; converted weights know no content hash."""
     return training["content_hash"] not in (None, data["content_hash"])
 
@@ -109,13 +107,13 @@ def patients_to_evaluate(run: TrainedRun, data: PreparedData, domain: str) -> li
     if known:
         pairs = ", ".join(f"{name} is {known[name]} of the training" for name in sorted(known)[:5])
         raise UserError(
-            f"{run.folder} has seen {len(known)} of the patients of {data.root} in its training: {pairs}. "
-            "Evaluate on others, or rename those that only share a name"
+            f"{run.folder} has seen {len(known)} of the patients of {data.root}: {pairs}. "
+            "Evaluate on others; rename those that only share a name"
         )
     return patients
 
 
-def method_name(metadata: dict[str, Any]) -> str:
+def method_name(metadata: dict) -> str:
     """Name a run's method; an unknown mode goes by its own name."""
     config = metadata["config"]
     if config["cps_weight"] == 0:

@@ -1,4 +1,4 @@
-"""Segmenting new scans: NIfTI in, label maps in the scans' own grid out."""
+"""Segmenting new scans: NIfTI in, label maps in their own grids out."""
 
 import csv
 import math
@@ -32,13 +32,13 @@ Center = tuple[float, float] | Literal["auto"] | None
 
 def segment_files(
     run: TrainedRun, dataset: DatasetInfo, inputs: Sequence[Path], output: Path, *,
-    overwrite: bool = False, volumes: bool = False, confidence: bool = False, center: Center = None,
-    keep_largest: bool = False, batch_size: int = 8,
+    overwrite=False, volumes=False, confidence=False, center: Center = None, keep_largest=False,
+    batch_size=8,
 ) -> None:  # fmt: skip
     """Segment files, and NIfTI files of folders, into OUTPUT/STEM_seg.nii.gz; measures into quality.csv.
 
     `confidence` adds STEM_confidence.nii.gz (exp(-V), V the KL variance between plain and Fourier
-    view) and STEM_agreement.nii.gz (exp(-KL) between the networks); `volumes` adds volumes.csv.
+    view) and STEM_agreement.nii.gz (exp(-KL) of the networks); `volumes` adds volumes.csv.
 
     Without `overwrite`, only scans that lack a map or lines in a table are done. UserError for wrong
     inputs or outputs, and in the end for the files that failed.
@@ -80,7 +80,6 @@ def segment_files(
 
 
 def _scans(inputs: Sequence[Path]) -> dict[str, Path]:
-    """Return the scans by stem; UserError for none, or two of one name."""
     scans: dict[str, Path] = {}
     for path in nifti_files(inputs):
         stem = file_stem(path)
@@ -100,7 +99,7 @@ def _read_lines(path: Path) -> Table:
 
 
 def _write_lines(path: Path, scan: str, lines: Sequence[dict]) -> None:
-    """Write a scan's lines in place of its earlier ones; other scans and the user's columns stay."""
+    """Write a scan's lines in place of its earlier ones; the user's columns stay."""
     table, lines = _read_lines(path), [{"scan": scan, **line} for line in lines]
     header = {name.casefold(): name for name in [*table.columns, *lines[0]]}
     rows = [row for row in table.rows if row["scan"] != scan]
@@ -123,24 +122,23 @@ def _read_scan(path: Path) -> Volume:
 
 
 def segment_volume(
-    volume: Volume, predictor: Predictor, dataset: DatasetInfo, *, confidence: bool = False,
-    center: Center = None, keep_largest: bool = False, batch_size: int = 8,
+    volume: Volume, predictor: Predictor, dataset: DatasetInfo, *, confidence=False,
+    center: Center = None, keep_largest=False, batch_size=8,
 ) -> tuple[dict[str, np.ndarray], list[dict]]:  # fmt: skip
     """Segment all frames of a 3D or 4D volume, slices on the third axis.
 
-    `center` is a voxel of a slice, "auto" the one that the networks find, None the middle. Return
-    by name MAPS of the volume's shape, 0 outside the field of view, and of every frame
-    `structure_quality`, before `keep_largest`.
+    `center` is a voxel of a slice, "auto" the one that the networks find, None the middle. Return by
+    name MAPS of the volume's shape, 0 outside the field of view, and all frames' `structure_quality`.
     """
     shape, frames, size = volume.array.shape, frame_count(volume), predictor.config.image_size
     if confidence and shape[2] < 2:
-        raise UserError("--confidence compares with another slice: leave it out for a single one")
+        raise UserError("--confidence compares with another slice: leave it out for one")
     plane = PlaneMap(shape[:2], volume.zooms[:2], CANVAS_PX, dataset.spacing)
     predict = partial(_predict_slices, dataset=dataset, batch_size=batch_size)
     if center == "auto":
         center = _locate(volume, plane, partial(predict, predictor=predictor._replace(tta=False)))
     if center and not all(0 <= c < n for c, n in zip(center, plane.shape, strict=True)):
-        raise UserError(f"--center {center} lies outside the image of {plane.shape} voxels")
+        raise UserError(f"--center {center} is outside the image of {plane.shape} voxels")
     plane, pixel = replace(plane, center=center), pixel_mm(dataset.spacing, size)
     grid, voxel_ml = replace(plane, size=size, spacing=pixel), pixel**2 * volume.zooms[2] / 1000
     quality, kinds = [], MAPS if confidence else ["seg"]
@@ -164,10 +162,10 @@ def segment_volume(
 
 def _predict_slices(slices, plane, predictor, dataset, batch_size, confidence=False) -> Iterator[dict]:
     """Yield softmax "seg" (K, size, size) and other maps (size, size) of each slice (X, Y)."""
-    # Slice by slice: a whole scan in its own grid, with all classes, takes gigabytes.
+    # Slice by slice: a whole scan takes gigabytes.
     normalized = (dataset.normalize(image[None].astype(np.float32)) for image in slices)
     canvas = np.concatenate([plane.to_canvas(image).astype(np.float16) for image in normalized])
-    # A new scan has no partners from other scanners: half the scan away lies another amplitude.
+    # A new scan has no partners from other scanners: half the scan away is another amplitude.
     partners = np.roll(canvas, len(canvas) // 2, 0)
     for first in range(0, len(canvas), batch_size):
         images, others = (part[first : first + batch_size, None] for part in (canvas, partners))
@@ -182,8 +180,8 @@ def _predict_slices(slices, plane, predictor, dataset, batch_size, confidence=Fa
 def _locate(volume: Volume, plane: PlaneMap, predict) -> tuple[float, float] | None:
     """Return and print the voxel of the organ's centre in a slice; None if nothing is found.
 
-    The networks look at overlapping windows of the first frame, in all as many as the scan has
-    slices. The centre is that of the connected region with the most foreground.
+    In overlapping windows of the first frame, as many as the scan has slices, the networks look for
+    the connected region with the most foreground.
     """
     shape, zooms = np.array(plane.shape), np.array(plane.zooms)
     reach = (shape * zooms / plane.spacing - FIELD_PX).clip(0)  # px that the field of view can move
