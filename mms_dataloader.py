@@ -122,12 +122,19 @@ def normalize(slices: np.ndarray) -> np.ndarray:
     return (slices.clip(low, high) - low) / np.where(high > low, high - low, 1)
 
 
-def exchanged_ventricles(labels: np.ndarray) -> str:
-    """Say that LV and RV seem exchanged in labels (Z, X, Y): the blood within the ring of MYO is that of the LV."""
-    ring = labels == 2
-    within = np.stack([binary_fill_holes(plane) for plane in ring]) & ~ring
-    left, right = (np.count_nonzero(labels[within] == label) for label in (1, 3))
-    return "the blood inside the ring of MYO is labelled RV: are LV and RV exchanged?" if right > left else ""
+def label_warnings(truth: dict[str, np.ndarray]) -> list[str]:
+    """Return what labels (Z, X, Y) by phase have exchanged: LV and RV, or ED and ES."""
+    texts = []
+    for phase, labels in truth.items():
+        ring = labels == 2
+        within = np.stack([binary_fill_holes(plane) for plane in ring]) & ~ring
+        left, right = (np.count_nonzero(labels[within] == label) for label in (1, 3))
+        if right > left:
+            texts.append(f"{phase}: the blood in the ring of MYO is RV: are LV and RV exchanged?")
+    cavity = {phase: np.count_nonzero(labels == 1) for phase, labels in truth.items()}
+    if cavity.get("ES", 0) > cavity.get("ED", math.inf):
+        texts.append("LV is larger at ES than at ED: are ED and ES exchanged?")
+    return texts
 
 
 def labeled_count(patients: int, ratio: float) -> int:
@@ -152,7 +159,7 @@ DATASET = DatasetInfo(
     class_names=("background", "LV", "MYO", "RV"),
     num_raw_labels=4, spacing=1.1,
     find_cases=find_cases, normalize=normalize, labeled_count=labeled_count, clinical=cardiac_metrics,
-    label_warning=exchanged_ventricles,
+    label_warnings=label_warnings,
     write_phantom=write_mms, demo_phantom={"patients": 6, "frames": 4},
     download_help=(
         "M&Ms is free for research after registration at https://www.ub.edu/mnms (OpenDataset and its info table).\n"
