@@ -259,7 +259,7 @@ def test_unlabeled_folder_is_a_domain_of_every_training(hospital, capsys):
         split = split_patients(data, MMS, cfg)
         assert {"x", "y"} <= set(split.unlabeled)
         assert not {"x", "y"} & {*split.labeled, *split.validation, *split.held_out}
-    with pytest.raises(UserError, match="has no vendor [AE]+, only A, B, C, D"):
+    with pytest.raises(UserError, match="has no vendor AAA, only A, B, C, D"):
         split_patients(data, MMS, replace(MMS_CONFIG, test_domain="AAA", ratio=0.01))
 
 
