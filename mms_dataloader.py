@@ -32,21 +32,17 @@ CODE = re.compile(r"[A-Za-z0-9_-]+")  # of a patient: it becomes part of file na
 class TableRow(NamedTuple):
     """One patient of the info table; a problem matters only where the patient is used."""
 
-    vendor: str
-    centre: str
-    phases: dict[str, int]  # empty where ED and ES are not two frame numbers, as of unlabelled patients
-    problems: list[str]
-
-
-UNKNOWN = TableRow("unknown", "", {}, [])
+    vendor: str = "unknown"
+    group: str = "unknown"
+    phases: dict[str, int] = {}  # noqa: RUF012  empty where ED and ES are not two frame numbers
+    problems: tuple[str, ...] = ()
 
 
 def find_cases(raw: Path) -> RawDataset:
     """Match the folders of OpenDataset with the info table; nothing is read but the table."""
     base = raw / "OpenDataset" if (raw / "OpenDataset").is_dir() else raw
     beside = raw.absolute().parent if raw.absolute().name == "OpenDataset" else raw
-    tables = {path for folder in (beside, base) for path in folder.glob("[!.]*")}
-    table, errors, warnings = _read_table(sorted(p for p in tables if p.suffix.lower() in (".csv", ".xlsx")), raw)
+    table, errors, warnings = _read_table(beside, base)
     folders_of: dict[str, list[Path]] = defaultdict(list)
     for folder in (folder for part in PARTS for folder in sorted((base / part).glob("[!.]*/"))):
         folders_of[folder.name].append(folder)
@@ -58,91 +54,93 @@ def find_cases(raw: Path) -> RawDataset:
             errors.append(f"patient {code} is there {len(folders)} times: {', '.join(map(str, folders))}")
         elif table and code not in table:
             errors.append(f"{folders[0]}: patient {code} is not in the info table")
-        for folder in folders:  # checked whatever the table says, so that one pass names every problem
-            case, problems = _case(folder, base, table.get(code, UNKNOWN))
-            cases += [case] if case else []
-            errors += problems
+        for folder in folders:  # checked whatever the table says: one pass names every problem
+            row, labeled = table.get(code, TableRow()), folder.parent.name != "Unlabeled"
+            image, mask = (nifti_path(folder, f"{code}_sa{suffix}") for suffix in ("", "_gt"))
+            # The masks of unlabelled patients are empty.
+            problems = {path: missing_or_outside(path, base) for path in (image, mask)[: 1 + labeled]}
+            masks = (mask,) if problems.get(mask) == "" else ()
+            if not problems[image]:
+                cases.append(Case(code, row.vendor, row.group, image, masks, row.phases if masks else {}))
+            errors += [*filter(None, problems.values()), *row.problems]
+            if code in table and labeled and not row.phases:
+                need = "needs ED and ES in the info table, two different frame numbers from 0"
+                errors.append(f"patient {code!r} has masks and {need}")
     if missing := sorted({*table} - {*folders_of}):
         warnings.append(f"{len(missing)} patients of the info table are not on disk: {', '.join(missing[:10])}")
     return RawDataset(cases, errors, warnings)
 
 
-def _case(folder: Path, base: Path, row: TableRow) -> tuple[Case | None, list[str]]:
-    """Return the scan of a patient's folder, None without an image, and its problems."""
-    image, mask = (nifti_path(folder, f"{folder.name}_sa{suffix}") for suffix in ("", "_gt"))
-    labeled = folder.parent.name != "Unlabeled"  # its masks are empty
-    problems = {path: missing_or_outside(path, base) for path in ([image, mask] if labeled else [image])}
-    masks = (mask,) if problems.get(mask) == "" else ()
-    group = f"B{row.centre}" if row.vendor == "B" else row.vendor  # its two centres are counted apart
-    case = None if problems[image] else Case(folder.name, row.vendor, group, image, masks, row.phases if masks else {})
-    of_table = [*row.problems]
-    if row is not UNKNOWN and labeled and not row.phases:
-        of_table.append("a patient with masks needs ED and ES in the info table, two different frame numbers from 0")
-    return case, [*filter(None, problems.values()), *(f"patient {folder.name!r}: {text}" for text in of_table)]
-
-
-def _read_table(paths: list[Path], raw: Path) -> tuple[dict[str, TableRow], list[str], list[str]]:
+def _read_table(*folders: Path) -> tuple[dict[str, TableRow], list[str], list[str]]:
     """Read the info table by its header; return its rows by patient code, errors and warnings."""
+    files = sorted({path for folder in folders for path in folder.glob("[!.]*")})
     tables = {}
-    for path in paths:
+    for path in (path for path in files if path.suffix.lower() in (".csv", ".xlsx")):
         with suppress(UserError):  # one that cannot be read is none
             columns, rows = read_table(path)
             if {*map(str.casefold, COLUMNS)} <= {*map(str.casefold, columns)}:
                 tables[path] = rows
     if len(tables) != 1:
-        expected = f"expected one info table (CSV or XLSX with {', '.join(COLUMNS)}) here or in OpenDataset"
-        return {}, [f"{raw}: {expected}: {', '.join(map(str, tables or paths)) or 'none'}"], []
+        expected = f"expected one info table (CSV or XLSX with {', '.join(COLUMNS)})"
+        return {}, [f"{folders[0]}: {expected}, there are: {', '.join(map(str, tables)) or 'none'}"], []
     ((path, rows),) = tables.items()
-    table: dict[str, TableRow] = {}
-    warnings = []
+    table, warnings = {}, []
     for row in rows:
         code, vendor, centre, *frames = (row[name.casefold()] for name in COLUMNS)
-        vendor, problems = vendor.upper(), []
+        vendor = vendor.upper()
         if not CODE.fullmatch(code):
-            warnings.append(f"{path}: patient {code!r}: the code must consist of letters, digits, _ and -: left out")
+            warnings.append(f"{path}: patient {code!r} is left out: letters, digits, _ and - make a code")
             continue
-        if code in table:
-            problems.append(f"{path}: the patient is in the table twice")
-        if vendor not in VENDORS:
-            problems.append(f"{path}: unknown vendor {vendor!r}, expected one of {', '.join(VENDORS)}")
-        if vendor == "B" and not centre.isdecimal():
-            problems.append(f"{path}: vendor B needs a centre number, not {centre!r}")
-        phases = {phase: int(frame) for phase, frame in zip(("ED", "ES"), frames, strict=True) if frame.isdecimal()}
-        table[code] = TableRow(vendor, centre, phases if len(set(phases.values())) == 2 else {}, problems)
+        faults = {
+            "is in the table twice": code in table,
+            f"has the unknown vendor {vendor!r}, not one of {', '.join(VENDORS)}": vendor not in VENDORS,
+            f"of vendor B needs a centre number, not {centre!r}": vendor == "B" and not centre.isdecimal(),
+        }
+        problems = tuple(f"{path}: patient {code!r} {text}" for text, holds in faults.items() if holds)
+        phases = {phase: int(n) for phase, n in zip(("ED", "ES"), frames, strict=True) if n.isdecimal()}
+        group = f"B{centre}" if vendor == "B" else vendor  # its two centres are counted apart
+        table[code] = TableRow(vendor, group, phases if len({*phases.values()}) == 2 else {}, problems)
     return table, [], warnings
 
 
 def normalize(slices: np.ndarray) -> np.ndarray:
-    """Clip every slice (Z, X, Y) to its 0.5 and 99.5 percentile and scale it to [0, 1]; constant ones become 0."""
-    ordered = np.sort(slices.reshape(len(slices), -1))  # then the bits of np.percentile, in a third of its time
-    position = (ordered.shape[1] - 1) * np.array([0.005, 0.995])
+    """Clip slices (Z, X, Y) to their 0.5 and 99.5 percentile, scale to [0, 1]; constant ones become 0."""
+    ordered = np.sort(slices.reshape(len(slices), -1))  # the bits of np.percentile, in a third of its time
+    last = ordered.shape[1] - 1
+    position = last * np.array([0.005, 0.995])
     below = position.astype(int)
-    lower, upper = (ordered[:, index].astype(float) for index in (below, np.minimum(below + 1, ordered.shape[1] - 1)))
+    lower, upper = (ordered[:, index].astype(float) for index in (below, np.minimum(below + 1, last)))
     low, high = (lower + (upper - lower) * (position - below)).astype(np.float32).T[..., None, None]
     return (slices.clip(low, high) - low) / np.where(high > low, high - low, 1)
 
 
-def exchanged_ventricles(labels: np.ndarray) -> str:
-    """Say that LV and RV seem exchanged in labels (Z, X, Y): the blood within the ring of MYO is that of the LV."""
-    ring = labels == 2
-    within = np.stack([binary_fill_holes(plane) for plane in ring]) & ~ring
-    left, right = (np.count_nonzero(labels[within] == label) for label in (1, 3))
-    return "the blood inside the ring of MYO is labelled RV: are LV and RV exchanged?" if right > left else ""
+def label_warnings(truth: dict[str, np.ndarray]) -> list[str]:
+    """Return what labels (Z, X, Y) by phase have exchanged: LV and RV, or ED and ES."""
+    texts = []
+    for phase, labels in truth.items():
+        ring = labels == 2
+        within = np.stack([binary_fill_holes(plane) for plane in ring]) & ~ring
+        left, right = (np.count_nonzero(labels[within] == label) for label in (1, 3))
+        if right > left:
+            texts.append(f"{phase}: the blood in the ring of MYO is RV: are LV and RV exchanged?")
+    cavity = {phase: np.count_nonzero(labels == 1) for phase, labels in truth.items()}
+    if cavity.get("ES", 0) > cavity.get("ED", math.inf):
+        texts.append("LV is larger at ES than at ED: are ED and ES exchanged?")
+    return texts
 
 
 def labeled_count(patients: int, ratio: float) -> int:
-    """Return how many patients of a group are labelled: ceil(N * ratio + 1) (protocol of DGNet, Liu et al. 2021)."""
-    return math.ceil(round(patients * ratio + 1, 6))  # rounded, or 0.07 * 100 would count as more than 7
+    """Return how many patients of a group are labelled: ceil(N * ratio + 1) (DGNet, Liu et al. 2021)."""
+    return math.ceil(round(patients * ratio + 1, 6))  # 0.07 * 100 is no more than 7
 
 
 def cardiac_metrics(volumes: dict[tuple[str, str], float]) -> dict[str, tuple[float, str]]:
-    """Return the clinical quantities, (value, unit) by name, of a heart's ml by (phase, structure)."""
+    """Return clinical quantities, (value, unit) by name, of a heart's ml by (phase, structure)."""
     quantities = {}
-    for ventricle in ("LV", "RV"):
-        diastolic, systolic = volumes["ED", ventricle], volumes["ES", ventricle]
-        quantities[f"{ventricle} EDV"] = (diastolic, "ml")
-        quantities[f"{ventricle} ESV"] = (systolic, "ml")
-        quantities[f"{ventricle} EF"] = (100 * (1 - systolic / diastolic) if diastolic else math.nan, "%")
+    for name in ("LV", "RV"):
+        diastolic, systolic = volumes["ED", name], volumes["ES", name]
+        ejected = 100 * (1 - systolic / diastolic) if diastolic else math.nan
+        quantities |= {f"{name} EDV": (diastolic, "ml"), f"{name} ESV": (systolic, "ml"), f"{name} EF": (ejected, "%")}
     return quantities | {"MYO mass": (1.05 * volumes["ED", "MYO"], "g")}  # 1.05 g/ml
 
 
@@ -152,10 +150,10 @@ DATASET = DatasetInfo(
     class_names=("background", "LV", "MYO", "RV"),
     num_raw_labels=4, spacing=1.1,
     find_cases=find_cases, normalize=normalize, labeled_count=labeled_count, clinical=cardiac_metrics,
-    label_warning=exchanged_ventricles,
+    label_warnings=label_warnings,
     write_phantom=write_mms, demo_phantom={"patients": 6, "frames": 4},
     download_help=(
-        "M&Ms is free for research after registration at https://www.ub.edu/mnms (OpenDataset and its info table).\n"
+        "M&Ms is free for research after registration at https://www.ub.edu/mnms (OpenDataset, info table).\n"
         "Then prepare it once: python mms_dataloader.py prepare RAW --out data/mms   (RAW holds OpenDataset)"
     ),
 )

@@ -9,6 +9,7 @@ python scgm_dataloader.py preview --data data/scgm --out preview.png
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,12 @@ PHASE = "scan"  # the data have no phases: the one volume of a subject carries t
 
 
 def find_cases(raw: Path) -> RawDataset:
-    """Find the subjects by the file names: those of `train` with four raters each, those of `test` without."""
+    """Find the subjects by the file names: in `train` with four raters each, in `test` without."""
     cases, errors = [], []
     for path in sorted(path for part in ("train", "test") for path in (raw / part).glob("[!.]*.nii*")):
         name = re.fullmatch(r"(site([1-4])-sc\d+)-(image|mask-r[1-4])\.nii(?:\.gz)?", path.name)
         if not name:
-            errors.append(f"{path}: not a name like site1-sc01-image.nii.gz or site1-sc01-mask-r1.nii.gz (1 to 4)")
+            errors.append(f"{path}: not a name like site1-sc01-image.nii.gz or site1-sc01-mask-r1.nii.gz")
         elif problem := missing_or_outside(path, path.parent):
             errors.append(problem)
         elif name[3] != "image":
@@ -43,15 +44,15 @@ def find_cases(raw: Path) -> RawDataset:
             errors += [f"{mask}: missing; an image in train needs all raters" for mask in masks if not mask.exists()]
             masks = [mask for mask in masks if not missing_or_outside(mask, mask.parent)]
             cases.append(Case(subject, site, site, path, tuple(masks), {PHASE: 0} if masks else {}))
-    names = [case.patient for case in cases]
-    errors += [f"subject {name} is there more than once" for name in sorted({n for n in names if names.count(n) > 1})]
+    times = Counter(case.patient for case in cases)
+    errors += [f"subject {name} is there more than once" for name, n in times.items() if n > 1]
     if not any(case.masks for case in cases):
-        errors.append(f"{raw}: no images with masks like train/site1-sc01-image.nii.gz, ...-mask-r1.nii.gz")
+        errors.append(f"{raw}: no images with masks like train/site1-sc01-image.nii.gz")
     return RawDataset(sorted(cases, key=lambda case: case.patient), errors, [])
 
 
 def majority(raters: list[np.ndarray]) -> np.ndarray:
-    """Return 1 (GM) where more than half of the label maps say 1, else 2 (WM) where more than half see cord."""
+    """Return 1 (GM) where more than half of the label maps say 1, else 2 where more than half see cord."""
     votes = np.stack(raters)
     grey, cord = (2 * np.count_nonzero(voted, axis=0) > len(raters) for voted in (votes == 1, votes > 0))
     return np.where(grey, 1, np.where(cord, 2, 0)).astype(np.uint8)

@@ -51,7 +51,7 @@ def test_split_takes_the_first_patients_of_each_group(mms_config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"test_domain": "E"}, "no such vendor, only A, B, C, D"),
+        ({"test_domain": "E"}, "has no vendor E, only A, B, C, D"),
         ({"ratio": 0.99}, "asks for 5 labelled patients of group A"),
         ({"val_patients": 2}, "none is left to train on"),
         ({"batch_size": 500}, "smaller --batch-size"),

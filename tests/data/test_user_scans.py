@@ -178,7 +178,7 @@ def test_our_own_map_is_no_truth(tmp_path):
 def test_one_kind_of_mask_and_one_rater(tmp_path):
     touch(tmp_path, "s1", "s1_gmseg-manual", "s1_seg-manual", "s2", "s2_seg-manual")
     (error,) = find([tmp_path], [tmp_path], dataset=SCGM).errors
-    assert "s2.nii.gz: no mask of that name and of the kind of s1_gmseg-manual.nii.gz" in error
+    assert "s2.nii.gz: no mask of that name and of kind 'gmseg-manual'" in error
     touch(tmp_path / "r", "x", "x_mask-r1", "x_mask-r2")
     (error,) = find([tmp_path / "r"], [tmp_path / "r"]).errors
     assert "x.nii.gz: several masks, name one in a table: " in error and "x_mask-r2.nii.gz" in error
@@ -259,7 +259,7 @@ def test_unlabeled_folder_is_a_domain_of_every_training(hospital, capsys):
         split = split_patients(data, MMS, cfg)
         assert {"x", "y"} <= set(split.unlabeled)
         assert not {"x", "y"} & {*split.labeled, *split.validation, *split.held_out}
-    with pytest.raises(UserError, match="no such vendor, only A, B, C, D"):
+    with pytest.raises(UserError, match="has no vendor AAA, only A, B, C, D"):
         split_patients(data, MMS, replace(MMS_CONFIG, test_domain="AAA", ratio=0.01))
 
 
@@ -297,7 +297,7 @@ def test_public_acdc_layout_gives_the_figures_of_prepare_to_the_last_digit(
         (folder / "Info.cfg").write_text(f"{phases}Group: NOR\nNbFrame: 30\n")
     settings = vars(replace(MMS_CONFIG, data_root=str(mms_root), image_size=32))
     content = PreparedData.open(mms_root, MMS).info
-    metadata = run_metadata(MMS, settings, None, content, selection="none", step=1, cps_weight=3.0)
+    metadata = run_metadata(MMS, settings, None, content, selection="none", step=1, cps_weight=3.0, seen={})
     torch.manual_seed(0)
     (tmp_path / "run").mkdir()
     save_networks(tmp_path / "run" / "best.safetensors", [TinyNetwork(4), TinyNetwork(4)], metadata)

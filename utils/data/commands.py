@@ -3,6 +3,7 @@
 import sys
 import tempfile
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,10 @@ from utils.plots import edge_letters, plot_preview, radiological
 
 
 def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
-    """Run the command that the command line names; `cfg` holds the data set's default settings."""
+    """Run the command that the command line names; `cfg` holds the default settings."""
 
     def check(raw: Positional[Path], /, workers: int = usable_cores()) -> None:
-        """Read every raw file and print every problem; the exit status is 1 if there is an error.
+        """Read every raw file and print every problem; exit with 1 if there is an error.
 
         Args:
             raw: folder of the raw data set.
@@ -43,14 +44,14 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
 
         Args:
             raw: folder of the raw data set.
-            out: folder to write; a slice takes 180 kB, and 90 kB more where it has a mask.
-            unlabeled: folders of your own scans without masks; each becomes a domain that every training uses.
+            out: folder to write; a slice takes 180 kB, with a mask 270 kB.
+            unlabeled: folders of your own scans without masks; each is a domain for every training.
             workers: number of processes; each holds one scan in memory.
         """
         prepare_dataset(raw, out, with_unlabeled(unlabeled, dataset), workers=workers)
 
     def preview(data: Path, out: Path = Path("preview.png"), images: int = 4, seed: int = 0) -> None:
-        """Draw the plain, Fourier and CutMix views that the network sees, without rotation, shift, flips and blur.
+        """Draw the plain, Fourier and CutMix views of images, not turned, moved or blurred.
 
         Args:
             data: folder of the prepared data.
@@ -59,44 +60,49 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
             seed: seed of the choice of images and of the views, from 0.
         """
         if images < 2 or out.suffix != ".png":
-            raise UserError(f"--images {images} --out {out}: expected at least 2 images, and a name that ends in .png")
-        draw_preview(data, OutputFolder(out.parent).claim(out.name), dataset, replace(cfg, seed=seed), count=images)
+            raise UserError(f"--images {images} --out {out}: expected at least 2, and a .png file")
+        target = OutputFolder(out.parent).claim(out.name)
+        draw_preview(data, target, dataset, replace(cfg, seed=seed), count=images)
         print(out)
 
     with clear_errors():
-        commands = {"phantom": dataset.write_phantom, "check": check, "prepare": prepare, "preview": preview}
-        tyro.extras.subcommand_cli_from_dict(commands | dataset.more_commands)
+        own = {"check": check, "prepare": prepare, "preview": preview}
+        commands = {"phantom": dataset.write_phantom} | own | dataset.more_commands
+        tyro.extras.subcommand_cli_from_dict(commands)
 
 
 def draw_preview(root: Path, out: Path, dataset: DatasetInfo, cfg: Config, *, count: int) -> None:
-    """Draw `count` labelled slices of the prepared data in `root`, of all domains, into the PNG file `out`."""
+    """Draw `count` labelled slices of the data in `root`, of all domains, as the PNG file `out`."""
     data, rng = PreparedData.open(root, dataset), np.random.default_rng(cfg.seed)
     masks, domain = data.index["mask"], data.index["domain"]
     labeled = np.array([row for row in np.flatnonzero(masks >= 0) if data.masks[masks[row]].any()])
     if not len(labeled):
         raise UserError(f"no slice in {data.root} has a label: there is nothing to show")
-    domains = sorted(set(domain[labeled]))
-    rows = np.array([rng.choice(labeled[domain[labeled] == domains[i % len(domains)]]) for i in range(count)])
-    reference = torch.from_numpy(data.quantiles[domain == min(domain)]) if cfg.histogram_matching else None
-    cfg = replace(cfg, image_size=FIELD_PX, rotation=0, max_shift=0, flip=False, blur=False, fourier_aug=True)
+    domains = islice(cycle(np.unique(domain[labeled])), count)
+    rows = np.array([rng.choice(labeled[domain[labeled] == name]) for name in domains])
+    reference = torch.from_numpy(data.quantiles[domain == min(domain)])
+    still = {"rotation": 0, "max_shift": 0, "flip": False, "blur": False}
+    cfg = replace(cfg, image_size=FIELD_PX, fourier_aug=True, **still)
+    augmentation = Augmentation(cfg, reference if cfg.histogram_matching else None)
     generator = torch.Generator().manual_seed(cfg.seed)
     batch = SliceDataset(data, rows, with_mask=True)[list(range(count))]
-    plain, fourier = Augmentation(cfg, reference).unlabeled(batch["image"], batch["quantiles"], generator)
-    mixed = torch.where(cutmix_mask(count, FIELD_PX, generator=generator) > 0, plain.roll(1, 0), plain)
+    plain, fourier = augmentation.unlabeled(batch["image"], batch["quantiles"], generator)
+    box = cutmix_mask(count, FIELD_PX, generator=generator)
+    mixed = torch.where(box > 0, plain.roll(1, 0), plain)
+    names = [data.index[name][rows] for name in ("domain", "patient", "phase", "slice")]
+    scans = [read_volume(path, 3) for path in map(data.truth_path, *names[1:3])]
     mask = canvas_to_view(batch["mask"], FIELD_PX)
-    names = list(zip(*(data.index[name][rows] for name in ("domain", "patient", "phase", "slice")), strict=True))
-    scans = [read_volume(data.truth_path(patient, phase), 3) for _, patient, phase, _ in names]
     views = {"images": plain, "masks": mask, "fourier": fourier, "mixed": mixed}
-    arrays = {name: list(map(radiological, view[:, 0].numpy(), scans)) for name, view in views.items()}
-    titles = [f"{dataset.domain_kind} {place}\n{patient} {phase} slice {z}" for place, patient, phase, z in names]
+    arrays = {name: [*map(radiological, view[:, 0].numpy(), scans)] for name, view in views.items()}
     plot_preview(
-        out, **arrays, letters=[edge_letters(scan) for scan in scans], spacing=dataset.spacing, titles=titles,
+        out, **arrays, letters=[edge_letters(scan) for scan in scans], spacing=dataset.spacing,
+        titles=[*map(f"{dataset.domain_kind} {{}}\n{{}} {{}} slice {{}}".format, *names)],
         class_names=dataset.class_names[1:], title=f"data {data.name}",
     )  # fmt: skip
 
 
 def make_demo_data(data_root: str, dataset: DatasetInfo) -> None:
-    """Prepare a phantom in the folder `data_root` if there is none yet."""
+    """Prepare a phantom in the folder `data_root` if it is not there yet."""
     if (root := Path(data_root)).exists():
         return
     root.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Description of a data set: its names, how its raw files become cases, its geometry and its intensities."""
+"""Description of a data set: its names, how files become cases, its geometry and intensities."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ class Case(NamedTuple):
     image: Path
     masks: tuple[Path, ...]  # one per rater; empty for a scan without truth
     phases: dict[str, int]  # labelled frames by name; empty for a scan without truth
-    own: bool = False  # a scan of the user's own, of which only the labelled frames are prepared if it has any
+    own: bool = False  # the user's own: if it has labelled frames, only these are prepared
 
 
 class RawDataset(NamedTuple):
@@ -37,11 +37,11 @@ def nifti_path(folder: Path, stem: str) -> Path:
 
 
 def missing_or_outside(path: Path, base: Path) -> str:
-    """Return why a file below the folder `base`, which can be a link, must not be read; empty where it may."""
+    """Return why a file below the folder `base` must not be read; "" where it may."""
     if not path.is_file():
         return f"{path}: missing"
     inside = path.resolve().is_relative_to(base.resolve())
-    return "" if inside else f"{path}: a link that leads out of {base}: put a copy of the file in its place"
+    return "" if inside else f"{path}: a link that leads out of {base}: put a copy in its place"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,19 +53,19 @@ class DatasetInfo:
     domain_kind: str  # name of a domain: "vendor", "site"
     domains: tuple[str, ...]
     class_names: tuple[str, ...]  # by label value; the first is the background
-    num_raw_labels: int  # of a raw mask: 0 .. num_raw_labels - 1; those beyond class_names count as background
+    num_raw_labels: int  # values of a raw mask; those beyond class_names count as background
     spacing: float  # mm per px of the canvas
     find_cases: Callable[[Path], RawDataset]
     normalize: Callable[[np.ndarray], np.ndarray]  # slices (Z, X, Y) float32 -> float32 in [0, 1]
-    labeled_count: Callable[[int, float], int]  # (patients with masks in a group, ratio) -> labelled ones
+    labeled_count: Callable[[int, float], int]  # (patients of a group, ratio) -> labelled
     write_phantom: Callable[..., None]
     demo_phantom: dict[str, int]  # size of the demo's phantom, as arguments of write_phantom
     download_help: str  # where one gets the data and how one prepares them
     label_values: dict[int, int] | None = None  # label by value in a raw mask, where they differ
-    consensus: Callable[[list[np.ndarray]], np.ndarray] | None = None  # several raters' (Z, X, Y) uint8 -> one map
-    clinical: Callable[[dict], dict] | None = None  # ml by (phase, structure) -> (value, unit) by name
-    more_commands: dict[str, Callable] = field(default_factory=dict)  # of its dataloader script, by name
-    label_warning: Callable[[np.ndarray], str] | None = None  # labels (Z, X, Y) -> why they seem wrong, or empty
+    consensus: Callable[[list[np.ndarray]], np.ndarray] | None = None  # of several raters
+    clinical: Callable[[dict], dict] | None = None  # as `cardiac_metrics` of mms_dataloader
+    more_commands: dict[str, Callable] = field(default_factory=dict)  # of its script, by name
+    label_warnings: Callable[[dict], list[str]] | None = None  # of labels (Z, X, Y) by phase
 
 
 def label_values(labels: Sequence[str], class_names: Sequence[str]) -> dict[int, int]:
@@ -73,8 +73,9 @@ def label_values(labels: Sequence[str], class_names: Sequence[str]) -> dict[int,
     names, values = [name.casefold() for name in class_names], {0: 0}
     for value, _, name in (text.casefold().partition("=") for text in labels):
         if not value.isdecimal() or int(value) in values or name not in names:
-            raise UserError(f"--labels {value}={name}: expected a new number above 0 and one of {', '.join(names)}")
+            expected = f"expected a new number above 0 and one of {', '.join(names)}"
+            raise UserError(f"--labels {value}={name}: {expected}")
         values[int(value)] = names.index(name)
-    if absent := [name for number, name in enumerate(class_names) if number not in values.values()]:
-        print(f"warning: --labels name no value for {', '.join(absent)}: compared with an empty truth")
+    if absent := [name for n, name in enumerate(class_names) if n not in values.values()]:
+        print(f"warning: --labels name no value for {', '.join(absent)}: their truth is empty")
     return values

@@ -1,7 +1,4 @@
-"""Batches of prepared data for training and evaluation.
-
-What a training step reads follows from (seed, step, process) alone, so that a resumed run sees the same images.
-"""
+"""Batches of prepared data: what a step reads follows from (seed, step, process) alone."""
 
 import os
 import shutil
@@ -24,14 +21,14 @@ from utils.errors import UserError
 
 Batch = dict[str, torch.Tensor]  # as SliceDataset gives it
 Pairs = list[tuple[Batch, Batch | None]]  # a labelled and an unlabelled batch for each micro-step of a step
-SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over their batches, on Linux
+SHARED_MEMORY = Path("/dev/shm")  # workers hand over their batches through it, on Linux
 PREFETCH = 2  # batches that each worker reads ahead
 STALL_S = 300  # seconds without a batch after which the workers count as stalled
 
 
 class SliceDataset(Dataset):
-    """Slices of prepared data, fetched by the batch: `dataset[[3, 1]]` -> dict of image (B, 1, C, C) float16,
-    mask (B, 1, C, C) uint8 (where `with_mask`), quantiles (B, 256), row (B,): index row.
+    """Slices of prepared data, by the batch: `dataset[[3, 1]]` -> image (B, 1, C, C) float16,
+    mask (B, 1, C, C) uint8 (where `with_mask`), quantiles (B, 256), row (B,) of the index.
     """
 
     def __init__(self, data: PreparedData, rows: np.ndarray, *, with_mask: bool):
@@ -49,7 +46,7 @@ class SliceDataset(Dataset):
 
 
 class BatchSampler:
-    """Batches from number `start` to `stop` of the whole run; iterating does not change the sampler."""
+    """Batches from number `start` to `stop` of the run; iterating does not change the sampler."""
 
     def __init__(self, batch_of_number: Callable[[int], np.ndarray]):
         self.batch_of_number, self.start, self.stop = batch_of_number, 0, 0
@@ -64,10 +61,10 @@ def labeled_batches(count: int, cfg: Config, *, rank: int = 0) -> BatchSampler:
 
 
 def unlabeled_batches(count: int, cfg: Config, *, rank: int = 0, world_size: int = 1) -> BatchSampler:
-    """Return batches of unlabelled positions: an epoch is a permutation of all images, cut into whole steps.
+    """Return batches of unlabelled positions: an epoch is a permutation, cut into whole steps.
 
-    With CutMix a batch holds 2 x batch_size positions: u0 and its partners u1, the same permutation rotated by a
-    random distance. So every image is used once in each, and never as its own partner.
+    With CutMix a batch is u0 and its partners u1: the same permutation, rotated by a random
+    distance. So every image is used once in each, and never as its own partner.
     """
     size = cfg.batch_size
     batches = count // (size * world_size * cfg.accumulate) * cfg.accumulate  # in an epoch
@@ -100,7 +97,7 @@ class Loaders(NamedTuple):
     steps_per_epoch: int
 
     def training_batches(self, accumulate: int, first: int, last: int, *, unlabeled_from: int = 0) -> Iterator[Pairs]:
-        """Yield what each step from `first` to `last` reads; None for unlabelled ones before `unlabeled_from`."""
+        """Yield what steps `first` to `last` read; no unlabelled images before `unlabeled_from`."""
         begin = max(first, unlabeled_from)
         for loader, start in ((self.labeled, first), (self.unlabeled, begin)):
             loader.sampler.start, loader.sampler.stop = start * accumulate, last * accumulate
@@ -111,41 +108,43 @@ class Loaders(NamedTuple):
 
 
 def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_size: int = 1) -> Loaders:
-    """Open the prepared data of `cfg.data_root`, split its patients, and return the loaders of one process."""
+    """Open the prepared data, split the patients, and return the loaders of one process."""
     data = PreparedData.open(cfg.data_root, dataset)
     split = split_patients(data, dataset, cfg)
-    unlabeled_rows = data.rows(split.unlabeled)
-    steps = len(unlabeled_rows) // (cfg.batch_size * world_size * cfg.accumulate)
+    labeled = SliceDataset(data, data.rows(split.labeled, with_mask=True), with_mask=True)
+    unlabeled = SliceDataset(data, data.rows(split.unlabeled), with_mask=False)
+    steps = len(unlabeled) // (cfg.batch_size * world_size * cfg.accumulate)
     if not steps:
         need = f"{cfg.batch_size} x {world_size} process(es) x --accumulate {cfg.accumulate}"
-        raise UserError(f"{len(unlabeled_rows)} unlabelled images, a step takes {need}: use a smaller --batch-size")
-    labeled = SliceDataset(data, data.rows(split.labeled, with_mask=True), with_mask=True)
-    unlabeled = SliceDataset(data, unlabeled_rows, with_mask=False)
-    for part, rows in (("labelled", labeled.rows), ("validation", data.rows(split.validation, with_mask=True))):
-        if not any(data.masks[number].any() for number in data.index["mask"][rows]):
-            raise UserError(f"the masks of all {part} patients in {data.root} are empty: check them, and prepare anew")
-    domain = data.index["domain"][unlabeled_rows]
-    reference = data.quantiles[unlabeled_rows[domain == min({*domain} & {*dataset.domains})]]
-    reference = reference[reference[:, 0] < reference[:, -1]]  # an image matched to an empty slice would be black
+        raise UserError(f"{len(unlabeled)} unlabelled images, a step takes {need}: use a smaller --batch-size")
+    for part, patients in (("labelled", split.labeled), ("validation", split.validation)):
+        masks = data.index["mask"][data.rows(patients, with_mask=True)]
+        if not any(data.masks[number].any() for number in masks):
+            raise UserError(f"the masks of all {part} patients in {data.root} are empty: prepare anew")
+    domain = data.index["domain"][unlabeled.rows]
+    reference = data.quantiles[unlabeled.rows[domain == min({*domain} & {*dataset.domains})]]
+    reference = reference[reference[:, 0] < reference[:, -1]]  # matched to an empty slice, all is black
     workers = min(cfg.workers, usable_cores())  # more only slow each other down
-    row_bytes = [sum(tensor.nbytes for tensor in dataset[[0]].values()) for dataset in (labeled, unlabeled)]
-    batch_bytes = cfg.batch_size * (row_bytes[0] + row_bytes[1] * (1 + cfg.cutmix))
-    need = batch_bytes * (PREFETCH + 1) * workers * world_size  # one more is in the hands of worker or training
+    size = cfg.batch_size * (PREFETCH + 1) * workers * world_size  # one more batch is being used
+    image_bytes = [sum(tensor.nbytes for tensor in part[[0]].values()) for part in (labeled, unlabeled)]
+    need = size * (image_bytes[0] + image_bytes[1] * (1 + cfg.cutmix))
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else need
     if need > free:  # a worker would wait for ever, or die of a bus error
         workers = 0
-        lack = f"{need / 1e6:.0f} MB of shared memory, {free / 1e6:.0f} MB are free"
         if rank == 0:
+            lack = f"{need / 1e6:.0f} MB of shared memory, {free / 1e6:.0f} MB are free"
             print(f"warning: no data workers: they need {lack} (docker run --shm-size gives more)")
     batches = unlabeled_batches(len(unlabeled), cfg, rank=rank, world_size=world_size)
-    labeled_loader = batch_loader(labeled, labeled_batches(len(labeled), cfg, rank=rank), workers)
-    unlabeled_loader = batch_loader(unlabeled, batches, workers)
-    val_loader = scan_loader(data, split.validation, rank=rank, world_size=world_size)
-    return Loaders(labeled_loader, unlabeled_loader, val_loader, data, dataset, split, reference, steps)
+    return Loaders(
+        batch_loader(labeled, labeled_batches(len(labeled), cfg, rank=rank), workers),
+        batch_loader(unlabeled, batches, workers),
+        scan_loader(data, split.validation, rank=rank, world_size=world_size),
+        data, dataset, split, reference, steps,
+    )  # fmt: skip
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader that reports every death of a worker as a RuntimeError "DataLoader worker ..."."""
+    """A DataLoader that reports every death of a worker as "DataLoader worker ..."."""
 
     def __iter__(self) -> Iterator:
         try:
@@ -155,21 +154,21 @@ class BatchLoader(DataLoader):
 
 
 def batch_loader(dataset: SliceDataset, batches: Iterable[np.ndarray], workers: int) -> DataLoader:
-    """Return a loader of whole batches: each element of `batches`, positions, is one request to the data set."""
-    parallel = {"timeout": STALL_S, "prefetch_factor": PREFETCH, "worker_init_fn": ignore_signals} if workers else {}
-    return BatchLoader(
-        dataset, sampler=batches, batch_size=None, num_workers=workers, pin_memory=torch.cuda.is_available(), **parallel
-    )
+    """Return a loader of whole batches: each element of `batches`, positions, is one request."""
+    options = {"sampler": batches, "batch_size": None, "pin_memory": torch.cuda.is_available()}
+    if workers:
+        options |= {"num_workers": workers, "timeout": STALL_S, "prefetch_factor": PREFETCH}
+    return BatchLoader(dataset, worker_init_fn=ignore_signals, **options)
 
 
 def ignore_signals(_worker: int = 0) -> None:
-    """Leave signals to the training process: it saves its state, then ends its workers."""
+    """Leave signals to the training: it saves its state, then ends its workers."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def scan_loader(data: PreparedData, patients: Sequence[str], *, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """Return a loader of all scans with masks of `patients`, a batch per scan; each process reads its share."""
+    """Return a loader of the scans with masks of `patients`, a batch each; a process reads its share."""
     dataset = SliceDataset(data, data.rows(list(patients), with_mask=True), with_mask=True)
     scans = defaultdict(list)  # positions by patient and phase, in the order of the slices
     for position, row in enumerate(dataset.rows):

@@ -1,7 +1,4 @@
-"""Real cord scans that are free for all, in the raw SCGM layout: the data of the grey matter challenge of 2018 (CC0).
-
-python scgm_dataloader.py open-data RAW
-"""
+"""Real cord scans, free for all (CC0), in the raw SCGM layout: python scgm_dataloader.py open-data RAW"""
 
 import tempfile
 from collections import Counter
@@ -16,17 +13,17 @@ from utils.data.volume import mask_in_grid, read_volume, save_scan, whole_number
 from utils.errors import UserError, naming
 
 URL = "https://github.com/sct-pipeline/gm-challenge-data/archive/refs/heads/master.zip"
-# Sessions by site of the raw layout. Scanner and field strength decide, so that a held-out site is another scanner.
+# Sessions by site of the raw layout: a held-out site is another scanner.
 SESSIONS = {
-    "1": ("sub-9418", "sub-9604"),  # Philips, 3 T: London, Montreal
-    "2": ("sub-9584", "sub-9669"),  # Siemens, 3 T, voxels of 0.4 to 0.5 mm: Potchefstroom, Tokyo
-    "3": ("sub-10062Ses1", "sub-10062Ses2", "sub-9709Ses1", "sub-9709Ses2"),  # Siemens, 3 T: Brno; 1.5 T: Milan
-    "4": ("sub-9605", "sub-9611Ses1", "sub-9611Ses2", "sub-9611Ses3", "sub-20210728"),  # 7 T: New York, Oxford, Zurich
+    "1": ("sub-9418", "sub-9604"),  # Philips, 3 T
+    "2": ("sub-9584", "sub-9669"),  # Siemens, 3 T, voxels of 0.4 to 0.5 mm
+    "3": ("sub-10062Ses1", "sub-10062Ses2", "sub-9709Ses1", "sub-9709Ses2"),  # Siemens, 1.5 and 3 T
+    "4": ("sub-9605", "sub-9611Ses1", "sub-9611Ses2", "sub-9611Ses3", "sub-20210728"),  # 7 T
 }
-SIDE_MM = 80  # of the cut images, which is more than the network's 50 mm
+SIDE_MM = 80  # of the cut images; the network sees 50 mm
 OFFSET_MM = 5  # the cord lies up to so far from the centre, as in the challenge's images
-SOURCE = f"""Spinal cord grey matter imaging challenge 2018, acquisition data, CC0 1.0 (public domain), from {URL}
-A session is a subject; run 1 lies in train, where it has masks, run 2 in test. Cut around the cord by this project.
+SOURCE = f"""Spinal cord grey matter imaging challenge 2018, acquisition data, CC0 1.0, from {URL}
+A session is a subject; run 1 lies in train, where it has masks, run 2 in test. Cut around the cord.
 The one manual mask stands for all four raters: 1 grey matter, 2 the rest of the cord.
 """
 
@@ -34,11 +31,11 @@ The one manual mask stands for all four raters: 1 grey matter, 2 the rest of the
 def write_open_data(
     raw: Positional[Path], /, *, source: Annotated[Path | None, tyro.conf.arg(name="from")] = None, seed: int = 0
 ) -> None:
-    """Download real cord scans of several sites, free for all (CC0, 29 MB), and write them in the raw SCGM layout.
+    """Download real cord scans of several sites (CC0, 29 MB) into the raw SCGM layout.
 
     Args:
         raw: folder to write; must not be there.
-        source: a copy of the data that you have, folder or zip file, instead of the download. A part of them will do.
+        source: a copy of the data, or of a part, folder or zip file, instead of the download.
         seed: seed of the cord's distance from the centre of the images, from 0.
     """
     from torchvision.datasets.utils import download_url, extract_archive  # slow to import, and for this alone
@@ -47,19 +44,21 @@ def write_open_data(
         raise UserError(f"{raw} exists already: remove it, or choose another folder")
     raw.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{raw.name}_", dir=raw.parent) as folder:
-        new, tree, archive = Path(folder) / "raw", Path(folder) / "bids", source or Path(folder) / "data.zip"
-        with naming(source or URL, "cannot be fetched and unpacked", remedy=": try again, or name a copy by --from"):
+        new, tree, archive = (Path(folder) / name for name in ("raw", "bids", "data.zip"))
+        remedy = ": try again, or name a copy by --from"
+        with naming(source or URL, "cannot be fetched and unpacked", remedy=remedy):
             if not source:
                 download_url(URL, folder, archive.name)
-            if archive.is_file():
-                extract_archive(archive, tree)
-        files = {path.name: path for path in (tree if tree.exists() else archive).rglob("sub-*") if path.is_file()}
+            if not source or source.is_file():
+                extract_archive(source or archive, tree)
+        content = (tree if tree.exists() else source).rglob("sub-*")
+        files = {path.name: path for path in content if path.is_file()}
         counts = Counter()
         for site, sessions in SESSIONS.items():
             for number, session in enumerate(sessions, start=1):
                 counts[site] += _write_session(files, session, f"site{site}-sc", number, new, seed)
         if not counts.total():
-            raise UserError(f"{source or URL}: no session of the data set in it, such as sub-9418/anat: another one?")
+            raise UserError(f"{source or URL}: no session of the data set, such as sub-9418, in it")
         (new / "SOURCE.txt").write_text(SOURCE)
         new.rename(raw)
     print(f"{raw}: sessions by site: {', '.join(f'{site}: {count}' for site, count in counts.items())}")

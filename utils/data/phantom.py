@@ -1,15 +1,13 @@
-"""Synthetic scans in the raw layouts: beating hearts of four vendors (M&Ms), necks of four sites (SCGM).
+"""Synthetic raw scans: beating hearts of four vendors (M&Ms), necks of four sites (SCGM).
 
-    write_mms(Path("raw/mms"), patients=4, frames=6, seed=0)
-    write_scgm(Path("raw/scgm"), patients=4, seed=0)
-
-Every structure is an analytic signed distance (mm, positive inside) on coordinates bent by a smooth field: the
-image is painted from it with soft edges, the mask is its positive side. Coordinates are the patient's: x to the left,
+Every structure is a signed distance (mm, positive inside) on coordinates bent by a smooth field:
+the image is painted from it with soft edges, the mask is its positive side. x points to the left,
 y to the back, z across the slices. All randomness derives from (seed, scanner, subject).
 """
 
 import csv
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +21,7 @@ from tyro.conf import Positional
 from utils.data.volume import save_scan
 from utils.errors import UserError
 
-PHANTOM_NOTE = "PHANTOM.txt"  # marks a raw folder as synthetic, so that no table takes it for the real data
+PHANTOM_NOTE = "PHANTOM.txt"  # marks a raw folder as synthetic: no table takes it for real data
 
 
 class Scanner(NamedTuple):
@@ -40,7 +38,7 @@ class Scanner(NamedTuple):
     signal: tuple[float, ...]  # of the tissues, in the order named beside each table
 
 
-# Balanced steady-state cine: blood and fat bright, muscle grey, lung dark; vendors weigh them differently.
+# Balanced steady-state cine: blood and fat bright, muscle grey, lung dark.
 CHEST = ("blood", "muscle", "fat", "lung", "liver", "bone")
 VENDORS = {
     "A": Scanner((256, 216), 1.35, 9, (8, 10), "LPS", 350, 1.0, 0.025, 0.15, 0.6, (0.95, 0.3, 0.8, 0.07, 0.38, 0.45)),
@@ -48,8 +46,8 @@ VENDORS = {
     "C": Scanner((192, 208), 1.5, 10, (7, 9), "PLS", 1400, 1.15, 0.035, 0.2, 0.5, (0.9, 0.36, 1.05, 0.12, 0.46, 0.5)),
     "D": Scanner((320, 288), 0.98, 9, (8, 10), "LAI", 600, 0.95, 0.045, 0.3, 1.0, (1.0, 0.28, 0.85, 0.09, 0.5, 0.35)),
 }
-MAKERS = {"A": ("Siemens", (1,)), "B": ("Philips", (2, 3)), "C": ("GE", (4,)), "D": ("Canon", (5,))}  # name, centres
-# T2*-weighted: fluid brightest, grey above white matter, bone dark. Sites 1 and 3 see little but the canal.
+MAKERS = {"A": ("Siemens", (1,)), "B": ("Philips", (2, 3)), "C": ("GE", (4,)), "D": ("Canon", (5,))}
+# T2*-weighted: fluid brightest, grey above white matter, bone dark. Sites 1 and 3 see the canal.
 NECK = ("fluid", "grey", "white", "muscle", "fat", "bone", "blood")
 SITES = {
     1: Scanner((100, 100), 0.5, 5, (3, 3), "RAS", 300, 1, 0.02, 0.1, 0.4, (0.95, 0.68, 0.46, 0.4, 0.3, 0.12, 0.8)),
@@ -58,32 +56,34 @@ SITES = {
     4: Scanner((380, 340), 0.29, 5, (8, 12), "LAI", 500, 1, 0.025, 0.25, 0.8, (0.9, 0.58, 0.4, 0.45, 0.55, 0.1, 0.85)),
 }
 TABLE = "211230_M&Ms_Dataset_information_diagnosis_opendataset.csv"
-COLUMNS = ",External code,VendorName,Vendor,Centre,ED,ES,Age,Pathology,Sex,Height,Weight"
+COLUMNS = ",External code,VendorName,Vendor,Centre,ED,ES"
 
 
 def ellipse(x, y, centre, radii, angle=0.0) -> np.ndarray:
-    """Return the approximate signed distance (mm) to an ellipse turned by `angle` (rad); all arguments broadcast."""
+    """Return the approximate signed distance (mm) to an ellipse turned by `angle` (rad)."""
     values = *centre, *radii, np.cos(angle), np.sin(angle)
     cx, cy, a, b, cos, sin = (np.asarray(value, np.float32) for value in values)
-    u, v = (x - cx) * (cos / a) + (y - cy) * (sin / a), (y - cy) * (cos / b) - (x - cx) * (sin / b)
+    x, y = x - cx, y - cy
+    u, v = x * (cos / a) + y * (sin / a), y * (cos / b) - x * (sin / b)
     return (1 - np.sqrt(u * u + v * v)) * np.sqrt(a * b)
 
 
 def stroke(x, y, start, end, widths) -> np.ndarray:
-    """Return the signed distance (mm) to a tapering stroke from `start` to `end` with two half-widths (mm)."""
+    """Return the signed distance (mm) to a stroke with the half-widths (mm) of its two ends."""
     dx, dy = end[0] - start[0], end[1] - start[1]
-    along = np.clip(((x - start[0]) * dx + (y - start[1]) * dy) / (dx**2 + dy**2), 0, 1)
-    distance = np.hypot(x - start[0] - along * dx, y - start[1] - along * dy)
+    x, y = x - start[0], y - start[1]
+    along = np.clip((x * dx + y * dy) / (dx**2 + dy**2), 0, 1)
+    distance = np.hypot(x - along * dx, y - along * dy)
     return widths[0] + along * (widths[1] - widths[0]) - distance
 
 
 def paint(image: np.ndarray, edge: float, inside: np.ndarray, value) -> None:
-    """Lay `value` over `image` in place where `inside` > 0, with an edge that is `edge` mm soft."""
+    """Lay `value` over `image` in place where `inside` > 0, its edge `edge` mm soft."""
     image += np.clip(inside / edge + 0.5, 0, 1) * (value - image)
 
 
 def smooth_field(shape, zooms, rng: np.random.Generator, size: float) -> np.ndarray:
-    """Draw a Gaussian random field on the voxels (X, Y, Z) with blobs of about `size` mm, mean 0 and variance 1."""
+    """Draw a Gaussian random field (X, Y, Z) of mean 0 and variance 1, blobs of about `size` mm."""
     weights = []
     for n, zoom in zip(shape, zooms, strict=True):
         knots = np.arange(-1, n * zoom / size * 2 + 2)
@@ -98,11 +98,12 @@ def smooth_field(shape, zooms, rng: np.random.Generator, size: float) -> np.ndar
 def scan_grid(scanner: Scanner, tilt: float, rng: np.random.Generator):
     """Draw the voxel grid of one scan, oblique by about `tilt` rad.
 
-    Returns x, y, z (mm from the image centre; each (X, Y, Z)), the affine, and `smooth_field` as a function of size.
+    Returns x, y, z (mm from the centre; each (X, Y, Z)), the affine, and `smooth_field` by size.
     """
     shape = np.array((*scanner.matrix, rng.integers(*scanner.slices, endpoint=True)))
     zooms = np.array((scanner.spacing, scanner.spacing, scanner.thickness))
-    codes = nib.orientations.axcodes2ornt(scanner.axes, (("R", "L"), ("A", "P"), ("I", "S"))).astype(int)
+    labels = ("R", "L"), ("A", "P"), ("I", "S")
+    codes = nib.orientations.axcodes2ornt(scanner.axes, labels).astype(int)
     turn = np.zeros((3, 3))
     turn[codes[:, 0], range(3)] = codes[:, 1]
     index = np.indices(shape, dtype=np.float32)
@@ -131,24 +132,24 @@ def acquire(image: np.ndarray, scanner: Scanner, field, rng: np.random.Generator
 
 
 def chest(x, y, depth, spacing, tissue, field, rng) -> np.ndarray:
-    """Paint the signal (X, Y, Z) around a heart at the origin; `depth` (Z,) is 0 at its base and 1 at its apex."""
+    """Paint the signal (X, Y, Z) around a heart at the origin, whose `depth` (Z,) is 0 at its base."""
     image = np.full(x.shape, 0.02, np.float32)
     draw = partial(paint, image, spacing)
-    front, sink = rng.uniform(14, 30), rng.uniform(-8, 8)  # fat over the breastbone; height of the diaphragm
+    front, sink = rng.uniform(14, 30), rng.uniform(-8, 8)  # fat in front; height of the diaphragm
     trunk = ellipse(x, y, (-15, 15 + front / 3), (150 - front / 2, 122 - front / 2), 0.1)
     draw(ellipse(x, y, (-15, 15), (150, 125)), tissue["fat"])
     draw(trunk, tissue["muscle"])
     draw(trunk - 6 - 2 * field(30), tissue["fat"] * 0.7)
     draw(trunk - 10, tissue["lung"])
-    draw(np.minimum(trunk - 18, 3 * (field(9) - 2.2)), 0.55 * tissue["blood"])  # the lung's vessels
+    draw(np.minimum(trunk - 18, 3 * (field(9) - 2.2)), 0.55 * tissue["blood"])  # vessels
     draw(ellipse(x, y, (-25, 62 + sink), (42, 60), 0.5), 0.4 * (tissue["muscle"] + tissue["fat"]))
     liver = ellipse(x, y, (-75, 88 + sink - 25 * depth), (75, 52), 0.25)
     stomach = ellipse(x, y, (62, 90 + sink - 15 * depth), (38, 36))
     draw(np.minimum(liver, trunk - 10), tissue["liver"])
     draw(np.minimum(stomach, trunk - 10), 0.85 * tissue["liver"])
     draw(np.minimum(stomach - 9 - 3 * field(40), trunk - 10), tissue["muscle"])
-    parts = ((-25, 104), 22, "bone"), ((-25, 130), 8, "blood"), ((2, 80), 13, "muscle"), ((2, 80), 11, "blood")
-    for centre, radius, name in parts:  # vertebra and its canal, wall and blood of the descending aorta
+    spine, aorta = [((-25, 104), 22, "bone"), ((-25, 130), 8, "blood")], (2, 80)
+    for centre, radius, name in [*spine, (aorta, 13, "muscle"), (aorta, 11, "blood")]:
         draw(ellipse(x, y, centre, (radius, radius)), tissue[name])
     above = np.where(depth < 0, 0, 1e3).astype(np.float32)  # fat with the great vessels, unlabelled
     draw(ellipse(x, y, (-4, 6), (38, 27), 0.5) - above, 0.6 * tissue["fat"])
@@ -158,10 +159,10 @@ def chest(x, y, depth, spacing, tissue, field, rng) -> np.ndarray:
 
 
 def heart(position, spacing, contraction, tissue, field, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Paint the signal and labels (X, Y, Z, T) of a chest whose heart follows `contraction` (T,), from 0 to 1."""
+    """Paint signal and labels (X, Y, Z, T) of a chest whose heart follows `contraction` (T,), 0 to 1."""
     x, y = (axis - rng.uniform(-10, 10) + 3 * field(90) for axis in position[:2])
     z, beat = position[2][0, 0], contraction.astype(np.float32)
-    length, wall, cavity = rng.uniform(78, 90), rng.uniform(8.5, 11), rng.uniform(23, 27)  # mm, relaxed
+    length, wall, cavity = (rng.uniform(*mm) for mm in ((78, 90), (8.5, 11), (23, 27)))  # relaxed
     depth = (z - z.min() - rng.integers(0, 2) * abs(z[1] - z[0])) / length + 0.08
     angle = np.radians(210 + rng.uniform(-40, 40))  # from the left to the right ventricle; y points down
     towards = np.array((np.cos(angle), np.sin(angle)))
@@ -169,14 +170,15 @@ def heart(position, spacing, contraction, tissue, field, rng) -> tuple[np.ndarra
     image = np.repeat(still[..., None], len(beat), axis=-1)
     labels = np.zeros(image.shape, np.uint8)
 
-    # Sizes over slices and frames, (Z, T). The base moves towards the apex, the muscle keeps its volume.
+    # Sizes (Z, T): the base moves towards the apex, the muscle keeps its volume.
     level = (depth[:, None] - 0.06 * beat) / (1 - 0.06 * beat)
     absent = np.where((level > 0) & (level < 0.93), 0, 1e3).astype(np.float32)
     level = np.clip(level, 0, 0.93)
     inner = cavity * (1 - 0.34 * beat)
     outer = np.sqrt(inner**2 + (cavity + wall) ** 2 - cavity**2) * np.sqrt(1 - level**2.4)
     inner = inner * np.sqrt(np.clip(1 - (level / 0.95) ** 2.4, 0, 1))
-    right = rng.uniform(28, 34) * (1 - 0.38 * beat) * np.sqrt(np.clip(1 - (level / 0.88) ** 2, 0, 1))
+    right = rng.uniform(28, 34) * (1 - 0.38 * beat)
+    right = right * np.sqrt(np.clip(1 - (level / 0.88) ** 2, 0, 1))
 
     inside = middle(x.shape, 80 / spacing)  # all else stands still
     x, y, moving = x[inside][..., None], y[inside][..., None], image[inside]
@@ -185,17 +187,18 @@ def heart(position, spacing, contraction, tissue, field, rng) -> tuple[np.ndarra
     right_centre = [c + t * (0.4 * outer + 0.5 * right) for c, t in zip(left, towards, strict=True)]
     left_outer = shape(left, (1.03 * outer, 0.97 * outer), angle + 0.8) - absent
     left_inner = shape(left, (1.04 * inner, 0.96 * inner), angle + 0.4) - absent
-    right_inner = shape(right_centre, (0.6 * outer + 0.5 * right, 0.75 * outer + 0.4 * right), angle) - absent
+    right_radii = 0.6 * outer + 0.5 * right, 0.75 * outer + 0.4 * right
+    right_inner = shape(right_centre, right_radii, angle) - absent
     whole = np.maximum(left_outer, right_inner)
     labels[inside] = np.select([left_inner > 0, left_outer > 0, right_inner > 0], [1, 2, 3])
 
     draw = partial(paint, moving, spacing)
     draw(whole + 6 + 3 * field(40)[inside][..., None], tissue["fat"] * 0.8)
     draw(whole + 3, tissue["muscle"])
-    draw(right_inner, tissue["blood"] * (0.94 + 0.05 * field(12)[inside][..., None]))  # trabeculae
+    draw(right_inner, tissue["blood"] * (0.94 + 0.05 * field(12)[inside][..., None]))
     draw(left_outer, tissue["muscle"])
     draw(left_inner, tissue["blood"])
-    for around in angle + np.array((1.9, 3.9)):  # papillary muscles: the truth counts them as cavity
+    for around in angle + np.array((1.9, 3.9)):  # papillary muscles: cavity in the truth
         muscle = left[0] + 0.62 * inner * np.cos(around), left[1] + 0.62 * inner * np.sin(around)
         outside = absent + 1e3 * ((level < 0.2) | (level > 0.75))
         draw(shape(muscle, (5.0, 3.8), around) - outside.astype(np.float32), tissue["muscle"])
@@ -203,7 +206,7 @@ def heart(position, spacing, contraction, tissue, field, rng) -> tuple[np.ndarra
 
 
 def begin(out: Path, enough: bool, seed: int) -> None:
-    """Begin a phantom in the folder `out`, which must be empty or absent, and mark it as one."""
+    """Begin a phantom in the folder `out`, which must be empty or absent, and mark it."""
     if not enough or seed < 0:
         raise UserError("a phantom needs at least 1 patient and 2 frames, and a seed from 0")
     if out.exists() and any(out.iterdir()):
@@ -215,8 +218,8 @@ def begin(out: Path, enough: bool, seed: int) -> None:
 def write_mms(out: Positional[Path], *, patients: int = 4, frames: int = 6, seed: int = 0) -> None:
     """Write synthetic data in the raw M&Ms layout: four vendors, beating hearts, the info table.
 
-    One more patient, of vendor C, lies in Training/Unlabeled with an empty mask, as in the release. In every
-    fifth patient the recording begins late in the cycle, so that ED comes after ES.
+    One more patient, of vendor C, lies in Training/Unlabeled with an empty mask, as in the release.
+    In every fifth patient ED comes after ES.
 
     Args:
         out: folder to write; must be empty or absent.
@@ -225,13 +228,13 @@ def write_mms(out: Positional[Path], *, patients: int = 4, frames: int = 6, seed
         seed: seed of everything random, from 0.
     """
     begin(out, patients >= 1 and frames >= 2, seed)
-    people = [(vendor, number) for vendor in VENDORS for number in range(patients)] + [("C", patients)]
+    people = [*product(VENDORS, range(patients)), ("C", patients)]
     draws = np.random.default_rng(seed).choice(260**3, len(people), replace=False)
     rows, systole = [], round(frames / 3)
     for index, (vendor, number) in enumerate(tqdm(people, desc="phantom patients")):
         scanner, rng = VENDORS[vendor], np.random.default_rng([seed, ord(vendor), number])
         pairs = np.unravel_index(draws[index], (260, 260, 260))
-        code = "".join(f"{chr(65 + pair // 10)}{pair % 10}" for pair in pairs)  # letter and digit, three times
+        code = "".join(f"{chr(65 + pair // 10)}{pair % 10}" for pair in pairs)  # like A0S9V9
         ed = frames - systole if index % 5 == 1 else 0
         es = (ed + systole) % frames
         step = (np.arange(frames) - ed) % frames
@@ -241,21 +244,21 @@ def write_mms(out: Positional[Path], *, patients: int = 4, frames: int = 6, seed
         image, labels = heart(position, scanner.spacing, contraction, tissue, field, rng)
         labeled = number < patients
         drawn = np.isin(np.arange(frames), (ed, es)) & labeled  # raters drew in two frames only
-        part = ("Training/Labeled", "Validation", "Testing")[index % 3] if labeled else "Training/Unlabeled"
-        folder = Path(out) / "OpenDataset" / part / code
-        save_scan(folder / f"{code}_sa.nii.gz", acquire(image, scanner, field, rng), affine, 0.9 / frames)
-        save_scan(folder / f"{code}_sa_gt.nii.gz", labels * drawn.astype(np.uint8), affine, 0.9 / frames)
+        parts = ("Training/Labeled", "Validation", "Testing")
+        folder = out / "OpenDataset" / (parts[index % 3] if labeled else "Training/Unlabeled") / code
+        scan, truth = acquire(image, scanner, field, rng), labels * drawn.astype(np.uint8)
+        save_scan(folder / f"{code}_sa.nii.gz", scan, affine, 0.9 / frames)
+        save_scan(folder / f"{code}_sa_gt.nii.gz", truth, affine, 0.9 / frames)
         name, centres = MAKERS[vendor]
-        age, height, weight = rng.integers((20, 155, 50), (80, 195, 100))
-        disease, sex = rng.choice(["NOR", "HCM", "DCM"]), rng.choice(["F", "M"])
         centre = centres[number % len(centres)]
-        rows.append((code, name, vendor, centre, ed * labeled, es * labeled, age, disease, sex, height, weight))
-    with open(Path(out) / TABLE, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([COLUMNS.split(","), *((i, *row) for i, row in enumerate(sorted(rows)))])
+        rows.append((code, name, vendor, centre, ed * labeled, es * labeled))
+    with open(out / TABLE, "w", encoding="utf-8", newline="") as file:
+        numbered = [(number, *row) for number, row in enumerate(sorted(rows))]
+        csv.writer(file).writerows([COLUMNS.split(","), *numbered])
 
 
 def neck(x, y, spacing, tissue, field) -> np.ndarray:
-    """Paint the signal (X, Y, Z) of a neck around the canal at the origin; the throat lies at negative y."""
+    """Paint the signal (X, Y, Z) of a neck around the canal at the origin."""
     image = np.full(x.shape, 0.02, np.float32)
     draw = partial(paint, image, spacing)
     skin, side = ellipse(x, y, (0, -8), (66, 58)), np.abs(x)
@@ -276,7 +279,7 @@ def neck(x, y, spacing, tissue, field) -> np.ndarray:
 
 
 def cord(x, y, size: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the signed distances (mm) to the grey matter's butterfly and to the cord, `size` times the common one."""
+    """Return the signed distances (mm) to the grey matter and to the cord, of a relative `size`."""
     x, y = np.abs(x) / size, y / size
     front = stroke(x, y, (1.9, -0.3), (2.4, -1.4), (0.9, 1.15))
     back = stroke(x, y, (1.8, -0.3), (3.0, 2.6), (0.9, 0.55))
@@ -290,12 +293,12 @@ def write_scgm(out: Positional[Path], *, patients: int = 4, seed: int = 0) -> No
 
     Args:
         out: folder to write; must be empty or absent.
-        patients: number of subjects with masks per site, at least 1; one more comes without masks.
+        patients: number of subjects with masks per site, at least 1; one more has no masks.
         seed: seed of everything random, from 0.
     """
     begin(out, patients >= 1, seed)
-    people = [(site, number) for site in SITES for number in [*range(1, patients + 1), max(11, patients + 1)]]
-    for site, number in tqdm(people, desc="phantom subjects"):
+    people = product(SITES, [*range(1, patients + 1), max(11, patients + 1)])
+    for site, number in tqdm(list(people), desc="phantom subjects"):
         scanner, rng = SITES[site], np.random.default_rng([seed, site, number])
         spacing, tissue = scanner.spacing, dict(zip(NECK, scanner.signal, strict=True))
         position, affine, field = scan_grid(scanner, 0.08, rng)
@@ -303,16 +306,17 @@ def write_scgm(out: Positional[Path], *, patients: int = 4, seed: int = 0) -> No
         size, turn = rng.uniform(0.95, 1.15), rng.normal(0, 0.08)
         x, y = x + turn * y, y - turn * x
         image = neck(x + 0.8 * field(60), y + 0.8 * field(60), spacing, tissue, field)
-        inside = middle(x.shape, 16 / spacing)  # where the cord is
+        inside = middle(x.shape, 16 / spacing)
         grey, whole = cord(x[inside], y[inside], size)
         paint(image[inside], spacing, whole, tissue["white"])
         paint(image[inside], spacing, grey, tissue["grey"])
         labeled = number <= patients
-        folder, stem = Path(out) / ("train" if labeled else "test"), f"site{site}-sc{number:02d}"
-        save_scan(folder / f"{stem}-image.nii.gz", acquire(image[..., None], scanner, field, rng)[..., 0], affine)
-        for rater in range(1, 5) if labeled else ():  # each follows the boundary a little differently
+        path = out / ("train" if labeled else "test") / f"site{site}-sc{number:02d}"
+        scan = acquire(image[..., None], scanner, field, rng)[..., 0]
+        save_scan(Path(f"{path}-image.nii.gz"), scan, affine)
+        for rater in range(1, 5) if labeled else ():  # each draws a little differently
             seen = [axis[inside] + 0.1 * field(4)[inside] for axis in (x, y)]
             grey, whole = cord(*seen, size * rng.uniform(0.98, 1.02))
             mask = np.zeros(x.shape, np.uint8)
             mask[inside] = np.select([(grey > 0) & (whole > 0), whole > 0], [1, 2])
-            save_scan(folder / f"{stem}-mask-r{rater}.nii.gz", mask, affine)
+            save_scan(Path(f"{path}-mask-r{rater}.nii.gz"), mask, affine)

@@ -1,4 +1,4 @@
-"""Conversion of raw scans to memory-mapped arrays: every file is checked, all problems are reported."""
+"""Conversion of raw scans to memory-mapped arrays: every file is checked, every problem reported."""
 
 import csv
 import hashlib
@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import fields
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +38,7 @@ class ScanReport(NamedTuple):
     digest: bytes = b""  # SHA-256 of everything written
 
 
-Target = tuple[Path, int, int]  # folder of the arrays, first slice and first mask of a scan
+Target = tuple[Path, int, int]  # folder of the arrays, a scan's first slice and first mask
 
 
 def check_dataset(raw: Path, dataset: DatasetInfo, *, workers: int) -> bool:
@@ -50,15 +49,15 @@ def check_dataset(raw: Path, dataset: DatasetInfo, *, workers: int) -> bool:
 def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int) -> None:
     """Check `raw` and convert it into the folder `out`, which appears only when it is complete.
 
-    Raises UserError if `out` exists, the disk is too small, or a file has an error (all are printed).
+    Raises UserError if `out` exists, the disk is too small, or a file has an error.
     """
-    unfinished = out.with_name(out.name + ".partial")
+    unfinished, other = out.with_name(out.name + ".partial"), "or choose another --out"
     if unfinished.exists() and not (unfinished / LOCK).exists():
-        raise UserError(f"{unfinished} was not left by this program: move it, or choose another --out")
+        raise UserError(f"{unfinished} was not left by this program: move it, {other}")
     with folder_lock(unfinished):
         try:
             if out.exists():  # asked under the lock: another process may have made it just now
-                raise UserError(f"{out} exists already: remove it, or choose another --out")
+                raise UserError(f"{out} exists already: remove it, {other}")
             shutil.rmtree(unfinished / "truth", ignore_errors=True)  # of a process that was killed
             cases, reports = _check_all(raw, dataset, workers, unfinished)
             if not _summarise(raw, dataset, cases, reports):
@@ -66,12 +65,14 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
             rows = [row for report in reports for row in report.rows]
             with open(unfinished / "index.csv", "w", newline="") as file:
                 csv.writer(file).writerows([prepared.INDEX_COLUMNS, *rows])
+            notes = [folder / PHANTOM_NOTE for folder in (raw, raw.absolute().parent)]
+            content = b"".join(report.digest for report in reports)
             info = {
                 "format": prepared.FORMAT_VERSION,
                 "dataset": dataset.key,
-                "phantom": any((folder / PHANTOM_NOTE).exists() for folder in (raw, raw.absolute().parent)),
+                "phantom": any(note.exists() for note in notes),
                 "spacing_mm": dataset.spacing,
-                "content_hash": hashlib.sha256(b"".join(report.digest for report in reports)).hexdigest(),
+                "content_hash": hashlib.sha256(content).hexdigest(),
             }
             info["sha256"] = prepared.description_digest(info, (unfinished / "index.csv").read_bytes())
             write_json(unfinished / "dataset.json", info)
@@ -86,25 +87,26 @@ def _check_all(raw: Path, dataset: DatasetInfo, workers: int, out: Path | None) 
     """Check every scan and, if `out` is given, convert it; each worker holds one scan in memory."""
     if not raw.is_dir():
         raise UserError(f"{raw}: no such folder\n{dataset.download_help}")
-    for field in reversed(fields(dataset)):  # a pool may wait for ever for what it cannot send
-        with naming(f"DatasetInfo.{field.name}", "cannot be sent to workers", remedy=": define it in a module"):
-            pickle.dumps(getattr(dataset, field.name))
+    for name, value in reversed(vars(dataset).items()):  # a pool may wait for ever to send them
+        remedy = ": define it in a module"
+        with naming(f"DatasetInfo.{name}", "cannot be sent to workers", remedy=remedy):
+            pickle.dumps(value)
     cases, errors, warnings = dataset.find_cases(raw)
     targets = _allocate(cases, out) if out and not errors else None
-    ignore_interrupt = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process: it ends them
-    with ProcessPoolExecutor(max(1, workers), initializer=signal.signal, initargs=ignore_interrupt) as pool:
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for this process: it ends them
+    with ProcessPoolExecutor(max(1, workers), initializer=signal.signal, initargs=ignore) as pool:
         results = pool.map(convert_scan, cases, repeat(dataset), targets or repeat(None))
         progress = tqdm(results, total=len(cases), unit="scan", desc="prepare" if out else "check")
         try:
             return cases, [ScanReport(errors, warnings), *progress]
         except BrokenExecutor as error:
-            raise UserError("a worker process died, often for lack of memory: use fewer --workers") from error
+            raise UserError("a worker died, often for lack of memory: use fewer --workers") from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
 def _frames(case: Case, count: int) -> Sequence[int]:
-    """Return the frames to convert: all, or those with a mask of a labelled scan of the user's own."""
+    """Return the frames to convert: all, or the labelled ones of a scan of the user's own."""
     return sorted(case.phases.values()) if case.own and case.phases else range(count)
 
 
@@ -113,18 +115,15 @@ def _allocate(cases: list[Case], out: Path) -> list[Target]:
     targets, slices, masks = [], 0, 0
     for case in cases:
         targets.append((out, slices, masks))
-        with suppress(UserError):  # of a damaged header: the scan's own check will say why
+        with suppress(UserError):  # the scan's own check will say why
             _, shape = volume.read_header(case.image)
             slices += shape[2] * len(_frames(case, math.prod(shape[3:])))
             masks += shape[2] * len(case.phases)
-    arrays = {
-        "images": (np.float16, (slices, CANVAS_PX, CANVAS_PX)),
-        "masks": (np.uint8, (masks, CANVAS_PX, CANVAS_PX)),
-        "quantiles": (np.float32, (slices, prepared.QUANTILES)),
-    }
-    need = sum(np.dtype(kind).itemsize * math.prod(shape) for kind, shape in arrays.values())
+    kinds, square = (np.float16, np.uint8, np.float32), (CANVAS_PX, CANVAS_PX)
+    shapes = (slices, *square), (masks, *square), (slices, prepared.QUANTILES)
+    need = sum(map(lambda kind, shape: kind().nbytes * math.prod(shape), kinds, shapes))
     require_space(out.parent, need, "the prepared data")
-    for name, (kind, shape) in arrays.items():
+    for name, kind, shape in zip(prepared.ARRAYS, kinds, shapes, strict=True):
         open_memmap(out / f"{name}.npy", "w+", kind, shape)
         if hasattr(os, "posix_fallocate"):  # take the space now: a full disk kills a memory map
             with open(out / f"{name}.npy", "rb+") as file:
@@ -152,58 +151,62 @@ def convert_scan(case: Case, dataset: DatasetInfo, target: Target | None) -> Sca
         except UserError as error:
             errors.append(f"{path}: {error}")
     last = volume.frame_count(image) - 1
-    beyond = {phase: frame for phase, frame in case.phases.items() if frame > last}
-    errors += [f"{case.image}: {phase} is frame {beyond[phase]}, but the file holds 0..{last}" for phase in beyond]
+    late = [f"{phase} is frame {frame}" for phase, frame in case.phases.items() if frame > last]
+    errors += [f"{case.image}: {text}, but the file holds 0..{last}" for text in late]
     if errors:
         return ScanReport(errors, warnings)
-    consensus = dataset.consensus or (lambda raters: raters[0])
-    truth = {phase: consensus([frame_slices(mask, frame) for mask in masks]) for phase, frame in case.phases.items()}
+    truth = {}
+    for phase, frame in case.phases.items():
+        raters = [frame_slices(mask, frame) for mask in masks]
+        truth[phase] = dataset.consensus(raters) if dataset.consensus else raters[0]
     empty = [phase for phase, label in truth.items() if not label.any()]
     drawn = [frame for frame in range(last + 1) if empty and frame_slices(masks[0], frame).any()]
     if {*drawn} - {*case.phases.values()}:
-        return ScanReport([f"{case.masks[0]}: labels in frames {drawn}, in the table (from 0) {case.phases}"], warnings)
-    warnings += [f"{case.masks[0]}: no label in {phase}" for phase in empty]
-    for phase, label in truth.items():
-        if dataset.label_warning and (text := dataset.label_warning(label)):
-            warnings.append(f"{case.masks[0]}: {phase}: {text}")
-    field = volume.PlaneMap(image.array.shape[:2], image.zooms[:2], FIELD_PX, dataset.spacing).inside()
+        differ = f"labels in frames {drawn}, in the table (from 0) {case.phases}"
+        return ScanReport([f"{case.masks[0]}: {differ}"], warnings)
+    texts = [f"no label in {phase}" for phase in empty]
+    texts += dataset.label_warnings(truth) if dataset.label_warnings else []
+    warnings += [f"{case.masks[0]}: {text}" for text in texts]
+    plane = volume.PlaneMap(image.array.shape[:2], image.zooms[:2], FIELD_PX, dataset.spacing)
     structures = [(label > 0) & (label < len(dataset.class_names)) for label in truth.values()]
     total = sum(np.count_nonzero(labels) for labels in structures)
-    outside = sum(np.count_nonzero(labels & ~field) for labels in structures)
+    outside = sum(np.count_nonzero(labels & ~plane.inside()) for labels in structures)
     if outside > 0.01 * total:
-        warnings.append(f"{case.image}: {100 * outside / total:.1f} % of its labels lie outside the field of view")
+        share = f"{100 * outside / total:.1f} % of its labels"
+        warnings.append(f"{case.image}: {share} lie outside the field of view")
     written = _convert(case, dataset, image, truth, target) if target else ()
     return ScanReport(errors, warnings, (outside, total), *written)
 
 
 def _labels(mask: volume.Volume, dataset: DatasetInfo) -> volume.Volume:
-    """Return a mask with the data set's labels, uint8; raise UserError, which names no file, for others."""
+    """Return a mask with the data set's labels, uint8; UserError, which names no file, for others."""
     mask = volume.whole_numbers(mask)
     label_of = dataset.label_values or {label: label for label in range(dataset.num_raw_labels)}
     labels, drawn = np.zeros(mask.array.shape, np.uint8), mask.array != 0
     values, position = np.unique(mask.array[drawn], return_inverse=True)
     if unknown := [value for value in values.tolist() if value not in label_of]:
-        named = ", ".join(map(str, label_of))
-        raise UserError(f"labels {unknown[:5]} beside {named}; of your own scans, --labels VALUE=STRUCTURE names them")
+        named = f"labels {unknown[:5]} beside {', '.join(map(str, label_of))}"
+        raise UserError(f"{named}; of your own scans, --labels VALUE=STRUCTURE names them")
     labels[drawn] = np.array([label_of[value] for value in values], np.uint8)[position]
     return mask._replace(array=labels)
 
 
 def _convert(case: Case, dataset: DatasetInfo, image: volume.Volume, truth: dict, target: Target) -> tuple[list, bytes]:
-    """Write the slices and masks of a checked scan; return its part of index.csv and a SHA-256 of all."""
+    """Write slices and masks of a checked scan; return its part of index.csv and a SHA-256 of all."""
     plane = volume.PlaneMap(image.array.shape[:2], image.zooms[:2], CANVAS_PX, dataset.spacing)
     out, row, mask_row = target
-    images, masks, quantiles = (np.load(out / f"{n}.npy", mmap_mode="r+") for n in ("images", "masks", "quantiles"))
+    images, masks, curves = (np.load(out / f"{name}.npy", mmap_mode="r+") for name in prepared.ARRAYS)
     phases = {frame: phase for phase, frame in case.phases.items()}
     depth, index, digest = image.array.shape[2], [], hashlib.sha256()
     for frame in _frames(case, volume.frame_count(image)):
         slices, phase = frame_slices(image, frame), phases.get(frame, "")
         canvas = plane.to_canvas(dataset.normalize(slices.astype(np.float32))).astype(np.float16)
         images[row : row + depth] = canvas
-        quantiles[row : row + depth] = prepared.quantile_curves(canvas)
+        curves[row : row + depth] = prepared.quantile_curves(canvas)
         row += depth
         digest.update(canvas.tobytes())
-        key, facts = (*case[:3], phase, frame), (*plane.shape, *image.zooms, prepared.voxel_checksum(slices))
+        key = (*case[:3], phase, frame)
+        facts = (*plane.shape, *image.zooms, prepared.voxel_checksum(slices))
         index += [(*key, z, mask_row + z if phase else -1, *facts) for z in range(depth)]
         if phase:
             label = plane.to_canvas(truth[phase] * (truth[phase] < len(dataset.class_names)))
@@ -220,11 +223,13 @@ def _summarise(raw: Path, dataset: DatasetInfo, cases: list[Case], reports: list
     """Print every problem and the counts; return True if there is no error."""
     errors = [f"error: {text}" for report in reports for text in report.errors]
     warnings = [f"warning: {text}" for report in reports for text in report.warnings]
-    by_domain, labeled = (Counter(case.domain for case in part) for part in (cases, [c for c in cases if c.masks]))
-    counts = ", ".join(f"{d}: {by_domain[d]} ({labeled[d]} with masks)" for d in sorted(by_domain))
-    print(*errors, *warnings, f"{raw}: scans by {dataset.domain_kind}: {counts or 'none'}", sep="\n")
-    outside, voxels = np.sum([report.outside for report in reports], axis=0)
-    if voxels:
-        print(f"{100 * outside / voxels:.2f} % of the labelled voxels lie outside the field of view")
+    scans = Counter(case.domain for case in cases)
+    labeled = Counter(case.domain for case in cases if case.masks)
+    counts = ", ".join(f"{d}: {scans[d]} ({labeled[d]} with masks)" for d in sorted(scans))
+    by_domain = f"{raw}: scans by {dataset.domain_kind}: {counts or 'none'}"
+    print(*errors, *warnings, by_domain, sep="\n")
+    outside, total = np.sum([report.outside for report in reports], axis=0)
+    if total:
+        print(f"{100 * outside / total:.2f} % of the labelled voxels lie outside the field of view")
     print(f"{len(errors)} errors, {len(warnings)} warnings")
     return not errors

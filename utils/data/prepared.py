@@ -30,12 +30,13 @@ INDEX_COLUMNS = {  # of index.csv: one row per slice, in the order of images.npy
     "slice_mm": float,
     "checksum": str,  # of the frame's voxels, as they were read; empty for a blank frame
 }
+ARRAYS = ("images", "masks", "quantiles")
 NO_DOMAIN = "none"  # as the held-out domain: all are trained on
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Prepared data, as `prepare` has written them into a folder; the arrays are memory maps."""
+    """Prepared data of a folder that `prepare` has written; the arrays are memory maps."""
 
     root: Path
     info: dict[str, Any]
@@ -46,25 +47,26 @@ class PreparedData:
 
     @classmethod
     def open(cls, root: str | Path, dataset: DatasetInfo) -> "PreparedData":
-        """Open the folder `root`; raise UserError if it is missing, damaged, or of another data set or format."""
+        """Open a folder; UserError if it is missing, damaged, or of another data set or format."""
         root = Path(root)
         if not (root / "dataset.json").is_file():
             demo = f"{dataset.download_help}\nOr try the demo: python {dataset.key}_train.py --demo"
-            raise UserError(f"no data in {root.absolute()}: if they lie elsewhere, name them by --data-root\n{demo}")
+            raise UserError(f"no data in {root.absolute()}: name it by --data-root\n{demo}")
         with naming(root, "is damaged", remedy=": prepare the data again"):
             info = json.loads((root / "dataset.json").read_text())
             if (info["dataset"], info["format"]) != (dataset.key, FORMAT_VERSION):
                 kind = f"{info['dataset']} data of format {info['format']}"
-                raise UserError(f"{root} holds {kind}, not {dataset.key} of format {FORMAT_VERSION}: prepare anew")
+                raise UserError(f"{root} holds {kind}, not {dataset.key} {FORMAT_VERSION}: prepare anew")
             text = (root / "index.csv").read_bytes()
-            if info.pop("sha256") != description_digest(info, text):  # rows in another order are other images
+            if info.pop("sha256") != description_digest(info, text):
                 raise ValueError("dataset.json or index.csv was changed")
             rows = list(csv.DictReader(text.decode().splitlines()))
-            index = {name: np.array([kind(row[name]) for row in rows]) for name, kind in INDEX_COLUMNS.items()}
-            arrays = [np.load(root / f"{name}.npy", mmap_mode="r") for name in ("images", "masks", "quantiles")]
-            if not len(rows) == len(arrays[0]) == len(arrays[2]) or index["mask"].max(initial=-1) >= len(arrays[1]):
+            index = {n: np.array([kind(row[n]) for row in rows]) for n, kind in INDEX_COLUMNS.items()}
+            images, masks, quantiles = (np.load(root / f"{n}.npy", mmap_mode="r") for n in ARRAYS)
+            same_length = len(rows) == len(images) == len(quantiles)
+            if not same_length or index["mask"].max(initial=-1) >= len(masks):
                 raise ValueError("index.csv and the arrays differ in length")
-        return cls(root, info, index, *arrays)
+        return cls(root, info, index, images, masks, quantiles)
 
     @property
     def name(self) -> str:
@@ -72,19 +74,19 @@ class PreparedData:
         return self.root.resolve().name + (" (phantom data)" if self.info["phantom"] else "")
 
     def rows(self, patients: list[str], *, with_mask: bool = False) -> np.ndarray:
-        """Return the index rows of all slices (or all slices with a mask) of `patients`."""
+        """Return the index rows of the slices of `patients`: all, or those with a mask."""
         chosen = np.isin(self.index["patient"], patients)
         return np.flatnonzero(chosen & (self.index["mask"] >= 0) if with_mask else chosen)
 
     def patients_with_masks(self, domain: str) -> list[str]:
         """Return the patients of a domain, or of all for NO_DOMAIN, that can be evaluated."""
         chosen = (self.index["domain"] == domain) | (domain == NO_DOMAIN)
-        return sorted({str(patient) for patient in self.index["patient"][chosen & (self.index["mask"] >= 0)]})
+        return np.unique(self.index["patient"][chosen & (self.index["mask"] >= 0)]).tolist()
 
     def checksums(self, patients: list[str]) -> dict[str, str]:
-        """Return the patients by the checksums of their frames, which tell a scan under any name."""
-        rows = [row for row in self.rows(patients) if self.index["checksum"][row]]
-        return {str(self.index["checksum"][row]): str(self.index["patient"][row]) for row in rows}
+        """Return patients by the checksums of their frames, which tell a scan under any name."""
+        checksums, names = (self.index[name][self.rows(patients)] for name in ("checksum", "patient"))
+        return {str(key): str(name) for key, name in zip(checksums, names, strict=True) if key}
 
     def truth_path(self, patient: str, phase: str) -> Path:
         """Return the path of a scan's mask in its own voxel grid."""
@@ -92,14 +94,14 @@ class PreparedData:
 
 
 def voxel_checksum(slices: np.ndarray) -> str:
-    """Return 16 hexadecimal digits that tell a frame (Z, X, Y) by its voxels; "" where all are equal."""
+    """Return 16 hexadecimal digits that tell a frame by its voxels; "" where all are equal."""
     voxels = np.ascontiguousarray(slices, np.float32)
     digest = hashlib.sha256(repr(voxels.shape).encode() + voxels.tobytes()).hexdigest()
     return digest[:16] if voxels.min() < voxels.max() else ""
 
 
 def description_digest(info: dict[str, Any], index: bytes) -> str:
-    """Return the SHA-256 of the content of dataset.json, without the digest itself, and of index.csv."""
+    """Return the SHA-256 of dataset.json, less the digest itself, and of index.csv."""
     return hashlib.sha256(json.dumps(info, sort_keys=True).encode() + index).hexdigest()
 
 
@@ -113,46 +115,48 @@ class Split(NamedTuple):
 
 
 def split_patients(data: PreparedData, dataset: DatasetInfo, cfg: Config) -> Split:
-    """Split patients for one held-out domain, or none (NO_DOMAIN); raise UserError where that cannot be.
+    """Split patients for one held-out domain, or none (NO_DOMAIN); UserError where that cannot be.
 
-    In each group the first `labeled_count` patients with masks are labelled. With `val_patients`, that many of them
-    per domain only select the checkpoint, else all do. Patients of the test domain are in `held_out` alone.
+    In each group the first `labeled_count` patients with masks are labelled. `val_patients` of
+    them per domain only select the checkpoint; where that is 0, all of them select it.
     """
     test_domain, kind = cfg.test_domain, dataset.domain_kind
-    index, has_mask = data.index, {*data.index["patient"][data.index["mask"] >= 0]}
-    patients = {p: (d, g) for p, d, g in zip(index["patient"], index["domain"], index["group"], strict=True)}
-    domains = sorted({domain for domain, _ in patients.values()} & {*dataset.domains})
+    has_mask = data.patients_with_masks(NO_DOMAIN)
+    facts = zip(*(data.index[name].tolist() for name in ("patient", "domain", "group")), strict=True)
+    group_of = {patient: (domain, group) for patient, domain, group in facts}
+    domains = sorted({domain for domain, _ in group_of.values()} & {*dataset.domains})
     held_out = [] if test_domain == NO_DOMAIN else data.patients_with_masks(test_domain)
     if not held_out and test_domain != NO_DOMAIN:
-        raise UserError(f"test domain {test_domain!r}: {data.root} has no such {kind}, only {', '.join(domains)}")
+        raise UserError(f"{data.root} has no {kind} {test_domain}, only {', '.join(domains)}")
     labeled, validation = [], []
     for domain in (d for d in domains if d != test_domain):
         chosen = []
-        for group in sorted({patients[p] for p in has_mask if patients[p][0] == domain}):
-            members = sorted(p for p in has_mask if patients[p] == group)
-            count = dataset.labeled_count(len(members), cfg.ratio) if cfg.ratio < 1 else len(members)
-            if count > len(members):
-                few = f"asks for {count} labelled patients of group {group[1]}, of {len(members)} that there are"
-                raise UserError(f"ratio {cfg.ratio} {few}: use a smaller --ratio, or --ratio 1 for all")
+        for group in sorted({group_of[p] for p in has_mask if group_of[p][0] == domain}):
+            members = [p for p in has_mask if group_of[p] == group]
+            count = dataset.labeled_count(len(members), cfg.ratio)
+            if count > len(members) and cfg.ratio < 1:
+                few = f"group {group[1]} has {len(members)} patients with masks, not {count}"
+                raise UserError(f"ratio {cfg.ratio}: {few}: use a smaller --ratio, or 1 for all")
             chosen += members[:count]
         training = len(chosen) - cfg.val_patients
         if training < 1:
-            raise UserError(f"{kind} {domain}: {len(chosen)} labelled, none is left to train on: see --val-patients")
+            raise UserError(f"{kind} {domain}: none is left to train on: see --val-patients")
         labeled += chosen[:training]
         validation += chosen[training:]
-    own = {p for p, (domain, _) in patients.items() if domain not in domains}  # folders of the user's own
-    source = {p for p, (domain, _) in patients.items() if domain != test_domain}
-    unlabeled = source if cfg.use_extra_unlabeled else source & (has_mask | own)
+    own = {p for p, (domain, _) in group_of.items() if domain not in domains}  # the user's folders
+    source = {p for p, (domain, _) in group_of.items() if domain != test_domain}
+    unlabeled = source if cfg.use_extra_unlabeled else source & {*has_mask, *own}
     return Split(labeled, sorted(unlabeled - {*validation}), validation or labeled, held_out)
 
 
 def quantile_curves(canvas: np.ndarray) -> np.ndarray:
-    """Return each image's quantiles over the field of view: (N, C, C) float16 -> (N, QUANTILES) float32."""
+    """Return quantiles over the field of view: (N, C, C) float16 -> (N, QUANTILES) float32."""
     margin = (CANVAS_PX - FIELD_PX) // 2
     bits = canvas[:, margin:-margin, margin:-margin].reshape(len(canvas), -1).view(np.int16)
-    # Non-negative float16 have the order of their bits, and 16-bit integers a radix sort: 8 times as fast.
+    # Non-negative float16 have the order of their bits; the radix sort of int16 is 8 times as fast.
     field = np.sort(bits, axis=1, kind="stable").view(np.float16)
-    position = np.linspace(0, field.shape[1] - 1, QUANTILES)
+    last = field.shape[1] - 1
+    position = np.linspace(0, last, QUANTILES)
     low = position.astype(int)
-    lower, upper = (field[:, n].astype(np.float32) for n in (low, np.minimum(low + 1, field.shape[1] - 1)))
+    lower, upper = (field[:, n].astype(np.float32) for n in (low, np.minimum(low + 1, last)))
     return np.ascontiguousarray(lower + (upper - lower) * (position - low).astype(np.float32))

@@ -36,10 +36,7 @@ def read_volume(path: Path, max_ndim: int = 4) -> Volume:
     """Read a .nii or .nii.gz file whole, checksum included, and drop trailing axes of length 1.
 
     nibabel accepts many damaged files in silence, so header, length and values are checked here.
-
-    Raises:
-        UserError: names the file and its fault: truncated or corrupt data, impossible dimensions, voxel
-            size or affine, NaN or infinite voxels, fewer than 3 or more than `max_ndim` dimensions.
+    Raises UserError, also for fewer than 3 or more than `max_ndim` dimensions.
     """
     content = _read(path)
     header, shape, size = _parse_header(path, content, max_ndim)
@@ -52,7 +49,7 @@ def read_volume(path: Path, max_ndim: int = 4) -> Volume:
         raise UserError(f"{path}: voxels are of type {array.dtype}, expected one number per voxel")
     if not (array.min() >= -LARGEST and array.max() <= LARGEST):  # NaN is neither
         bad, slope = np.count_nonzero(~(np.abs(array) <= LARGEST)), header["scl_slope"]
-        raise UserError(f"{path}: {bad} voxels are NaN, infinite or above {LARGEST:g} (the header scales by {slope})")
+        raise UserError(f"{path}: {bad} voxels are NaN, infinite or above {LARGEST:g} (scaled by {slope})")
     if not (np.abs(affine) < 1e6).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise UserError(f"{path}: the affine (sform or qform) is NaN, beyond 1 km or singular")
     norms, zooms = np.linalg.norm(affine[:3, :3], axis=0), tuple(map(float, header.get_zooms()[:3]))
@@ -61,19 +58,19 @@ def read_volume(path: Path, max_ndim: int = 4) -> Volume:
 
 
 def read_header(path: Path) -> tuple[nib.Nifti1Header, tuple[int, ...]]:
-    """Return the header and the shape that it gives, not the voxels; raise UserError as `read_volume`."""
+    """Return the header and the shape that it gives; raise UserError as `read_volume`."""
     return _parse_header(path, _read(path, nib.Nifti2Header.sizeof_hdr), 4)[:2]
 
 
 def _read(path: Path, size: int = -1) -> bytes:
-    """Return the first `size` bytes of a file, or all; unpacked if its content is that of gzip."""
+    """Return the first `size` bytes of a file, or all; unpacked if its content is gzip's."""
     with naming(path, "cannot be read whole", errors=UNREADABLE, remedy=AGAIN), open(path, "rb") as file:
         packed = file.peek(2).startswith(b"\x1f\x8b")
         return (gzip.GzipFile(fileobj=file) if packed else file).read(size)  # the checksum comes last
 
 
 def _parse_header(path: Path, head: bytes, max_ndim: int) -> tuple[nib.Nifti1Header, tuple[int, ...], int]:
-    """Check the header; return it, and the shape and the length in bytes of the file that it describes."""
+    """Check the header; return it, and the shape and the bytes of the file that it describes."""
     sizes = {int.from_bytes(head[:4], order) for order in ("little", "big")}
     kind = next((kind for kind in (nib.Nifti1Header, nib.Nifti2Header) if kind.sizeof_hdr in sizes), None)
     if kind is None or len(head) < kind.sizeof_hdr:
@@ -114,29 +111,28 @@ def frame_slices(volume: Volume, frame: int) -> np.ndarray:
 
 def implausible(volume: Volume, *, any_thickness: bool = False) -> list[str]:
     """Return reasons why a scan cannot be a stack of slices along its third axis."""
-    reasons, zooms = [], np.round(volume.zooms, 3).tolist()
+    zooms, low, high = np.round(volume.zooms, 3).tolist(), volume.array.min(), volume.array.max()
     field = np.round(np.multiply(volume.array.shape[:2], volume.zooms[:2]), 1).tolist()
-    if min(field) < 20 or max(field) > 1000:
-        reasons.append(f"the slices measure {field} mm, not 20 to 1000 mm: correct the header")
-    if not any_thickness and (max(zooms[:2]) > 1.05 * zooms[2] or zooms[2] > 25):
-        reasons.append(f"voxels of {zooms} mm: slices (up to 25 mm) belong on axis 3, frames on 4")
-    low, high = volume.array.min(), volume.array.max()
-    if low == high or high <= 0:
-        reasons.append(f"all voxels lie in {low:g} to {high:g}, no image: copy or convert it again")
-    return reasons
+    turned = not any_thickness and (max(zooms[:2]) > 1.05 * zooms[2] or zooms[2] > 25)
+    faults = {
+        f"the slices measure {field} mm, not 20 to 1000: correct the header": min(field) < 20 or max(field) > 1000,
+        f"voxels of {zooms} mm: slices (up to 25 mm) belong on axis 3, frames on 4": turned,
+        f"all voxels lie in {low:g} to {high:g}: copy or convert it again": low == high or high <= 0,
+    }
+    return [text for text, holds in faults.items() if holds]
 
 
 def whole_numbers(mask: Volume) -> Volume:
-    """Return a mask with rounded values: scaling by the header can leave 0.9999999998 where a 1 was.
+    """Return a mask with rounded values: the header's scale can leave 0.9999999998 where a 1 was.
 
-    Raises UserError, which names no file, for a value more than 1e-3 away from a whole number.
+    Raises UserError, which names no file, for a value over 1e-3 away from a whole number.
     """
     if mask.array.dtype.kind != "f":
         return mask
     rounded = np.rint(mask.array)
     if (far := np.abs(mask.array - rounded) > 1e-3).any():
-        remedy = "resample the mask by nearest neighbour, and save it with an integer type"
-        raise UserError(f"the value {mask.array[far][0]:g} is no label: {remedy}")
+        value = f"the value {mask.array[far][0]:g} is no label"
+        raise UserError(f"{value}: resample by nearest neighbour, save with an integer type")
     return mask._replace(array=rounded)
 
 
@@ -147,11 +143,14 @@ def mask_in_grid(mask: Volume, image: Volume) -> Volume:
     Raises UserError, which names no file, for another shape or affines over half a voxel apart.
     """
     array, warnings, shift, volumes = mask.array, [mask.warning], np.zeros((3, 8)), (mask, image)
-    codes, image_codes = ("".join(map(str, nib.aff2axcodes(volume.affine))) for volume in volumes)
-    placed = all(volume.header["sform_code"] or volume.header["qform_code"] for volume in volumes)
-    identity = any(np.array_equal(np.abs(volume.affine), np.eye(4)) for volume in volumes)
+    codes = " against ".join("".join(map(str, nib.aff2axcodes(volume.affine))) for volume in volumes)
+    lost = any(
+        not (volume.header["sform_code"] or volume.header["qform_code"])
+        or np.array_equal(np.abs(volume.affine), np.eye(4))
+        for volume in volumes
+    )
     differ = not np.allclose(mask.affine, image.affine, atol=1e-3)
-    if differ and (identity or not placed):
+    if differ and lost:
         warnings.append("the affine of mask or image is lost (identity or none): axes taken as stored")
     elif differ:
         to_image = np.linalg.inv(image.affine) @ mask.affine  # in voxels
@@ -159,15 +158,15 @@ def mask_in_grid(mask: Volume, image: Volume) -> Volume:
         axes = nib.orientations.axcodes2ornt("RAS") if np.isnan(axes).any() else axes
         array = nib.apply_orientation(array, axes)
         moved = to_image @ nib.orientations.inv_ornt_aff(axes, mask.array.shape[:3]) - np.eye(4)
-        corners = np.array([*itertools.product(*((0, n - 1) for n in array.shape[:3]), [1])]).T  # (4, 8)
-        shift = (moved @ corners)[:3]  # voxels
+        corners = np.array([*itertools.product(*((0, n - 1) for n in array.shape[:3]), [1])]).T
+        shift = (moved @ corners)[:3]  # voxels, of the 8 corners
         shift_mm = np.linalg.norm(image.affine[:3, :3] @ shift, axis=0).max()
-        difference = f"orientation {codes} against {image_codes}, corners {shift_mm:.2g} mm apart"
-        warnings.append(f"its affine differs from the image's: {difference}, turned into its grid")
+        codes += f", corners {shift_mm:.2g} mm apart"
+        warnings.append(f"its affine differs from the image's: orientation {codes}, turned into its grid")
     if array.shape != image.array.shape:
-        raise UserError(f"shape {mask.array.shape} ({codes}), the image's is {image.array.shape} ({image_codes})")
+        raise UserError(f"shape {mask.array.shape} against {image.array.shape}, orientation {codes}")
     if not np.abs(shift).max() <= 0.5:
-        raise UserError(f"{difference}: resample the mask to its image, or correct the wrong affine")
+        raise UserError(f"orientation {codes}: resample the mask to its image, or correct the affine")
     return image._replace(array=array, warning="; ".join(filter(None, warnings)))
 
 
@@ -177,8 +176,8 @@ def write_volume(path: Path, array: np.ndarray, like: Volume, description: str =
     header.set_data_dtype(array.dtype)
     header.set_slope_inter(1, 0)
     header["descrip"] = description[:79].encode()
-    header["cal_min"] = header["cal_max"] = 0  # display window of the scan, not of this map
-    header["vox_offset"] = 0  # the scan's extensions, which may hold a patient's name, are not copied
+    header["cal_min"] = header["cal_max"] = 0  # the scan's display window
+    header["vox_offset"] = 0  # without the scan's extensions, which may hold a patient's name
     for field in {"db_name", "aux_file", "intent_name"} & set(header):
         header[field] = b""
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
@@ -189,7 +188,7 @@ def write_volume(path: Path, array: np.ndarray, like: Volume, description: str =
 
 @dataclass(frozen=True)
 class PlaneMap:
-    """Resampling between the slices of a scan and a square canvas, axis by axis; outside is 0."""
+    """Resampling between a scan's slices and a square canvas, axis by axis; outside is 0."""
 
     shape: tuple[int, int]  # of a slice, voxels
     zooms: tuple[float, float]  # mm per voxel
@@ -198,7 +197,7 @@ class PlaneMap:
     center: tuple[float, float] | None = None  # of the canvas, voxel; None: the slice's
 
     def to_canvas(self, array: np.ndarray) -> np.ndarray:
-        """Resample (..., X, Y) to (..., size, size): uint8 labels by nearest neighbour, else bilinear."""
+        """Resample (..., X, Y) to (..., size, size): uint8 by nearest neighbour, else bilinear."""
         distance = (np.arange(self.size) - (self.size - 1) / 2) * self.spacing
         for axis in (0, 1):
             array = _sample(array, self.middle[axis] + distance / self.zooms[axis], axis - 2)
@@ -222,7 +221,7 @@ class PlaneMap:
 
 
 def _sample(array: np.ndarray, position: np.ndarray, axis: int) -> np.ndarray:
-    """Sample `array` along a negative `axis` at fractional indices; 0 beyond half a voxel outside."""
+    """Sample along a negative `axis` at fractional indices; 0 beyond half a voxel outside."""
     last = array.shape[axis] - 1
     inside = ((position >= -0.5) & (position <= last + 0.5)).reshape(-1, *(1,) * (-axis - 1))
     position = position.clip(0, last)
