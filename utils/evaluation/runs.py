@@ -35,9 +35,9 @@ def load_run(
     """Load a checkpoint's networks into a `Predictor`; raises as `read_run`."""
     path, metadata, state = read_run(folder, checkpoint, dataset)
     try:
-        config = Config(**metadata["config"])
-    except (UserError, TypeError) as error:
-        raise UserError(f"{path}: {error}; use the code that trained it") from error
+        config, _ = Config(**metadata["config"]), metadata["seen"]
+    except (UserError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: of another version ({error}); use the code that trained it") from error
     nets = [build_network(len(metadata["class_names"])) for _ in range(2)]
     if state is None:
         load_networks(path, nets)
