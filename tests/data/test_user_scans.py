@@ -297,7 +297,7 @@ def test_public_acdc_layout_gives_the_figures_of_prepare_to_the_last_digit(
         (folder / "Info.cfg").write_text(f"{phases}Group: NOR\nNbFrame: 30\n")
     settings = vars(replace(MMS_CONFIG, data_root=str(mms_root), image_size=32))
     content = PreparedData.open(mms_root, MMS).info
-    metadata = run_metadata(MMS, settings, None, content, selection="none", step=1, cps_weight=3.0)
+    metadata = run_metadata(MMS, settings, None, content, selection="none", step=1, cps_weight=3.0, seen={})
     torch.manual_seed(0)
     (tmp_path / "run").mkdir()
     save_networks(tmp_path / "run" / "best.safetensors", [TinyNetwork(4), TinyNetwork(4)], metadata)
