@@ -60,4 +60,4 @@ run_inference(DATASET, lambda classes, pretrained="none": TinyNetwork(classes))
 def test_evaluating_from_another_folder_names_data_root(tmp_path):
     done = script("mms_train.py", "--no-wandb", cwd=tmp_path)
     assert done.returncode == 1
-    assert b"if they lie elsewhere, name them by --data-root" in done.stderr
+    assert b"name it by --data-root" in done.stderr

@@ -19,12 +19,15 @@ import torch
 from helpers import ROOT
 from scipy.ndimage import map_coordinates
 
+import config
 import mms_dataloader
 import scgm_dataloader
+from utils.data.commands import run_data_command
 from utils.data.loaders import build_loaders
 from utils.data.prepare import check_dataset, prepare_dataset
-from utils.data.prepared import PreparedData, quantile_curves
+from utils.data.prepared import PreparedData
 from utils.data.user_scans import with_unlabeled
+from utils.data.volume import mask_in_grid, read_volume
 from utils.device import Process
 from utils.engine import fit
 from utils.errors import UserError
@@ -46,6 +49,12 @@ def raw(mms_raw, tmp_path):
 
 def table_of(raw):
     return next(raw.glob("*.csv"))
+
+
+def rewrite(path, change=lambda array: array, affine=None):
+    image = nib.load(path)
+    affine = image.affine if affine is None else affine
+    nib.save(nib.Nifti1Image(change(np.asarray(image.dataobj)), affine), path)
 
 
 def test_prepared_images_equal_an_independent_resampling(mms_raw, mms_root):
@@ -95,7 +104,7 @@ def test_content_hash_covers_table_truth_and_geometry(raw, tmp_path):
     cells[5], cells[6] = cells[6], cells[5]
     table.write_text(rows.replace(patient, ",".join(cells)))
     hashes.append(content_hash("ED and ES exchanged"))
-    rewrite(mask, np.where(np.asarray(nib.load(mask).dataobj) == 3, 0, nib.load(mask).dataobj).astype(np.uint8))
+    rewrite(mask, lambda labels: np.where(labels == 3, 0, labels))
     hashes.append(content_hash("fewer labels"))
     for path in (mask, mask.with_name(mask.name.replace("_gt", ""))):
         rewrite(path, affine=nib.affines.from_matvec(np.eye(3), [5, 0, 0]) @ nib.load(path).affine)
@@ -110,16 +119,11 @@ def test_normalisation_clips_at_the_percentiles_of_numpy_to_the_bit(shape):
     low, high = np.percentile(slices, [0.5, 99.5], axis=(1, 2), keepdims=True).astype(np.float32)
     expected = (slices.clip(low, high) - low) / np.where(high > low, high - low, 1)
     assert np.array_equal(mms_dataloader.normalize(slices), expected)
-
-
-def test_normalisation_survives_constant_and_empty_slices():
-    slices = np.stack([np.full((8, 8), 7.0), np.zeros((8, 8)), np.arange(64.0).reshape(8, 8)]).astype(np.float32)
+    slices[0], slices[1] = 7, 0
     for normalize in (mms_dataloader.normalize, scgm_dataloader.normalize):
         result = normalize(slices)
-        assert np.isfinite(result).all() and result.min() >= 0 and result.max() <= 1
-        assert result[1].max() == 0 and result[2].max() == 1
+        assert result.min() >= 0 and result.max() <= 1 and result[1].max() == 0
     assert mms_dataloader.normalize(slices)[0].max() == 0
-    assert np.isfinite(quantile_curves(np.zeros((1, 300, 300), np.float16))).all()
 
 
 def test_every_problem_is_named_in_one_pass(raw, capsys):
@@ -132,17 +136,12 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
 
     image(0).write_bytes(image(0).read_bytes()[:-2000])  # truncated
     image(1, "_sa_gt").unlink()
-    affine = nib.load(image(2)).affine
-    mask = np.asarray(nib.load(image(2, "_sa_gt")).dataobj)[:]
-    nib.save(nib.Nifti1Image(mask[:-1], affine), image(2, "_sa_gt"))  # another shape
-    nib.save(nib.Nifti1Image(mask[..., 0], affine), image(3))  # 3D
-    scan = nib.load(image(4))
-    voxels = np.asarray(scan.dataobj).astype(np.float32)
-    voxels[0, 0, 0, 0] = np.nan
-    nib.save(nib.Nifti1Image(voxels, scan.affine), image(4))
-    labels = np.asarray(nib.load(image(5, "_sa_gt")).dataobj)
-    labels[0, 0, 0, 0] = 7
-    nib.save(nib.Nifti1Image(labels, nib.load(image(5)).affine), image(5, "_sa_gt"))
+    rewrite(image(2, "_sa_gt"), lambda labels: labels[:-1])  # another shape
+    rewrite(image(3), lambda voxels: voxels[..., 0])  # 3D
+    rewrite(
+        image(4), lambda voxels: np.where(np.arange(voxels.size) == 9, np.nan, voxels.ravel()).reshape(voxels.shape)
+    )
+    rewrite(image(5, "_sa_gt"), lambda labels: np.where(labels == 3, 7, labels))
     shutil.copytree(folders[6], raw / "OpenDataset/Training/Unlabeled" / codes[6])  # there twice
     shutil.copytree(folders[7], folders[7].with_name("Z9Z9Z9"))  # not in the table
     with open(table_of(raw), newline="") as file:
@@ -150,9 +149,9 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
     rows = {row[1]: row for row in lines}
     rows[codes[8]][3], rows[codes[9]][6] = "X", "99"  # vendor, ES
     image(8).write_bytes(image(8).read_bytes()[:-2000])
-    lines.append(["99", "../../evil", "Siemens", "A", "1", "0", "1", *[""] * 4])
+    lines.append(["99", "../../evil", "Siemens", "A", "1", "0", "1"])
     lines.append(next(line for line in lines[1:] if line[1] not in codes))  # a patient in the table twice
-    lines.append(["100", "Q1Q1Q1", "Siemens", "Z", "1", "0", "1", *[""] * 4])  # not on disk
+    lines.append(["100", "Q1Q1Q1", "Siemens", "Z", "1", "0", "1"])  # not on disk
     with open(table_of(raw), "w", newline="") as file:
         csv.writer(file).writerows(lines)
 
@@ -167,11 +166,11 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
         f"error: {image(5, '_sa_gt')}: labels [7] beside 0, 1, 2, 3;",
         f"error: patient {codes[6]} is there 2 times",
         "error: " + str(folders[7].with_name("Z9Z9Z9")) + ": patient Z9Z9Z9 is not in the info table",
-        "unknown vendor 'X', expected one of A, B, C, D",
+        f"patient {codes[8]!r} has the unknown vendor 'X', not one of A, B, C, D",
         f"error: {image(8)} cannot be read whole",  # of that very patient
         f"error: {image(9)}: ES is frame 99, but the file holds 0..1",
-        "'../../evil': the code must consist of",
-        "the patient is in the table twice",
+        "'../../evil' is left out",
+        "is in the table twice",
         "warning: ",
         "are not on disk: ",
     ):
@@ -205,13 +204,21 @@ def test_two_preparations_of_one_folder_do_not_meet(raw, tmp_path):
 def test_phases_that_are_not_those_of_the_masks_are_an_error(raw, capsys):
     """A table that counts frames from 1, say: the truth would be empty."""
     mask = next((raw / "OpenDataset/Testing").glob("*/*_gt.nii.gz"))
-    labels = np.asarray(nib.load(mask).dataobj)
-    nib.save(nib.Nifti1Image(np.concatenate([np.zeros_like(labels), labels], 3), nib.load(mask).affine), mask)
-    scan = mask.with_name(mask.name.replace("_gt", ""))
-    voxels = np.asarray(nib.load(scan).dataobj)
-    nib.save(nib.Nifti1Image(np.concatenate([voxels, voxels], 3), nib.load(scan).affine), scan)
+    rewrite(mask, lambda labels: np.concatenate([0 * labels, labels], 3))
+    rewrite(mask.with_name(mask.name.replace("_gt", "")), lambda voxels: np.concatenate([voxels, voxels], 3))
     assert not check_dataset(raw, MMS, workers=1)
     assert f"error: {mask}: labels in frames [2, 3], in the table (from 0) " in capsys.readouterr().out
+
+
+def test_exchanged_phases_are_warned_of_per_patient(raw, capsys):
+    (line,) = (text for text in table_of(raw).read_text().splitlines() if folder_of(raw, 0).name in text)
+    *first, ed, es = line.split(",")
+    table_of(raw).write_text(table_of(raw).read_text().replace(line, ",".join([*first, es, ed])))
+    assert check_dataset(raw, MMS, workers=1)
+    out = capsys.readouterr().out
+    mask = folder_of(raw, 0) / f"{folder_of(raw, 0).name}_sa_gt.nii.gz"
+    assert f"warning: {mask}: LV is larger at ES than at ED: are ED and ES exchanged?" in out
+    assert "0 errors, 1 warnings" in out
 
 
 def test_changed_description_is_refused(mms_root, tmp_path):
@@ -226,7 +233,7 @@ def test_changed_description_is_refused(mms_root, tmp_path):
         with pytest.raises(UserError):
             PreparedData.open(root, MMS)
     for before, after, said in ((b'"spacing_mm": 1.1', b'"spacing_mm": 1.3', changed_said),
-                                (b'"format": 5', b'"format": 4', "format 4, not mms of format 5")):  # fmt: skip
+                                (b'"format": 5', b'"format": 4', "format 4, not mms 5")):  # fmt: skip
         (root / "dataset.json").write_bytes(content.replace(before, after))
         with pytest.raises(UserError, match=said):
             PreparedData.open(root, MMS)
@@ -236,20 +243,12 @@ def test_changed_description_is_refused(mms_root, tmp_path):
         PreparedData.open(root, MMS)
 
 
-def test_scgm_without_masks_is_an_error(scgm_raw, tmp_path):
-    shutil.copytree(scgm_raw / "test", tmp_path / "raw/test")
-    assert "no images with masks like train/" in scgm_dataloader.find_cases(tmp_path / "raw").errors[-1]
-
-
-def test_disk_too_small_is_said_before_the_work(mms_raw, small_disk):
+def test_disk_that_is_too_small_or_read_only_is_named_before_the_work(mms_raw, small_disk):
     with pytest.raises(UserError, match=r"the prepared data take 0\.\d GB, only 0\.0 GB are free"):
         prepare_dataset(mms_raw, small_disk / "out", MMS, workers=2)
     assert not list(small_disk.iterdir())
-
-
-def test_read_only_disk_is_named(mms_raw, small_disk):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    with pytest.raises(UserError, match=r"out\.partial: cannot be written \(Read-only"):
+    with pytest.raises(UserError, match=r"out\.partial cannot be written \(Read-only"):
         prepare_dataset(mms_raw, small_disk / "out", MMS, workers=2)
 
 
@@ -276,12 +275,6 @@ def test_interrupted_prepare_leaves_nothing_that_looks_ready(mms_raw, tmp_path, 
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def rewrite(path, array=None, affine=None):
-    image = nib.load(path)
-    array = np.asarray(image.dataobj) if array is None else array
-    nib.save(nib.Nifti1Image(array, image.affine if affine is None else affine, image.header), path)
-
-
 def test_extreme_slices_are_prepared_and_trained_on(raw, tmp_path, mms_config, build_tiny):
     """Constant and empty slices, 512 px and 24 px matrices: valid input all the way through a training."""
     constant, large, small = (folder_of(raw, number, "Training/Labeled/*") for number in range(3))
@@ -292,11 +285,11 @@ def test_extreme_slices_are_prepared_and_trained_on(raw, tmp_path, mms_config, b
         array = np.asarray(nib.load(scan).dataobj)
         if plane is None:
             array[:, :, 0], array[:, :, 1] = 700, 0
-            rewrite(scan, array)
+            rewrite(scan, lambda _, array=array: array)
         else:
             shape = (*plane, *array.shape[2:])
-            rewrite(scan, rng.integers(0, 900, shape).astype(np.int16))
-            rewrite(mask, rng.integers(0, 4, shape).astype(np.uint8))
+            rewrite(scan, lambda _, shape=shape: rng.integers(0, 900, shape).astype(np.int16))
+            rewrite(mask, lambda _, shape=shape: rng.integers(0, 4, shape).astype(np.uint8))
     prepare_dataset(raw, tmp_path / "out", MMS, workers=2)
     data = PreparedData.open(tmp_path / "out", MMS)
     assert np.isfinite(data.images).all() and np.isfinite(data.quantiles).all()
@@ -320,8 +313,7 @@ def test_scgm_faults_are_named_all_at_once(scgm_raw, tmp_path, capsys):
     shutil.copytree(scgm_raw, raw)
     train = raw / "train"
     (train / "site1-sc01-mask-r3.nii.gz").unlink()
-    mask = nib.load(train / "site2-sc01-mask-r1.nii.gz")
-    nib.save(nib.Nifti1Image(np.asarray(mask.dataobj)[:-1], mask.affine), train / "site2-sc01-mask-r1.nii.gz")
+    rewrite(train / "site2-sc01-mask-r1.nii.gz", lambda labels: labels[:-1])
     for rater in range(1, 5):
         (train / f"site3-sc02-mask-r{rater}.nii.gz").unlink()
     shutil.copy(train / "site4-sc01-image.nii.gz", train / "site9-sc01-image.nii.gz")
@@ -338,6 +330,8 @@ def test_scgm_faults_are_named_all_at_once(scgm_raw, tmp_path, capsys):
         f"{train}/site4-sc01-mask-r2.nii.gz: a mask without its image",
     ):
         assert f"error: {expected}" in out
+    shutil.rmtree(train)
+    assert "no images with masks like train/" in scgm_dataloader.find_cases(raw).errors[-1]
 
 
 def test_test_subjects_have_no_masks(scgm_root):
@@ -369,10 +363,8 @@ def test_info_table_as_spreadsheets_write_it(raw, kind):
     expected, table = mms_dataloader.find_cases(raw), table_of(raw)
     with open(table, newline="") as file:
         header, *rows = csv.reader(file)
-    rows = [
-        [*row[:3], f" {row[3].lower()} ", *(f"{cell}.0" for cell in row[4:7]), "", "Ödem", *row[9:]] for row in rows
-    ]
-    lines = [line[::-1] for line in ([f" {name.upper()}  " for name in header], *rows)]
+    rows = [[*row[:3], f" {row[3].lower()} ", *(f"{cell}.0" for cell in row[4:]), "", "Ödem"] for row in rows]
+    lines = [line[::-1] for line in ([f" {name.upper()}  " for name in (*header, "Age", "Pathology")], *rows)]
     table.unlink()
     (error,) = mms_dataloader.find_cases(raw).errors  # and nothing about every patient that is not in it
     assert "expected one info table" in error
@@ -418,3 +410,171 @@ def test_a_scan_is_known_by_its_voxels(mms_root, raw, tmp_path):
     again = PreparedData.open(tmp_path / "out", MMS)
     known, (checksum, *more) = data.checksums([patient]), again.checksums(["other"])
     assert len(known) == 2 and known[checksum] == patient and not more
+
+
+# --- raw data as people have them
+
+
+def scans_of(raw):
+    masks = sorted(path for path in raw.rglob("*_sa_gt.nii.gz") if "Unlabeled" not in path.parts)
+    return [(path.with_name(path.name.replace("_gt", "")), path) for path in masks]
+
+
+def turn(path, axes):
+    """Store a file in another orientation, its affine changed alike: nothing moves in the patient."""
+    image = nib.load(path)
+    start = nib.io_orientation(image.affine)
+    ornt = nib.orientations.ornt_transform(start, nib.orientations.axcodes2ornt(axes))
+    nib.save(image.as_reoriented(ornt), path)
+
+
+def prepared(raw, out, dataset):
+    prepare_dataset(raw, out, dataset, workers=1)
+    data = PreparedData.open(out, dataset)
+    truth = {path.name: nib.load(path) for path in sorted((out / "truth").iterdir())}
+    return data, truth
+
+
+@pytest.mark.parametrize("axes", ["LPI", "PLS", "SAR"])
+def test_turned_masks_are_prepared_as_if_they_were_not(raw, tmp_path, capsys, axes):
+    expected, truth = prepared(raw, tmp_path / "straight", MMS)
+    for _, mask in scans_of(raw):
+        turn(mask, axes)
+    capsys.readouterr()
+    data, turned_truth = prepared(raw, tmp_path / "turned", MMS)
+    assert (data.masks == expected.masks).all() and data.info["content_hash"] == expected.info["content_hash"]
+    assert all((turned_truth[name].affine == truth[name].affine).all() for name in truth)
+    assert all((turned_truth[name].get_fdata() == truth[name].get_fdata()).all() for name in truth)
+    assert f"orientation {axes} against" in capsys.readouterr().out
+
+
+def test_masks_that_lie_elsewhere_are_refused_with_both_orientations(raw, capsys):
+    (image, moved), (_, rotated), (_, near), (_, lost), (unknown, _) = scans_of(raw)[:5]
+    affine, zooms = nib.load(image).affine, nib.load(image).header.get_zooms()
+    rewrite(moved, affine=affine @ nib.affines.from_matvec(np.eye(3), [0.6, 0, 0]))  # voxels
+    turned = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.4))
+    rewrite(rotated, affine=nib.load(rotated).affine @ turned)
+    rewrite(near, affine=nib.load(near).affine @ nib.affines.from_matvec(np.eye(3), [0.4, 0, 0]))
+    rewrite(lost, affine=np.eye(4))
+    rewrite(unknown, affine=np.diag([-1, -1, 1, 1]))
+    assert not check_dataset(raw, MMS, workers=1)
+    out = capsys.readouterr().out
+    codes = "".join(nib.aff2axcodes(affine))
+    assert f"error: {moved}: orientation {codes} against {codes}, corners {0.6 * zooms[0]:.2g} mm apart" in out
+    assert f"error: {rotated}: orientation " in out
+    assert f"warning: {near}: its affine differs from the image's" in out
+    assert f"warning: {lost}: the affine of mask or image is lost" in out
+    assert out.count("the affine of mask or image is lost") == 2
+
+
+def test_mask_in_grid_near_45_degrees(tmp_path):
+    """Rounding must not exchange axes whose names are ambiguous."""
+    array = np.random.default_rng(0).integers(0, 4, (6, 7, 5)).astype(np.uint8)
+    for angle in (np.pi / 4 - 1e-7, np.pi / 4 + 1e-7):
+        affine = nib.affines.from_matvec(nib.eulerangles.euler2mat(angle) @ np.diag([1.5, 1.5, 8]), [-90, 40, 12])
+        nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{angle > np.pi / 4}.nii")
+    mask, image = (read_volume(tmp_path / f"{name}.nii") for name in (True, False))
+    assert (mask_in_grid(mask, image).array == array).all()
+
+
+def test_labels_with_rounding_noise_are_rounded(raw, tmp_path, capsys):
+    expected, _ = prepared(raw, tmp_path / "exact", MMS)
+    rng = np.random.default_rng(0)
+    for number, (_, mask) in enumerate(scans_of(raw)):
+        image = nib.load(mask)
+        noisy = np.asarray(image.dataobj) + rng.uniform(-9e-4, 9e-4, image.shape) * (number % 2)
+        noisy = np.where(np.asarray(image.dataobj) == 1, 0.9999999998, noisy)
+        made = nib.Nifti1Image(noisy, image.affine)
+        made.header.set_data_dtype(np.int16 if number % 2 == 0 else np.float32)
+        nib.save(made, mask)
+    assert read_volume(scans_of(raw)[0][1]).array.dtype.kind == "f"  # scaled by the header
+    assert (prepared(raw, tmp_path / "noisy", MMS)[0].masks == expected.masks).all()
+    capsys.readouterr()
+    rewrite(scans_of(raw)[3][1], lambda array: np.where(array > 2.5, 2.5, array))
+    assert not check_dataset(raw, MMS, workers=1)
+    assert f"error: {scans_of(raw)[3][1]}: the value 2.5 is no label: resample by nearest" in capsys.readouterr().out
+
+
+def test_implausible_scans_are_named_per_patient(raw, capsys):
+    scans = [image for image, _ in scans_of(raw)[:6]]
+
+    def exchange(number, axes, affine):
+        for path in scans_of(raw)[number]:
+            nib.save(nib.Nifti1Image(np.asarray(nib.load(path).dataobj).transpose(axes), affine), path)
+
+    for number, scale in enumerate((0.05, 10)):
+        for path in scans_of(raw)[number]:
+            rewrite(path, affine=nib.load(path).affine * [scale, scale, 1, 1])
+    exchange(2, (2, 0, 1, 3), nib.load(scans[2]).affine[:, [2, 0, 1, 3]])  # slices on the first axis
+    exchange(3, (0, 1, 3, 2), np.diag([1.3, 1.3, 30, 1]))  # time on the third, in ms
+    rewrite(scans[4], lambda array: array * 0 + 7)
+    rewrite(scans[5], lambda array: -1 - np.abs(array))
+    assert not check_dataset(raw, MMS, workers=1)
+    out = capsys.readouterr().out
+    for number, text in enumerate(["the slices measure"] * 2 + ["voxels of "] * 2 + ["all voxels lie in "] * 2):
+        assert f"error: {scans[number]}: {text}" in out
+
+
+def test_labels_outside_the_field_of_view_are_said_per_patient(raw, capsys):
+    images = scans_of(raw)
+    assert check_dataset(raw, MMS, workers=1)
+    assert "of its labels" not in capsys.readouterr().out
+    for path in images[0]:  # the organ moves to the border of a large matrix
+        rewrite(path, lambda array: np.pad(array, [(300, 0), (0, 0), (0, 0), (0, 0)]))
+    assert check_dataset(raw, MMS, workers=1)
+    assert f"warning: {images[0][0]}: 100.0 % of its labels lie outside" in capsys.readouterr().out
+
+
+def test_unpacked_files_and_dot_files(raw, scgm_raw, tmp_path):
+    shutil.copytree(scgm_raw, tmp_path / "scgm")
+    image = tmp_path / "scgm/train/site1-sc01-image.nii.gz"
+    for path in (*scans_of(raw)[0], image):
+        nib.save(nib.load(path), path.with_suffix(""))
+        path.unlink()
+    for path in (*raw.rglob("*.nii.gz"), image, raw / "table.csv"):
+        path.with_name(f"._{path.name}").write_bytes(b"resource fork")
+        (path.parent / ".DS_Store").touch()
+    assert check_dataset(raw, MMS, workers=1) and len(mms_dataloader.find_cases(raw).cases) == 17
+    assert check_dataset(tmp_path / "scgm", SCGM, workers=1)
+
+
+def test_data_set_linked_as_a_whole(raw, scgm_raw, tmp_path):
+    shutil.move(raw / "OpenDataset", tmp_path / "shared")
+    (raw / "OpenDataset").symlink_to(tmp_path / "shared")
+    cases, errors, _ = mms_dataloader.find_cases(raw)
+    assert errors == [] and len(cases) == 17
+    shutil.move(cases[0].image, tmp_path / "elsewhere.nii.gz")
+    cases[0].image.symlink_to(tmp_path / "elsewhere.nii.gz")
+    (error,) = mms_dataloader.find_cases(raw).errors
+    assert "a link that leads out of" in error and "put a copy in its place" in error
+    (tmp_path / "scgm").symlink_to(scgm_raw)
+    assert scgm_dataloader.find_cases(tmp_path / "scgm").errors == []
+
+
+def test_open_dataset_from_inside(raw, tmp_path):
+    """`check .` finds the table beside the folder, and a phantom stays one."""
+    inside = raw / "OpenDataset"
+    command = [sys.executable, ROOT / "mms_dataloader.py", "check", "."]
+    done = subprocess.run(command, cwd=inside, capture_output=True, text=True)
+    assert done.returncode == 0 and "0 errors, 0 warnings" in done.stdout
+    prepare_dataset(inside, tmp_path / "out", MMS, workers=1)
+    assert PreparedData.open(tmp_path / "out", MMS).info["phantom"]
+
+
+def test_data_without_any_label(raw, mms_config, monkeypatch, tmp_path):
+    for _, mask in scans_of(raw):
+        rewrite(mask, np.zeros_like)
+    prepare_dataset(raw, tmp_path / "empty", MMS, workers=2)
+    monkeypatch.setattr("sys.argv", ["x", "preview", "--data", f"{tmp_path}/empty", "--out", f"{tmp_path}/preview.png"])
+    with pytest.raises(SystemExit, match=r"no slice in .* has a label"):
+        run_data_command(MMS, config.MMS)
+    with pytest.raises(UserError, match=r"the masks of all labelled patients in .* are empty"):
+        build_loaders(replace(mms_config, data_root=str(tmp_path / "empty")), MMS)
+
+
+def test_prepared_data_named_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"no data in {tmp_path}/data/mms: .*--data-root\nM&Ms is free"):
+        PreparedData.open("data/mms", MMS)
+    with pytest.raises(UserError, match="no data in /nowhere: "):
+        PreparedData.open("/nowhere", MMS)

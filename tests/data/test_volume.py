@@ -78,7 +78,7 @@ REFUSED = {  # name: (bytes, file name, what the message says)
     "singular affine": (nifti(srow_z=[0, 0, 0, 5]), "scan.nii", "affine"),
     "NaN voxel": (nifti(with_nan(np.nan)), "scan.nii", "1 voxels are NaN, infinite or above"),
     "infinite voxel": (nifti(with_nan(-np.inf)), "scan.nii", "1 voxels are NaN, infinite or above"),
-    "beyond float32": (nifti(scl_slope=1e38), "scan.nii", r"voxels are .* above 1e\+30 \(the header scales by"),
+    "beyond float32": (nifti(scl_slope=1e38), "scan.nii", r"voxels are .* above 1e\+30 \(scaled by"),
     "RGB": (nifti(RGB), "scan.nii", "one number per voxel|type"),
     "unknown datatype": (nifti(datatype=77), "scan.nii", "not a valid"),
     "NaN offset": (nifti(vox_offset=np.nan), "scan.nii", "header"),
