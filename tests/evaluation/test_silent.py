@@ -1,0 +1,145 @@
+"""What once went wrong without a word, each provoked through the real inference command."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import mms_dataloader
+from utils.data.loaders import build_loaders
+from utils.device import Process
+from utils.engine import fit
+from utils.evaluation.commands import run_inference
+
+MMS = mms_dataloader.DATASET
+IN_MASK = ["--labels", "200=LV", "500=MYO", "600=RV"]
+
+
+@pytest.fixture
+def infer(mms_config, build_tiny, monkeypatch, capsys):
+    """Train for a step, and return what runs the inference command: its words, or the error it exits with."""
+    cfg = replace(mms_config, max_steps=1)
+    fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(torch.device("cpu")))
+
+    def run(*flags, folder=cfg.folder):
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["x", "--device", "cpu", "--run", *map(str, [folder, *flags])])
+        error = ""
+        try:
+            run_inference(MMS, build_tiny)
+        except SystemExit as stop:
+            error = str(stop.code)
+        return capsys.readouterr().out + error
+
+    run.folder, run.split = cfg.folder, json.loads((cfg.folder / "split.json").read_text())
+    return run
+
+
+def frames(raw, patient):
+    """Return image and mask of a raw patient's labelled frames, in the order of their LV, the largest first."""
+    image, mask = (nib.load(next(raw.rglob(f"{patient}_sa{end}.nii.gz"))) for end in ("", "_gt"))
+    labels = np.asarray(mask.dataobj)
+    labeled = sorted(np.flatnonzero(labels.any((0, 1, 2))), key=lambda t: -np.count_nonzero(labels[..., t] == 1))
+    return image, np.asarray(image.dataobj)[..., labeled], labels[..., labeled]
+
+
+def save(path, array, like):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, like.affine), path)
+
+
+@pytest.mark.parametrize("kind", ["labeled", "unlabeled"])
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_scan_of_the_training_is_refused_under_any_name(infer, mms_raw, tmp_path, kind, renamed):
+    patient = infer.split[kind][-1]
+    like, images, masks = frames(mms_raw, patient)
+    name = "case1" if renamed else patient
+    save(tmp_path / "in" / name / f"{name}_sa.nii.gz", images, like)
+    save(tmp_path / "in" / name / f"{name}_sa_gt.nii.gz", masks, like)
+    said = infer("--input", tmp_path / "in", "--truth", tmp_path / "in", "--output", tmp_path / "out")
+    assert "has seen 1 of the patients" in said and f"{name} is {patient} of the training" in said
+
+
+def test_phases_in_files_of_their_own_are_one_patient(infer, mms_raw, tmp_path):
+    """nnU-Net's ACDC, without Info.cfg and with any values in the masks: ED and ES by the size of the LV, said."""
+    for number, patient in enumerate(infer.split["held_out"][:2], start=1):
+        like, images, masks = frames(mms_raw, patient)
+        for position, frame in enumerate(("frame01", "frame12")):
+            name = f"patient{number:03d}_{frame}"
+            save(tmp_path / "imagesTr" / f"{name}_0000.nii.gz", images[..., position], like)
+            values = np.array([0, 200, 500, 600], np.int16)[masks[..., position]]
+            save(tmp_path / "labelsTr" / f"{name}.nii.gz", values, like)
+    pair = ["--input", tmp_path / "imagesTr", "--truth", tmp_path / "labelsTr", "--output", tmp_path / "out"]
+    assert "--labels" in infer(*pair)  # the remedy is the flag that works
+    said = infer(*pair, *IN_MASK)
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["patients"] == 2 and summary["labels"] == IN_MASK[1:] and summary["clinical"]["LV EF"]["n"] == 2
+    assert "2 patients" in said and "200=LV" in (tmp_path / "out/summary.md").read_text()
+    cases = list(csv.DictReader((tmp_path / "out/per_case.csv").read_text().splitlines()))
+    ml = {(case["patient"], case["phase"]): float(case["truth_ml"]) for case in cases if case["structure"] == "LV"}
+    assert all(ml[patient, "ED"] > ml[patient, "ES"] for patient in ("patient001", "patient002"))
+
+
+def test_exchanged_phases_are_warned_of(infer, mms_raw, tmp_path):
+    like, images, masks = frames(mms_raw, infer.split["held_out"][0])
+    for phase, position in (("ED", 1), ("ES", 0)):
+        save(tmp_path / "in" / f"P001-1-{phase}.nii.gz", images[..., position], like)
+        save(tmp_path / "in" / f"P001-1-{phase}-label.nii.gz", masks[..., position], like)
+    said = infer("--input", tmp_path / "in", "--truth", tmp_path / "in", "--output", tmp_path / "out")
+    assert "P001-1: the true LV is larger at ES than at ED" in said
+    assert "larger at ES" in (tmp_path / "out/report.html").read_text()
+
+
+def test_our_own_map_is_never_the_truth(infer, mms_raw, tmp_path):
+    like, images, masks = frames(mms_raw, infer.split["held_out"][0])
+    save(tmp_path / "in/case1.nii.gz", images[..., 0], like)
+    save(tmp_path / "in/case1_mask.nii.gz", masks[..., 0], like)
+    pair = ["--input", tmp_path / "in", "--truth", tmp_path / "in", "--output"]
+    infer(*pair, tmp_path / "before")
+    infer("--input", tmp_path / "in/case1.nii.gz", "--output", tmp_path / "in")
+    assert (tmp_path / "in/case1_seg.nii.gz").exists()
+    infer(*pair, tmp_path / "after")
+    assert (tmp_path / "before/per_case.csv").read_bytes() == (tmp_path / "after/per_case.csv").read_bytes()
+
+
+def test_figures_of_one_frame_and_of_blank_ones_are_none(infer, mms_raw, tmp_path):
+    like, images, _ = frames(mms_raw, infer.split["held_out"][0])
+    save(tmp_path / "single.nii.gz", images[..., 0], like)
+    save(tmp_path / "blank.nii.gz", np.concatenate([images, np.zeros_like(images)], -1), like)
+    infer("--input", tmp_path / "single.nii.gz", tmp_path / "blank.nii.gz", "--output", tmp_path / "out", "--volumes")
+    rows = {r["scan"]: r for r in csv.DictReader((tmp_path / "out/volumes.csv").read_text().splitlines())}
+    assert rows["single"]["LV EF (%)"] == "" and rows["blank"]["ES"] not in ("2", "3")
+
+
+@pytest.mark.parametrize("place", ["--out", "--output"])
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(infer, mms_raw, tmp_path, place):
+    (tmp_path / "file").write_text("in the way")
+    scan = next(mms_raw.rglob("*_sa.nii.gz"))
+    flags = {"--out": [], "--output": ["--input", scan]}[place]
+    said = infer(*flags, place, tmp_path / "file/out")
+    assert "cannot be written" in said and place in said
+
+
+def test_names_with_signs_of_mathematics(infer):
+    strange = infer.folder.parent / "cost$1_vs_$2^<x>"
+    shutil.copytree(infer.folder, strange)
+    assert "paper Dice" in infer(folder=strange) and (strange / "results/D/report.html").stat().st_size > 20_000
+
+
+def test_run_names_what_is_there(infer):
+    said = infer(folder=infer.folder.parent)
+    assert f"{infer.folder.parent} is no run but holds runs: run" in said
+
+
+def test_tables_of_figures_are_read_before_the_work(infer, mms_raw, tmp_path):
+    scan = next(mms_raw.rglob("*_sa.nii.gz"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/quality.csv").write_bytes(b"scan;volume_ml\nother;1\n")
+    assert "is not overwritten" in infer("--input", scan, "--output", tmp_path / "out")
+    assert Path(tmp_path / "out/quality.csv").read_bytes() == b"scan;volume_ml\nother;1\n"
