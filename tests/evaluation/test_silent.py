@@ -79,7 +79,7 @@ def test_phases_in_files_of_their_own_are_one_patient(infer, mms_raw, tmp_path):
     assert "--labels" in infer(*pair)  # the remedy is the flag that works
     said = infer(*pair, *IN_MASK)
     summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert summary["patients"] == 2 and summary["labels"] == IN_MASK[1:] and summary["clinical"]["LV EF"]["n"] == 2
+    assert summary["patients"] == 2 and summary["labels"] == IN_MASK[1:] and summary["clinical"]["LV EDV"]["n"] == 2
     assert "2 patients" in said and "200=LV" in (tmp_path / "out/summary.md").read_text()
     cases = list(csv.DictReader((tmp_path / "out/per_case.csv").read_text().splitlines()))
     ml = {(case["patient"], case["phase"]): float(case["truth_ml"]) for case in cases if case["structure"] == "LV"}
