@@ -171,10 +171,11 @@ def test_split_takes_the_first_patients_of_each_group(mms_config):
         ({"ratio": 0.99}, "group A has 4 patients with masks, not 5"),
         ({"val_patients": 2}, "none is left to train on"),
         ({"batch_size": 500}, "smaller --batch-size"),
-        ({"data_root": "nowhere"}, "mms_train.py --demo"),
+        ({"data_root": "nowhere"}, rf"no data in {ROOT}/nowhere: .*--data-root\nM&Ms(.|\n)*mms_train.py --demo"),
     ],
 )
-def test_impossible_splits_are_refused(mms_config, change, message):
+def test_impossible_splits_are_refused(mms_config, change, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=message):
         build_loaders(replace(mms_config, **change), MMS)
 
@@ -221,16 +222,12 @@ def test_no_image_is_twice_in_a_step():
 
 
 def test_batches_follow_from_the_step_alone():
-    cfg = replace(MMS_CONFIG, batch_size=8, seed=3)
-
-    def batches(start, stop):
-        sampler = labeled_batches(50, cfg)
-        sampler.start, sampler.stop = start, stop
-        return [batch.tolist() for batch in sampler]
-
-    assert batches(0, 9)[5:] == batches(5, 9)
-    assert batches(0, 1) != batches(1, 2)
-    assert labeled_batches(50, cfg, rank=1).batch_of_number(0).tolist() != batches(0, 1)[0]
+    first, other = labeled_batches(50, MMS_CONFIG), labeled_batches(50, MMS_CONFIG, rank=1)
+    first.stop, other.start, other.stop = 9, 5, 9
+    batches = [batch.tolist() for batch in first]
+    assert batches[5:] == [batch.tolist() for batch in first][5:] != [batch.tolist() for batch in other]
+    first.start = 5
+    assert [batch.tolist() for batch in first] == batches[5:] and batches[0] != batches[1]
 
 
 def test_scans_come_whole_and_in_order_with_their_masks(mms_root):
