@@ -171,10 +171,11 @@ def test_split_takes_the_first_patients_of_each_group(mms_config):
         ({"ratio": 0.99}, "group A has 4 patients with masks, not 5"),
         ({"val_patients": 2}, "none is left to train on"),
         ({"batch_size": 500}, "smaller --batch-size"),
-        ({"data_root": "nowhere"}, "mms_train.py --demo"),
+        ({"data_root": "nowhere"}, rf"no data in {ROOT}/nowhere: .*--data-root\nM&Ms(.|\n)*mms_train.py --demo"),
     ],
 )
-def test_impossible_splits_are_refused(mms_config, change, message):
+def test_impossible_splits_are_refused(mms_config, change, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=message):
         build_loaders(replace(mms_config, **change), MMS)
 
@@ -192,45 +193,30 @@ def test_array_with_objects_is_refused_and_never_executed(mms_root, tmp_path, mo
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_an_epoch_uses_every_image_once_in_each_half(world_size):
-    count, size = 60, 4
-    cfg = replace(MMS_CONFIG, batch_size=size)
-    parts = [{"rank": rank, "world_size": world_size} for rank in range(world_size)]
-    samplers = [unlabeled_batches(count, cfg, **part) for part in parts]
-    steps = count // (size * world_size)
-    batches = np.array([[s.batch_of_number(step) for s in samplers] for step in range(2 * steps)])  # (steps, ranks, 2B)
-    first, second = batches[..., :size], batches[..., size:]
-    assert (first != second).all()
-    for half in (first, second):
-        for epoch in (half[:steps], half[steps:]):
-            assert sorted(epoch.ravel()) == list(range(count))
-    assert (first[:steps] != first[steps:]).any()
-
-
-def test_no_image_is_twice_in_a_step():
-    """Else it could be its own Fourier partner; uneven counts, many epochs, and too few images to avoid it."""
-    count, cfg = 21, replace(MMS_CONFIG, batch_size=5, seed=1)
-    for world_size in (1, 2):
-        samplers = [unlabeled_batches(count, cfg, rank=rank, world_size=world_size) for rank in range(world_size)]
-        for number in range(200):
-            step = np.concatenate([sampler.batch_of_number(number) for sampler in samplers])
-            assert len(set(step)) == len(step)
-    few = unlabeled_batches(6, cfg).batch_of_number(0)
-    assert (few[:5] != few[5:]).all()
+@pytest.mark.parametrize(("count", "size", "world_size"), [(60, 4, 1), (60, 4, 3), (21, 5, 1), (21, 5, 2), (6, 5, 1)])
+def test_an_epoch_uses_every_image_once_in_each_half(count, size, world_size):
+    """Nor is an image twice in a step, where it could be its own Fourier partner, if there are enough."""
+    cfg, steps = replace(MMS_CONFIG, batch_size=size, seed=1), count // (size * world_size)
+    samplers = [unlabeled_batches(count, cfg, rank=rank, world_size=world_size) for rank in range(world_size)]
+    batches = np.array(
+        [[s.batch_of_number(step) for s in samplers] for step in range(50 * steps)]
+    )  # (steps, ranks, 2B)
+    for step in batches:
+        assert (step[:, :size] != step[:, size:]).all()
+        assert len(set(step.ravel())) == step.size or step.size > count
+    for half in (batches[..., :size], batches[..., size:]):
+        epochs = half.reshape(50, -1)
+        assert all(len(set(epoch)) == steps * size * world_size for epoch in epochs)
+        assert (epochs[0] != epochs[1]).any()
 
 
 def test_batches_follow_from_the_step_alone():
-    cfg = replace(MMS_CONFIG, batch_size=8, seed=3)
-
-    def batches(start, stop):
-        sampler = labeled_batches(50, cfg)
-        sampler.start, sampler.stop = start, stop
-        return [batch.tolist() for batch in sampler]
-
-    assert batches(0, 9)[5:] == batches(5, 9)
-    assert batches(0, 1) != batches(1, 2)
-    assert labeled_batches(50, cfg, rank=1).batch_of_number(0).tolist() != batches(0, 1)[0]
+    first, other = labeled_batches(50, MMS_CONFIG), labeled_batches(50, MMS_CONFIG, rank=1)
+    first.stop, other.start, other.stop = 9, 5, 9
+    batches = [batch.tolist() for batch in first]
+    assert batches[5:] == [batch.tolist() for batch in first][5:] != [batch.tolist() for batch in other]
+    first.start = 5
+    assert [batch.tolist() for batch in first] == batches[5:] and batches[0] != batches[1]
 
 
 def test_scans_come_whole_and_in_order_with_their_masks(mms_root):

@@ -95,24 +95,19 @@ def test_sessions_become_subjects_around_their_cord(tmp_path):
             assert np.allclose(nib.load(mask).affine, image.affine)
 
 
-def test_the_archive_is_downloaded_and_leaves_nothing_beside_the_data(tmp_path, served):
-    (served / "data.zip").write_bytes(zipped(write_bids(tmp_path / "bids")))
-    raw = tmp_path / "folder" / "raw"
+def test_download_leaves_the_data_or_names_the_way_out_and_leaves_nothing(tmp_path, served):
+    whole, raw = zipped(write_bids(tmp_path / "bids")), tmp_path / "folder" / "raw"
+    for content in (None, b"<html>too many requests</html>", whole[:-1000]):
+        if content:
+            (served / "data.zip").write_bytes(content)
+        with pytest.raises(UserError, match=r"data\.zip cannot be fetched and unpacked .*--from"):
+            write_open_data(raw)
+        assert not list(raw.parent.iterdir())
+    (served / "data.zip").write_bytes(whole)
     write_open_data(raw)
     assert len(list((raw / "train").glob("*image.nii.gz"))) == 3
     assert [path.name for path in raw.parent.iterdir()] == ["raw"]  # neither the archive nor "outside"
     assert not list(tmp_path.rglob("outside*"))
-
-
-def test_failed_downloads_name_the_way_out_and_leave_nothing(tmp_path, served):
-    cut, damaged = zipped(write_bids(tmp_path / "bids"))[:-1000], "data.zip cannot be fetched and unpacked"
-    page = b"<html>too many requests</html>"
-    for content, text in ((None, "cannot be fetched .*--from"), (page, damaged), (cut, damaged)):
-        if content:
-            (served / "data.zip").write_bytes(content)
-        with pytest.raises(UserError, match=text):
-            write_open_data(tmp_path / "folder" / "raw")
-        assert not list((tmp_path / "folder").iterdir())
 
 
 def test_bad_copies_are_refused_and_nothing_is_written(tmp_path):

@@ -229,50 +229,33 @@ def test_everything_unpaired_is_named_at_once(tmp_path):
     assert errors.count("no mask of that name") == 3 and "p2/ES.nii.gz" not in errors  # never another patient's mask
 
 
-@pytest.fixture
-def hospital(tmp_path):
-    """Small scans of four vendors in the raw layout, and a folder of scans of another scanner."""
-    raw, lines = tmp_path / "raw", ["External code,Vendor,Centre,ED,ES"]
-    for number, vendor in enumerate("AABBCCDD"):
-        name = f"P{number}"
-        folder = raw / "OpenDataset/Training/Labeled" / name
-        write(folder / f"{name}_sa.nii.gz", scan(frames=2, seed=number))
-        write(folder / f"{name}_sa_gt.nii.gz", np.stack([heart(), heart()], -1))
-        lines.append(f"{name},{vendor},1,0,1")
-    (raw / "table.csv").write_text("\n".join(lines))
+def test_unlabeled_folder_is_a_domain_of_every_training(mms_raw, tmp_path, capsys):
     write(tmp_path / "AAA/x.nii.gz", scan(seed=7))
     write(tmp_path / "AAA/y.nii.gz", scan(frames=3, seed=8))
-    write(tmp_path / "AAA/x_seg.nii.gz", heart())
-    write(tmp_path / "AAA/.hidden.nii.gz", heart())
-    return tmp_path
-
-
-def test_unlabeled_folder_is_a_domain_of_every_training(hospital, capsys):
-    prepare_dataset(hospital / "raw", hospital / "data", with_unlabeled([hospital / "AAA"], MMS), workers=1)
+    touch(tmp_path / "AAA", "x_seg", ".hidden")
+    prepare_dataset(mms_raw, tmp_path / "data", with_unlabeled([tmp_path / "AAA"], MMS), workers=2)
     assert "AAA: 2 (0 with masks)" in capsys.readouterr().out
-    data = PreparedData.open(hospital / "data", MMS)
+    data = PreparedData.open(tmp_path / "data", MMS)
     own = data.index["domain"] == "AAA"
     assert Counter(data.index["patient"][own].tolist()) == {"x": 2, "y": 6}  # slices of all frames
     assert (data.index["mask"][own] == -1).all()
     for domain in "AC":
-        cfg = replace(MMS_CONFIG, test_domain=domain, ratio=0.01, use_extra_unlabeled=False)
-        split = split_patients(data, MMS, cfg)
+        split = split_patients(data, MMS, replace(MMS_CONFIG, test_domain=domain, ratio=0.01))
         assert {"x", "y"} <= set(split.unlabeled)
         assert not {"x", "y"} & {*split.labeled, *split.validation, *split.held_out}
     with pytest.raises(UserError, match="has no vendor AAA, only A, B, C, D"):
-        split_patients(data, MMS, replace(MMS_CONFIG, test_domain="AAA", ratio=0.01))
-
-
-def test_wrong_unlabeled_folders_are_all_named_and_nothing_is_written(hospital, capsys):
-    (hospital / "empty").mkdir()
-    write(hospital / "A/P0.nii.gz", scan())  # a vendor's name, and a patient's
-    folders = [hospital / "empty", hospital / "A", hospital / "AAA", hospital / "AAA"]
+        split_patients(data, MMS, replace(MMS_CONFIG, test_domain="AAA"))
+    # Wrong folders are all named, and nothing is written.
+    (tmp_path / "empty").mkdir()
+    known = data.patients_with_masks("A")[0]
+    touch(tmp_path / "A", known)  # a vendor's name, and a patient's
+    folders = [tmp_path / name for name in ("empty", "A", "AAA", "AAA")]
     with pytest.raises(UserError, match="has the errors listed above"):
-        prepare_dataset(hospital / "raw", hospital / "data", with_unlabeled(folders, MMS), workers=1)
+        prepare_dataset(mms_raw, tmp_path / "refused", with_unlabeled(folders, MMS), workers=2)
     text = capsys.readouterr().out
-    for said in ("empty: no .nii", "there is a vendor A already", "a patient P0 already", "there is a vendor AAA alre"):
+    for said in ("empty: no .nii", "a vendor A already", f"a patient {known} already", "a vendor AAA already"):
         assert said in text
-    assert not (hospital / "data").exists() and not (hospital / "data.partial").exists()
+    assert not list(tmp_path.glob("refused*"))
 
 
 def test_public_acdc_layout_gives_the_figures_of_prepare_to_the_last_digit(

@@ -54,7 +54,6 @@ def flipped(content, position):
 
 
 GZ = gzip.compress(nifti())
-PIXDIM = [1.0, 1.25, 1.5, 8.0, 1, 1, 1, 1]
 RGB = np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")])
 REFUSED = {  # name: (bytes, file name, what the message says)
     "gzip cut in its data": (GZ[: len(GZ) // 2], "scan.nii.gz", "cannot be read whole"),
@@ -87,12 +86,6 @@ REFUSED = {  # name: (bytes, file name, what the message says)
 }
 
 
-def test_packing_is_known_by_the_content_whatever_the_name(tmp_path):
-    for content, name in ((GZ, "packed.nii"), (nifti(), "plain.nii.gz"), (GZ, "UPPER.NII.GZ")):
-        (tmp_path / name).write_bytes(content)
-        assert np.array_equal(read_volume(tmp_path / name).array, DATA)
-
-
 @pytest.mark.parametrize("name", REFUSED)
 def test_damaged_file_is_refused_by_name(tmp_path, name):
     content, file_name, message = REFUSED[name]
@@ -101,13 +94,9 @@ def test_damaged_file_is_refused_by_name(tmp_path, name):
     with pytest.raises(UserError, match=message) as error:
         read_volume(path)
     assert str(path) in str(error.value)
-
-
-def test_absent_file_and_folder_are_refused_by_name(tmp_path):
     for path in (tmp_path / "absent.nii.gz", tmp_path):
-        with pytest.raises(UserError, match="cannot be read") as error:
+        with pytest.raises(UserError, match=f"{path} cannot be read"):
             read_volume(path)
-        assert str(path) in str(error.value)
 
 
 NOISE = np.random.default_rng(0).integers(-32768, 32767, (100, 100, 20)).astype(np.int16)  # does not compress
@@ -145,23 +134,26 @@ def test_good_file_is_read(tmp_path, name, image, shape):
     assert read_header(path)[1] == shape
 
 
-def test_big_endian_file_is_read(tmp_path):
+def big_endian():
     header = nib.Nifti1Header(endianness=">")
     header.set_data_dtype(np.int16)
-    content = nib.Nifti1Image(DATA, OBLIQUE, header).to_bytes()
-    assert content[:4] == (348).to_bytes(4, "big")
-    np.testing.assert_array_equal(read_volume(save(tmp_path, content)).array, DATA)
+    return nib.Nifti1Image(DATA, OBLIQUE, header).to_bytes()
 
 
-def test_slope_and_intercept_are_applied(tmp_path):
-    volume = read_volume(save(tmp_path, nifti(scl_slope=0.5, scl_inter=-3)))
-    np.testing.assert_allclose(volume.array, 0.5 * DATA - 3)
+ODD_FILES = {  # packing is known by the content
+    "packed.nii": GZ,
+    "plain.nii.gz": nifti(),
+    "UPPER.NII.GZ": GZ,
+    "big_endian.nii": big_endian(),
+    "members_and_padding.nii.gz": gzip.compress(nifti()[:400]) + gzip.compress(nifti()[400:]) + bytes(512),
+    "scaled.nii": nifti(2 * DATA + 6, scl_slope=0.5, scl_inter=-3),
+}
 
 
-def test_gzip_of_several_members_and_padding_is_read(tmp_path):
-    content, path = nifti(), tmp_path / "scan.nii.gz"
-    path.write_bytes(gzip.compress(content[:400]) + gzip.compress(content[400:]) + bytes(512))
-    np.testing.assert_array_equal(read_volume(path).array, DATA)
+@pytest.mark.parametrize("name", ODD_FILES)
+def test_odd_file_is_read(tmp_path, name):
+    (tmp_path / name).write_bytes(ODD_FILES[name])
+    np.testing.assert_array_equal(read_volume(tmp_path / name).array, DATA)
 
 
 def test_trailing_axes_of_length_1_are_dropped(tmp_path):
