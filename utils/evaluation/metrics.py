@@ -26,8 +26,7 @@ def paper_dice(probability: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def structure_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:
     """Return "dice" (percent), "hd95", "assd" (mm) and "missed" (0 or 1) of bool masks (X, Y, Z).
 
-    `spacing` is in mm. Two empty masks give {}; one empty is a miss: Dice 0, distances of the
-    image diagonal.
+    `spacing` is in mm. Two empty masks give {}; one empty is a miss: Dice 0, distances of the image diagonal.
     """
     voxels = np.count_nonzero(prediction), np.count_nonzero(truth)
     if not any(voxels):
