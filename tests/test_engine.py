@@ -144,28 +144,6 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(mms_config, build_
     assert all(torch.equal(best[0][key], best[1][key]) for key in best[0])
 
 
-def test_points_of_the_curves_are_means_over_their_steps(mms_config, build_tiny, monkeypatch):
-    """Against the loss of each step; the log has the mean over the epoch."""
-    losses = {}
-    for every in (1, 3):
-        monkeypatch.setattr(engine, "SYNC_EVERY", every)
-        cfg = replace(mms_config, run_name=f"every{every}")
-        _, [line] = run(cfg, build_tiny)
-        points = Path(cfg.out_root, cfg.run_name, "steps.jsonl").read_text().splitlines()
-        losses[every] = [json.loads(point)["loss"] for point in points]
-        assert line["loss"] == pytest.approx(np.mean(losses[1]), rel=1e-5)
-    assert losses[3] == pytest.approx([np.mean(losses[1][i:j]) for i, j in ((0, 3), (3, 6), (6, 8))], rel=1e-5)
-
-
-def test_the_images_that_select_the_weights_are_called_what_they_are(mms_config, build_tiny, capsys):
-    for patients, expected in ((0, "training images (labelled, source)"), (1, "validation images (labelled, source)")):
-        cfg = replace(mms_config, max_steps=1, val_patients=patients, ratio=0.3, run_name=f"{patients}")
-        run(cfg, build_tiny)
-        printed = capsys.readouterr().out
-        assert printed.count(f"Dice on {expected}") == 2
-        assert f"on {expected};" in read_metadata(Path(cfg.out_root, cfg.run_name, "best.safetensors"))["selection"]
-
-
 def test_moments_in_another_memory_layout_are_resumed_alike(mms_config, build_tiny):
     """The fused optimiser would take them for others, without a word; the weights lie channels_last."""
     loaders = build_loaders(mms_config, MMS)
@@ -404,16 +382,6 @@ def test_training_that_diverges_stops_and_names_the_images(mms_config, build_tin
     names = Path(cfg.out_root, "run/not_finite.txt").read_text().splitlines()
     assert len(names) == len(set(names)) > MAX_BAD_STEPS and all(" frame " in name for name in names)
     assert not os.path.exists(f"{cfg.out_root}/run/best.safetensors")
-
-
-def test_start_that_failed_does_not_bind_the_next_one(mms_config, build_tiny):
-    def no_weights(num_classes, pretrained):
-        raise UserError("no such weights")
-
-    with pytest.raises(UserError, match="no such weights"):
-        run(mms_config, no_weights)
-    state, _ = run(replace(mms_config, lr=0.01, max_steps=1), build_tiny)
-    assert state["step"] == 1
 
 
 def test_lost_config_of_a_run_is_named(mms_config, build_tiny):

@@ -68,29 +68,6 @@ def test_case_is_drawn_upright_in_the_structure_colours(tmp_path, labels, figure
         assert np.ptp(bar.get_xdata()) * np.ptp(ax.get_xlim()) * spacing == pytest.approx(length)
 
 
-def test_truth_is_a_white_line_in_a_black_one_and_prediction_a_fill(tmp_path, labels):
-    """So that both can be seen where they lie on each other, and on white blood."""
-    for brightness in (0, 1):
-        image, nothing = np.full(labels.shape, float(brightness)), np.zeros_like(labels)
-        image[:, 20:35] = 1 - brightness  # where no structure is
-        pictures = [
-            draw_case(tmp_path / f"{i}.png", labels, image=image, prediction=prediction, truth=truth)
-            for i, (prediction, truth) in enumerate([(labels, nothing), (labels, labels), (nothing, labels)])
-        ]
-        fills = CONTOURS * plots.FILL_ALPHA + brightness * (1 - plots.FILL_ALPHA)
-        for fill in fills:
-            alone, both, none = (len(places(picture, fill)) for picture in pictures)
-            assert alone > both > 400 > none
-        contrast = [(np.abs(picture[..., :3] - (1 - brightness)) < 0.5).all(-1).sum() for picture in pictures]
-        assert min(contrast[1:]) > contrast[0] + 100
-    # Agreement runs from 0 to 1; here of a case without structures or contrast.
-    nothing, ends = np.zeros_like(labels), {0.0: (0.267, 0.005, 0.329), 1.0: (0.993, 0.906, 0.144)}
-    for value, colour in ends.items():
-        picture = draw_case(tmp_path / "c.png", nothing, agreement=np.full(labels.shape, value))
-        assert len(places(picture, colour)) > 10_000 > len(places(picture, ends[1 - value]))
-        assert not any(len(places(picture, fill)) for fill in FILLS)
-
-
 def test_training_samples_show_each_networks_label_and_the_box(tmp_path, labels):
     path, image = tmp_path / "samples.png", np.zeros(labels.shape)
     box = np.zeros(labels.shape)

@@ -27,13 +27,6 @@ def test_backend_of_a_notebook_does_not_end_a_script(tmp_path):
     assert b"Traceback" not in done.stderr and b"nowhere: no such folder" in done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["mms_train.py", "inference_scgm.py"])
-def test_help_in_a_notebook(name):
-    done = script(name, "--help", MPLBACKEND="module://matplotlib_inline.backend_inline")
-    assert done.returncode == 0 and b"usage" in done.stdout
-
-
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_output_that_is_not_utf_8_loses_no_work(mms_config, build_tiny, encoding):
     """An evaluation prints a ±."""

@@ -32,7 +32,6 @@ from utils.data.volume import mask_in_grid, read_volume
 from utils.device import Process
 from utils.engine import fit
 from utils.errors import UserError
-from utils.files import folder_lock
 
 MMS, SCGM = mms_dataloader.DATASET, scgm_dataloader.DATASET
 
@@ -173,32 +172,6 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
     with pytest.raises(UserError, match="has the errors listed above"):
         prepare_dataset(raw, raw.parent / "out", MMS, workers=2)
     assert sorted(path.name for path in raw.parent.iterdir()) == ["raw"]
-
-
-def test_two_preparations_of_one_folder_do_not_meet(raw, tmp_path):
-    """The second refuses, and leaves alone what the first has written so far, or what is the user's."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with folder_lock(tmp_path / "out.partial"):
-            (tmp_path / "out.partial/images.npy").write_text("of the first")
-            os.write(writer, b"x")
-            signal.pause()
-    os.read(reader, 1)
-    with pytest.raises(UserError, match=r"out\.partial is in use by another process"):
-        prepare_dataset(raw, tmp_path / "out", MMS, workers=1)
-    assert (tmp_path / "out.partial/images.npy").read_text() == "of the first"
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    prepare_dataset(raw, tmp_path / "out", MMS, workers=2)
-    assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out/lock").exists()
-    with pytest.raises(UserError, match="exists already"):
-        prepare_dataset(raw, tmp_path / "out", MMS, workers=1)
-    (tmp_path / "own.partial").mkdir()
-    (tmp_path / "own.partial/mine.npy").write_text("mine")
-    with pytest.raises(UserError, match=r"own\.partial was not left by this program"):
-        prepare_dataset(raw, tmp_path / "own", MMS, workers=1)
-    assert (tmp_path / "own.partial/mine.npy").read_text() == "mine"
 
 
 def test_phases_that_are_not_those_of_the_masks_are_an_error(raw, capsys):

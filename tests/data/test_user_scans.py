@@ -165,16 +165,6 @@ def test_table_of_pairs_as_people_edit_it(tmp_path, kind):
         find([tmp_path / "c.csv"])
 
 
-def test_our_own_map_is_no_truth(tmp_path):
-    write(tmp_path / "x.nii.gz", scan())
-    write(tmp_path / "x_seg.nii.gz", heart(), description=b"SemiDG-Seg: for research use")
-    assert "x.nii.gz: no mask of that name" in find([tmp_path], [tmp_path]).errors[0]
-    write(tmp_path / "x_mask.nii.gz", heart())
-    found = find([tmp_path], [tmp_path])
-    assert [case[2] for case in pairs(found)] == [f"{tmp_path.name}/x_mask"]
-    assert "x_seg.nii.gz: left out: a map that this program made" in found.warnings[0]
-
-
 def test_one_kind_of_mask_and_one_rater(tmp_path):
     touch(tmp_path, "s1", "s1_gmseg-manual", "s1_seg-manual", "s2", "s2_seg-manual")
     (error,) = find([tmp_path], [tmp_path], dataset=SCGM).errors

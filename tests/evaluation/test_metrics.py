@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 from skimage import measure
@@ -13,7 +12,6 @@ from utils.evaluation.metrics import (
     agreement_limits,
     largest_components,
     mean_std_interval,
-    paper_dice,
     structure_metrics,
 )
 
@@ -80,28 +78,6 @@ def test_largest_components_equal_a_search_of_the_whole():
         components = measure.label(labels == value)
         expected[components == np.bincount(components.ravel())[1:].argmax() + 1] = value
     assert (largest_components(labels) == expected).all() and 0 < (expected > 0).sum() < (labels > 0).sum()
-
-
-def test_paper_dice_equals_a_loop():
-    probability = torch.randn(3, 4, 9, 8, generator=torch.Generator().manual_seed(0)).mul(3).softmax(1)
-    labels = torch.randint(0, 4, (3, 9, 8), generator=torch.Generator().manual_seed(1))
-    labels[2] = 0  # a slice without structures
-    for dice, p, truth in zip(paper_dice(probability, labels), probability.numpy(), labels.numpy(), strict=True):
-        overlap = predicted = true = 0
-        for c in (1, 2, 3):
-            for x, y in np.ndindex(truth.shape):
-                predicted += p[c, x, y] > 0.5
-                true += truth[x, y] == c
-                overlap += p[c, x, y] > 0.5 and truth[x, y] == c
-        assert dice.item() == pytest.approx((2 * overlap + 1e-4) / (predicted + true + 1e-4), rel=1e-6)
-    for probability, expected in (  # one pixel, whose label is 0, 1, 2
-        ((1.0, 0.0, 0.0), (1, 0, 0)),  # of two empty ones it is 1
-        ((0.0, 1.0, 0.0), (0, 1, 0)),  # the wrong structure does not count as a hit
-        ((0.5, 0.5, 0.0), (1, 0, 0)),  # the threshold is exclusive ...
-        ((0.3, 0.4, 0.3), (1, 0, 0)),  # ... and the largest probability is not enough
-    ):
-        pixels = torch.tensor(probability).view(1, -1, 1, 1).expand(3, -1, 1, 1)
-        assert paper_dice(pixels, torch.arange(3)[:, None, None]).tolist() == pytest.approx(expected, abs=2e-4)
 
 
 def test_statistics_over_patients():

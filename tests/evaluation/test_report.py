@@ -133,29 +133,6 @@ def test_values_are_there(report):
     assert [case[:2] for case in cases[1:]] == [["bad", "ES"], ["good", "ED"], ["good", "ES"]]
 
 
-def test_what_there_is_not_is_a_dash(report, arguments):
-    summary = arguments["summary"] | {"paper_protocol": {"mean": 65.0, "std": None, "ci95": None}}
-    absent = dict.fromkeys((*METRICS, *SPREADS))
-    summary["volumetric"] = {"GM": {**absent, **COUNTS, "missed": 0, "both_empty": 1, "scans": 1}}
-    case = {"patient": "p", "phase": "", "structure": "GM", "paper_dice": 65.0}
-    page = report(summary=summary, cases=[case | {"dice": None, "hd95": float("nan")}])  # and no assd
-    assert "Dice (%) 65.00" in page.text and "±" not in page.text.split("Mean")[0]
-    assert page.tables[0][1] == ["GM", *3 * ["–"], "0", "1", "1"]
-    assert page.tables[-1][1] == ["p", "", "65.00", *3 * ["–"]]
-    # Clinical quantities, one of them of no patient.
-    means = {"truth_mean": 150.0, "predicted_mean": 147.0, "bias": -3.0, "mae": 6.0}
-    intervals = {"bias_ci95": [-5.0, -1.0], "mae_ci95": [4.5, 7.5]}
-    clinical = {
-        "LV EDV": means | {"unit": "ml", "n": 50, "sd": 8.0, "limits": [-18.68, 12.68]} | intervals,
-        "LV EF": {**dict.fromkeys((*means, "bias_ci95", "mae_ci95")), "unit": "%", "n": 0, "sd": None, "limits": None},
-    }
-    lines = report(summary=arguments["summary"] | {"clinical": clinical}).tables[1]
-    assert lines[0] == ["quantity", "n", "truth", "predicted", "bias", "mean error", "SD", "from", "to"]
-    means = ["150.00", "147.00", "-3.00 [-5.00, -1.00]", "6.00 [4.50, 7.50]", "8.00", "-18.68", "12.68"]
-    assert lines[1] == ["LV EDV (ml)", "50", *means]
-    assert lines[2] == ["LV EF (%)", "0", *7 * ["–"]]
-
-
 def test_markdown_says_the_same(report, arguments):
     summary = arguments["summary"] | {"phantom": True, "tta": True, "keep_largest": True}
     text = summary_text(arguments["title"], summary, summary_tables(summary))

@@ -1,10 +1,7 @@
 """New scans: label maps in the scan's own grid, in the right place, whatever its size, spacing and orientation."""
 
 import csv
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +10,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch import nn
@@ -179,22 +175,6 @@ def test_confidence_is_the_variance_between_the_views(build_tiny):
     assert whole.min() < 0.9999 and half.min() > whole.min() and np.allclose(none, 1, atol=1e-4)
 
 
-def test_confidence_uses_the_fourier_mode_of_the_run(build_tiny):
-    """Mode AM mixes all frequencies by fourier_alpha, as the formula on whole spectra says; lambda plays no part."""
-    net, canvas = build_tiny(4).eval(), torch.rand(4, 1, 300, 300)
-    partners, curves = canvas.roll(2, 0), torch.rand(4, 256)
-    for alpha in (0.0, 0.3, 1.0):
-        predictor = trained(net, fourier_mode="AM", fourier_ratio=0.0, fourier_alpha=alpha).predictor
-        view, maps = predictor.maps(canvas, curves, partners)
-        spectra, others = (np.fft.fft2(part.numpy()) for part in (view, view.roll(2, 0)))
-        amplitude = (1 - alpha) * np.abs(spectra) + alpha * np.abs(others)
-        fourier = np.fft.ifft2(amplitude * np.exp(1j * np.angle(spectra))).real.astype(np.float32)
-        with torch.no_grad():
-            plain, augmented = (net(image).softmax(1) for image in (view, torch.from_numpy(fourier)))
-        expected = torch.exp(-(plain * (plain / augmented).log()).sum(1))
-        assert torch.allclose(maps["confidence"], expected, atol=1e-4)
-
-
 def test_bad_outputs_are_said_before_the_work(tmp_path):
     """Maps of others, corrected by hand maybe, or inputs of their names; folders that cannot be written."""
     scan = write(tmp_path / "scan.nii.gz")
@@ -317,26 +297,6 @@ def test_full_memory_is_the_problem_of_one_scan(tmp_path, error):
         segment(tmp_path / "large.nii.gz", tmp_path / "out", trained(Full(RuntimeError("shapes do not fit"))))
 
 
-@pytest.mark.slow
-def test_memory_grows_by_little_more_than_the_scan(tmp_path):
-    """All classes of a frame at once took 18 times the scan's float32 size; the program itself takes some 3 times."""
-    scan = np.tile(np.arange(512, dtype=np.float32)[:, None, None], (1, 512, 200))  # whose map packs fast
-    nib.save(nib.Nifti1Image(scan, np.diag([0.7, 0.7, 8, 1])), tmp_path / "scan.nii")
-    nib.save(nib.Nifti1Image(scan[:100, :100, :4], np.diag([0.7, 0.7, 8, 1])), tmp_path / "small.nii")
-    code = (
-        "import sys; from pathlib import Path; from test_segment import segment\n"
-        # of this process alone: getrusage begins with the peak of the process that started it
-        "peak = lambda: 1024 * int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])\n"
-        "folder = Path(sys.argv[1])\n"
-        "segment(folder / 'small.nii', folder / 'out'); before = peak()\n"
-        "segment(folder / 'scan.nii', folder / 'out'); print('grown by', peak() - before)"
-    )
-    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests/evaluation'}"}
-    command = [sys.executable, "-c", code, tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | path)
-    assert int(done.stdout.split("grown by")[1]) < 4 * scan.nbytes
-
-
 @pytest.mark.parametrize("moved_mm", [(127, 0), (-90, 90), (0, 0)])
 def test_the_networks_find_the_organ(tmp_path, capsys, moved_mm):
     """Moved by up to 40 % of the field of view of 317 mm; a bright speck elsewhere does not draw the centre."""
@@ -352,18 +312,6 @@ def test_the_networks_find_the_organ(tmp_path, capsys, moved_mm):
         expected = (np.array(shape[:2]) - 1) / 2 + np.array(place) / zooms[:2]
         assert np.abs(np.array(said, float) - expected).max() < 2  # voxels
     assert reached[1] >= 0.98 * reached[0] > 0.95
-
-
-@pytest.mark.parametrize("frames", [1, 4])
-def test_finding_costs_no_more_than_predicting(frames):
-    """Counted in pixels that the networks see."""
-    seen, net = [], Brightness()
-    net.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].numel()))
-    volume = Volume(phantom((400, 400, 10, frames), (1.2, 1.2, 8)) * 9.0, None, np.eye(4), (1.2, 1.2, 8.0))
-    segment_volume(volume, trained(net).predictor, DATASET)
-    plain = sum(seen)
-    segment_volume(volume, trained(net).predictor, DATASET, center="auto")
-    assert 2 * plain < sum(seen) <= 3 * plain
 
 
 def test_measures_of_known_defects():

@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -108,15 +107,6 @@ def test_our_own_map_is_never_the_truth(infer, mms_raw, tmp_path):
     assert (tmp_path / "before/per_case.csv").read_bytes() == (tmp_path / "after/per_case.csv").read_bytes()
 
 
-def test_figures_of_one_frame_and_of_blank_ones_are_none(infer, mms_raw, tmp_path):
-    like, images, _ = frames(mms_raw, infer.split["held_out"][0])
-    save(tmp_path / "single.nii.gz", images[..., 0], like)
-    save(tmp_path / "blank.nii.gz", np.concatenate([images, np.zeros_like(images)], -1), like)
-    infer("--input", tmp_path / "single.nii.gz", tmp_path / "blank.nii.gz", "--output", tmp_path / "out", "--volumes")
-    rows = {r["scan"]: r for r in csv.DictReader((tmp_path / "out/volumes.csv").read_text().splitlines())}
-    assert rows["single"]["LV EF (%)"] == "" and rows["blank"]["ES"] not in ("2", "3")
-
-
 @pytest.mark.parametrize("place", ["--out", "--output"])
 def test_a_folder_that_cannot_be_written_is_said_before_the_work(infer, mms_raw, tmp_path, place):
     (tmp_path / "file").write_text("in the way")
@@ -135,11 +125,3 @@ def test_names_with_signs_of_mathematics(infer):
 def test_run_names_what_is_there(infer):
     said = infer(folder=infer.folder.parent)
     assert f"{infer.folder.parent} is no run but holds runs: run" in said
-
-
-def test_tables_of_figures_are_read_before_the_work(infer, mms_raw, tmp_path):
-    scan = next(mms_raw.rglob("*_sa.nii.gz"))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/quality.csv").write_bytes(b"scan;volume_ml\nother;1\n")
-    assert "is not overwritten" in infer("--input", scan, "--output", tmp_path / "out")
-    assert Path(tmp_path / "out/quality.csv").read_bytes() == b"scan;volume_ml\nother;1\n"
