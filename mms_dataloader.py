@@ -106,11 +106,9 @@ def _read_table(*folders: Path) -> tuple[dict[str, TableRow], list[str], list[st
 def normalize(slices: np.ndarray) -> np.ndarray:
     """Clip slices (Z, X, Y) to their 0.5 and 99.5 percentile, scale to [0, 1]; constant ones become 0."""
     ordered = np.sort(slices.reshape(len(slices), -1))  # the bits of np.percentile, in a third of its time
-    last = ordered.shape[1] - 1
-    position = last * np.array([0.005, 0.995])
-    below = position.astype(int)
-    lower, upper = (ordered[:, index].astype(float) for index in (below, np.minimum(below + 1, last)))
-    low, high = (lower + (upper - lower) * (position - below)).astype(np.float32).T[..., None, None]
+    position = (ordered.shape[1] - 1) * np.array([0.005, 0.995])
+    lower, upper = (ordered[:, bound(position).astype(int)].astype(float) for bound in (np.floor, np.ceil))
+    low, high = (lower + (upper - lower) * (position % 1)).astype(np.float32).T[..., None, None]
     return (slices.clip(low, high) - low) / np.where(high > low, high - low, 1)
 
 
@@ -138,9 +136,9 @@ def cardiac_metrics(volumes: dict[tuple[str, str], float]) -> dict[str, tuple[fl
     """Return clinical quantities, (value, unit) by name, of a heart's ml by (phase, structure)."""
     quantities = {}
     for name in ("LV", "RV"):
-        diastolic, systolic = volumes["ED", name], volumes["ES", name]
-        ejected = 100 * (1 - systolic / diastolic) if diastolic else math.nan
-        quantities |= {f"{name} EDV": (diastolic, "ml"), f"{name} ESV": (systolic, "ml"), f"{name} EF": (ejected, "%")}
+        full, least = volumes["ED", name], volumes["ES", name]
+        ejected = 100 * (1 - least / full) if full else math.nan
+        quantities |= {f"{name} EDV": (full, "ml"), f"{name} ESV": (least, "ml"), f"{name} EF": (ejected, "%")}
     return quantities | {"MYO mass": (1.05 * volumes["ED", "MYO"], "g")}  # 1.05 g/ml
 
 

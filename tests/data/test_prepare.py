@@ -160,7 +160,7 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
         "error: " + str(folders[7].with_name("Z9Z9Z9")) + ": patient Z9Z9Z9 is not in the info table",
         f"patient {codes[8]!r} has the unknown vendor 'X', not one of A, B, C, D",
         f"error: {image(8)} cannot be read whole",  # of that very patient
-        f"error: {image(9)}: ES is frame 99, but the file holds 0..1",
+        f"error: {image(9)}: {{'ES': 99}} in the table, but the file holds frames 0..1",
         "'../../evil' is left out",
         "is in the table twice",
         "warning: ",

@@ -305,7 +305,7 @@ def test_bad_labelled_scans_are_all_named_and_nothing_is_prepared(tmp_path, caps
     with pytest.raises(UserError, match="has the errors listed above"):
         prepare_dataset(tmp_path / "own", tmp_path / "out", labeled([tmp_path], [tmp_path], [], MMS), workers=1)
     printed = capsys.readouterr().out
-    for text in ("a.nii.gz: shape (30, 40, 2)", "b.nii.gz: labels [6, 7, 8, 9] beside 0, 1, 2, 3; of your own scans",
+    for text in ("a.nii.gz: shape (30, 40, 2)", "b.nii.gz: labels [6, 7, 8, 9] beside 0, 1, 2, 3; for your own scans",
                  "c_0000.nii.gz: not a NIfTI file"):  # fmt: skip
         assert text in printed
     assert not (tmp_path / "out").exists()

@@ -61,14 +61,12 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
         """
         if images < 2 or out.suffix != ".png":
             raise UserError(f"--images {images} --out {out}: expected at least 2, and a .png file")
-        target = OutputFolder(out.parent).claim(out.name)
-        draw_preview(data, target, dataset, replace(cfg, seed=seed), count=images)
+        draw_preview(data, OutputFolder(out.parent).claim(out.name), dataset, replace(cfg, seed=seed), count=images)
         print(out)
 
     with clear_errors():
-        own = {"check": check, "prepare": prepare, "preview": preview}
-        commands = {"phantom": dataset.write_phantom} | own | dataset.more_commands
-        tyro.extras.subcommand_cli_from_dict(commands)
+        commands = {"phantom": dataset.write_phantom, "check": check, "prepare": prepare, "preview": preview}
+        tyro.extras.subcommand_cli_from_dict(commands | dataset.more_commands)
 
 
 def draw_preview(root: Path, out: Path, dataset: DatasetInfo, cfg: Config, *, count: int) -> None:
@@ -81,14 +79,12 @@ def draw_preview(root: Path, out: Path, dataset: DatasetInfo, cfg: Config, *, co
     domains = islice(cycle(np.unique(domain[labeled])), count)
     rows = np.array([rng.choice(labeled[domain[labeled] == name]) for name in domains])
     reference = torch.from_numpy(data.quantiles[domain == min(domain)])
-    still = {"rotation": 0, "max_shift": 0, "flip": False, "blur": False}
-    cfg = replace(cfg, image_size=FIELD_PX, fourier_aug=True, **still)
+    cfg = replace(cfg, image_size=FIELD_PX, rotation=0, max_shift=0, flip=False, blur=False, fourier_aug=True)
     augmentation = Augmentation(cfg, reference if cfg.histogram_matching else None)
     generator = torch.Generator().manual_seed(cfg.seed)
     batch = SliceDataset(data, rows, with_mask=True)[list(range(count))]
     plain, fourier = augmentation.unlabeled(batch["image"], batch["quantiles"], generator)
-    box = cutmix_mask(count, FIELD_PX, generator=generator)
-    mixed = torch.where(box > 0, plain.roll(1, 0), plain)
+    mixed = torch.where(cutmix_mask(count, FIELD_PX, generator=generator) > 0, plain.roll(1, 0), plain)
     names = [data.index[name][rows] for name in ("domain", "patient", "phase", "slice")]
     scans = [read_volume(path, 3) for path in map(data.truth_path, *names[1:3])]
     mask = canvas_to_view(batch["mask"], FIELD_PX)

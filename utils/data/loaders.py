@@ -155,10 +155,9 @@ class BatchLoader(DataLoader):
 
 def batch_loader(dataset: SliceDataset, batches: Iterable[np.ndarray], workers: int) -> DataLoader:
     """Return a loader of whole batches: each element of `batches`, positions, is one request."""
-    options = {"sampler": batches, "batch_size": None, "pin_memory": torch.cuda.is_available()}
-    if workers:
-        options |= {"num_workers": workers, "timeout": STALL_S, "prefetch_factor": PREFETCH}
-    return BatchLoader(dataset, worker_init_fn=ignore_signals, **options)
+    parallel = {"num_workers": workers, "timeout": STALL_S, "prefetch_factor": PREFETCH} if workers else {}
+    options = {"batch_size": None, "pin_memory": torch.cuda.is_available(), "worker_init_fn": ignore_signals}
+    return BatchLoader(dataset, sampler=batches, **options, **parallel)
 
 
 def ignore_signals(_worker: int = 0) -> None:

@@ -45,14 +45,12 @@ def write_open_data(
     raw.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{raw.name}_", dir=raw.parent) as folder:
         new, tree, archive = (Path(folder) / name for name in ("raw", "bids", "data.zip"))
-        remedy = ": try again, or name a copy by --from"
-        with naming(source or URL, "cannot be fetched and unpacked", remedy=remedy):
+        with naming(source or URL, "cannot be fetched and unpacked", remedy=": try again, or name a copy by --from"):
             if not source:
                 download_url(URL, folder, archive.name)
             if not source or source.is_file():
                 extract_archive(source or archive, tree)
-        content = (tree if tree.exists() else source).rglob("sub-*")
-        files = {path.name: path for path in content if path.is_file()}
+        files = {path.name: path for path in (tree if tree.exists() else source).rglob("sub-*") if path.is_file()}
         counts = Counter()
         for site, sessions in SESSIONS.items():
             for number, session in enumerate(sessions, start=1):

@@ -32,10 +32,10 @@ class Scanner(NamedTuple):
     axes: str  # where the array axes point: Left/Right, Posterior/Anterior, Superior/Inferior
     gain: float  # stored value of a signal of 1
     gamma: float
-    noise: float  # standard deviation, as a share of a signal of 1
-    bias: float  # standard deviation of the logarithm of the coil's sensitivity
-    blur: float  # standard deviation of the point spread, pixels
-    signal: tuple[float, ...]  # of the tissues, in the order named beside each table
+    noise: float  # SD, as a share of a signal of 1
+    bias: float  # SD of the logarithm of the coil's sensitivity
+    blur: float  # SD of the point spread, pixels
+    signal: tuple[float, ...]  # of the tissues
 
 
 # Balanced steady-state cine: blood and fat bright, muscle grey, lung dark.
@@ -63,8 +63,7 @@ def ellipse(x, y, centre, radii, angle=0.0) -> np.ndarray:
     """Return the approximate signed distance (mm) to an ellipse turned by `angle` (rad)."""
     values = *centre, *radii, np.cos(angle), np.sin(angle)
     cx, cy, a, b, cos, sin = (np.asarray(value, np.float32) for value in values)
-    x, y = x - cx, y - cy
-    u, v = x * (cos / a) + y * (sin / a), y * (cos / b) - x * (sin / b)
+    u, v = (x - cx) * (cos / a) + (y - cy) * (sin / a), (y - cy) * (cos / b) - (x - cx) * (sin / b)
     return (1 - np.sqrt(u * u + v * v)) * np.sqrt(a * b)
 
 
@@ -90,20 +89,19 @@ def smooth_field(shape, zooms, rng: np.random.Generator, size: float) -> np.ndar
         weight = np.exp(-0.5 * (np.arange(n)[:, None] * zoom / size * 2 - knots) ** 2)
         weights.append((weight / np.linalg.norm(weight, axis=1, keepdims=True)).astype(np.float32))
     field = rng.standard_normal([weight.shape[1] for weight in weights], dtype=np.float32)
-    for weight in weights:  # each turn consumes the first axis and appends the finished one
+    for weight in weights:  # consumes the first axis, appends the finished one
         field = np.tensordot(field, weight, (0, 1))
     return field
 
 
 def scan_grid(scanner: Scanner, tilt: float, rng: np.random.Generator):
-    """Draw the voxel grid of one scan, oblique by about `tilt` rad.
+    """Draw the voxel grid of a scan that is oblique by about `tilt` rad.
 
     Returns x, y, z (mm from the centre; each (X, Y, Z)), the affine, and `smooth_field` by size.
     """
     shape = np.array((*scanner.matrix, rng.integers(*scanner.slices, endpoint=True)))
     zooms = np.array((scanner.spacing, scanner.spacing, scanner.thickness))
-    labels = ("R", "L"), ("A", "P"), ("I", "S")
-    codes = nib.orientations.axcodes2ornt(scanner.axes, labels).astype(int)
+    codes = nib.orientations.axcodes2ornt(scanner.axes, ("RL", "AP", "IS")).astype(int)
     turn = np.zeros((3, 3))
     turn[codes[:, 0], range(3)] = codes[:, 1]
     index = np.indices(shape, dtype=np.float32)
@@ -123,7 +121,7 @@ def middle(shape, reach: float) -> tuple[slice, slice]:
 
 
 def acquire(image: np.ndarray, scanner: Scanner, field, rng: np.random.Generator) -> np.ndarray:
-    """Return the stored values of a signal (X, Y, Z, T): point spread, coil sensitivity, Rician noise, gamma."""
+    """Return the stored values of a signal (X, Y, Z, T): blur, coil, Rician noise, gamma."""
     sensitivity = np.exp(scanner.bias * field(250)) * (1 + 0.04 * field(9))  # coil, tissue grain
     image = gaussian_filter(image, scanner.blur, axes=(0, 1), truncate=3) * sensitivity[..., None]
     real, imaginary = scanner.noise * rng.standard_normal((2, *image.shape), dtype=np.float32)
@@ -177,8 +175,7 @@ def heart(position, spacing, contraction, tissue, field, rng) -> tuple[np.ndarra
     inner = cavity * (1 - 0.34 * beat)
     outer = np.sqrt(inner**2 + (cavity + wall) ** 2 - cavity**2) * np.sqrt(1 - level**2.4)
     inner = inner * np.sqrt(np.clip(1 - (level / 0.95) ** 2.4, 0, 1))
-    right = rng.uniform(28, 34) * (1 - 0.38 * beat)
-    right = right * np.sqrt(np.clip(1 - (level / 0.88) ** 2, 0, 1))
+    right = rng.uniform(28, 34) * (1 - 0.38 * beat) * np.sqrt(np.clip(1 - (level / 0.88) ** 2, 0, 1))
 
     inside = middle(x.shape, 80 / spacing)  # all else stands still
     x, y, moving = x[inside][..., None], y[inside][..., None], image[inside]
@@ -187,8 +184,7 @@ def heart(position, spacing, contraction, tissue, field, rng) -> tuple[np.ndarra
     right_centre = [c + t * (0.4 * outer + 0.5 * right) for c, t in zip(left, towards, strict=True)]
     left_outer = shape(left, (1.03 * outer, 0.97 * outer), angle + 0.8) - absent
     left_inner = shape(left, (1.04 * inner, 0.96 * inner), angle + 0.4) - absent
-    right_radii = 0.6 * outer + 0.5 * right, 0.75 * outer + 0.4 * right
-    right_inner = shape(right_centre, right_radii, angle) - absent
+    right_inner = shape(right_centre, (0.6 * outer + 0.5 * right, 0.75 * outer + 0.4 * right), angle) - absent
     whole = np.maximum(left_outer, right_inner)
     labels[inside] = np.select([left_inner > 0, left_outer > 0, right_inner > 0], [1, 2, 3])
 
@@ -246,15 +242,13 @@ def write_mms(out: Positional[Path], *, patients: int = 4, frames: int = 6, seed
         drawn = np.isin(np.arange(frames), (ed, es)) & labeled  # raters drew in two frames only
         parts = ("Training/Labeled", "Validation", "Testing")
         folder = out / "OpenDataset" / (parts[index % 3] if labeled else "Training/Unlabeled") / code
-        scan, truth = acquire(image, scanner, field, rng), labels * drawn.astype(np.uint8)
-        save_scan(folder / f"{code}_sa.nii.gz", scan, affine, 0.9 / frames)
-        save_scan(folder / f"{code}_sa_gt.nii.gz", truth, affine, 0.9 / frames)
+        save_scan(folder / f"{code}_sa.nii.gz", acquire(image, scanner, field, rng), affine, 0.9 / frames)
+        save_scan(folder / f"{code}_sa_gt.nii.gz", labels * drawn.astype(np.uint8), affine, 0.9 / frames)
         name, centres = MAKERS[vendor]
         centre = centres[number % len(centres)]
         rows.append((code, name, vendor, centre, ed * labeled, es * labeled))
     with open(out / TABLE, "w", encoding="utf-8", newline="") as file:
-        numbered = [(number, *row) for number, row in enumerate(sorted(rows))]
-        csv.writer(file).writerows([COLUMNS.split(","), *numbered])
+        csv.writer(file).writerows([COLUMNS.split(","), *((n, *row) for n, row in enumerate(sorted(rows)))])
 
 
 def neck(x, y, spacing, tissue, field) -> np.ndarray:
@@ -312,8 +306,7 @@ def write_scgm(out: Positional[Path], *, patients: int = 4, seed: int = 0) -> No
         paint(image[inside], spacing, grey, tissue["grey"])
         labeled = number <= patients
         path = out / ("train" if labeled else "test") / f"site{site}-sc{number:02d}"
-        scan = acquire(image[..., None], scanner, field, rng)[..., 0]
-        save_scan(Path(f"{path}-image.nii.gz"), scan, affine)
+        save_scan(Path(f"{path}-image.nii.gz"), acquire(image[..., None], scanner, field, rng)[..., 0], affine)
         for rater in range(1, 5) if labeled else ():  # each draws a little differently
             seen = [axis[inside] + 0.1 * field(4)[inside] for axis in (x, y)]
             grey, whole = cord(*seen, size * rng.uniform(0.98, 1.02))

@@ -51,13 +51,13 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
 
     Raises UserError if `out` exists, the disk is too small, or a file has an error.
     """
-    unfinished, other = out.with_name(out.name + ".partial"), "or choose another --out"
+    unfinished = out.with_name(out.name + ".partial")
     if unfinished.exists() and not (unfinished / LOCK).exists():
-        raise UserError(f"{unfinished} was not left by this program: move it, {other}")
+        raise UserError(f"{unfinished} was not left by this program: move it, or choose another --out")
     with folder_lock(unfinished):
         try:
             if out.exists():  # asked under the lock: another process may have made it just now
-                raise UserError(f"{out} exists already: remove it, {other}")
+                raise UserError(f"{out} exists already: remove it, or choose another --out")
             shutil.rmtree(unfinished / "truth", ignore_errors=True)  # of a process that was killed
             cases, reports = _check_all(raw, dataset, workers, unfinished)
             if not _summarise(raw, dataset, cases, reports):
@@ -66,13 +66,12 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
             with open(unfinished / "index.csv", "w", newline="") as file:
                 csv.writer(file).writerows([prepared.INDEX_COLUMNS, *rows])
             notes = [folder / PHANTOM_NOTE for folder in (raw, raw.absolute().parent)]
-            content = b"".join(report.digest for report in reports)
             info = {
                 "format": prepared.FORMAT_VERSION,
                 "dataset": dataset.key,
                 "phantom": any(note.exists() for note in notes),
                 "spacing_mm": dataset.spacing,
-                "content_hash": hashlib.sha256(content).hexdigest(),
+                "content_hash": hashlib.sha256(b"".join(report.digest for report in reports)).hexdigest(),
             }
             info["sha256"] = prepared.description_digest(info, (unfinished / "index.csv").read_bytes())
             write_json(unfinished / "dataset.json", info)
@@ -88,8 +87,7 @@ def _check_all(raw: Path, dataset: DatasetInfo, workers: int, out: Path | None) 
     if not raw.is_dir():
         raise UserError(f"{raw}: no such folder\n{dataset.download_help}")
     for name, value in reversed(vars(dataset).items()):  # a pool may wait for ever to send them
-        remedy = ": define it in a module"
-        with naming(f"DatasetInfo.{name}", "cannot be sent to workers", remedy=remedy):
+        with naming(f"DatasetInfo.{name}", "cannot be sent to workers", remedy=": define it in a module"):
             pickle.dumps(value)
     cases, errors, warnings = dataset.find_cases(raw)
     targets = _allocate(cases, out) if out and not errors else None
@@ -106,7 +104,6 @@ def _check_all(raw: Path, dataset: DatasetInfo, workers: int, out: Path | None) 
 
 
 def _frames(case: Case, count: int) -> Sequence[int]:
-    """Return the frames to convert: all, or the labelled ones of a scan of the user's own."""
     return sorted(case.phases.values()) if case.own and case.phases else range(count)
 
 
@@ -151,19 +148,16 @@ def convert_scan(case: Case, dataset: DatasetInfo, target: Target | None) -> Sca
         except UserError as error:
             errors.append(f"{path}: {error}")
     last = volume.frame_count(image) - 1
-    late = [f"{phase} is frame {frame}" for phase, frame in case.phases.items() if frame > last]
-    errors += [f"{case.image}: {text}, but the file holds 0..{last}" for text in late]
+    if late := {phase: frame for phase, frame in case.phases.items() if frame > last}:
+        errors.append(f"{case.image}: {late} in the table, but the file holds frames 0..{last}")
     if errors:
         return ScanReport(errors, warnings)
-    truth = {}
-    for phase, frame in case.phases.items():
-        raters = [frame_slices(mask, frame) for mask in masks]
-        truth[phase] = dataset.consensus(raters) if dataset.consensus else raters[0]
+    merge = dataset.consensus or (lambda raters: raters[0])
+    truth = {name: merge([frame_slices(mask, n) for mask in masks]) for name, n in case.phases.items()}
     empty = [phase for phase, label in truth.items() if not label.any()]
     drawn = [frame for frame in range(last + 1) if empty and frame_slices(masks[0], frame).any()]
     if {*drawn} - {*case.phases.values()}:
-        differ = f"labels in frames {drawn}, in the table (from 0) {case.phases}"
-        return ScanReport([f"{case.masks[0]}: {differ}"], warnings)
+        return ScanReport([f"{case.masks[0]}: labels in frames {drawn}, in the table (from 0) {case.phases}"], warnings)
     texts = [f"no label in {phase}" for phase in empty]
     texts += dataset.label_warnings(truth) if dataset.label_warnings else []
     warnings += [f"{case.masks[0]}: {text}" for text in texts]
@@ -172,8 +166,7 @@ def convert_scan(case: Case, dataset: DatasetInfo, target: Target | None) -> Sca
     total = sum(np.count_nonzero(labels) for labels in structures)
     outside = sum(np.count_nonzero(labels & ~plane.inside()) for labels in structures)
     if outside > 0.01 * total:
-        share = f"{100 * outside / total:.1f} % of its labels"
-        warnings.append(f"{case.image}: {share} lie outside the field of view")
+        warnings.append(f"{case.image}: {100 * outside / total:.1f} % of its labels lie outside the field of view")
     written = _convert(case, dataset, image, truth, target) if target else ()
     return ScanReport(errors, warnings, (outside, total), *written)
 
@@ -185,8 +178,8 @@ def _labels(mask: volume.Volume, dataset: DatasetInfo) -> volume.Volume:
     labels, drawn = np.zeros(mask.array.shape, np.uint8), mask.array != 0
     values, position = np.unique(mask.array[drawn], return_inverse=True)
     if unknown := [value for value in values.tolist() if value not in label_of]:
-        named = f"labels {unknown[:5]} beside {', '.join(map(str, label_of))}"
-        raise UserError(f"{named}; of your own scans, --labels VALUE=STRUCTURE names them")
+        named = ", ".join(map(str, label_of))
+        raise UserError(f"labels {unknown[:5]} beside {named}; for your own scans see --labels VALUE=STRUCTURE")
     labels[drawn] = np.array([label_of[value] for value in values], np.uint8)[position]
     return mask._replace(array=labels)
 
@@ -205,8 +198,7 @@ def _convert(case: Case, dataset: DatasetInfo, image: volume.Volume, truth: dict
         curves[row : row + depth] = prepared.quantile_curves(canvas)
         row += depth
         digest.update(canvas.tobytes())
-        key = (*case[:3], phase, frame)
-        facts = (*plane.shape, *image.zooms, prepared.voxel_checksum(slices))
+        key, facts = (*case[:3], phase, frame), (*plane.shape, *image.zooms, prepared.voxel_checksum(slices))
         index += [(*key, z, mask_row + z if phase else -1, *facts) for z in range(depth)]
         if phase:
             label = plane.to_canvas(truth[phase] * (truth[phase] < len(dataset.class_names)))
@@ -223,11 +215,9 @@ def _summarise(raw: Path, dataset: DatasetInfo, cases: list[Case], reports: list
     """Print every problem and the counts; return True if there is no error."""
     errors = [f"error: {text}" for report in reports for text in report.errors]
     warnings = [f"warning: {text}" for report in reports for text in report.warnings]
-    scans = Counter(case.domain for case in cases)
-    labeled = Counter(case.domain for case in cases if case.masks)
+    scans, labeled = (Counter(case.domain for case in part) for part in (cases, [c for c in cases if c.masks]))
     counts = ", ".join(f"{d}: {scans[d]} ({labeled[d]} with masks)" for d in sorted(scans))
-    by_domain = f"{raw}: scans by {dataset.domain_kind}: {counts or 'none'}"
-    print(*errors, *warnings, by_domain, sep="\n")
+    print(*errors, *warnings, f"{raw}: scans by {dataset.domain_kind}: {counts or 'none'}", sep="\n")
     outside, total = np.sum([report.outside for report in reports], axis=0)
     if total:
         print(f"{100 * outside / total:.2f} % of the labelled voxels lie outside the field of view")

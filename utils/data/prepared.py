@@ -63,8 +63,7 @@ class PreparedData:
             rows = list(csv.DictReader(text.decode().splitlines()))
             index = {n: np.array([kind(row[n]) for row in rows]) for n, kind in INDEX_COLUMNS.items()}
             images, masks, quantiles = (np.load(root / f"{n}.npy", mmap_mode="r") for n in ARRAYS)
-            same_length = len(rows) == len(images) == len(quantiles)
-            if not same_length or index["mask"].max(initial=-1) >= len(masks):
+            if not len(rows) == len(images) == len(quantiles) or index["mask"].max(initial=-1) >= len(masks):
                 raise ValueError("index.csv and the arrays differ in length")
         return cls(root, info, index, images, masks, quantiles)
 
@@ -155,8 +154,6 @@ def quantile_curves(canvas: np.ndarray) -> np.ndarray:
     bits = canvas[:, margin:-margin, margin:-margin].reshape(len(canvas), -1).view(np.int16)
     # Non-negative float16 have the order of their bits; the radix sort of int16 is 8 times as fast.
     field = np.sort(bits, axis=1, kind="stable").view(np.float16)
-    last = field.shape[1] - 1
-    position = np.linspace(0, last, QUANTILES)
-    low = position.astype(int)
-    lower, upper = (field[:, n].astype(np.float32) for n in (low, np.minimum(low + 1, last)))
-    return np.ascontiguousarray(lower + (upper - lower) * (position - low).astype(np.float32))
+    position = np.linspace(0, field.shape[1] - 1, QUANTILES)
+    lower, upper = (field[:, bound(position).astype(int)].astype(np.float32) for bound in (np.floor, np.ceil))
+    return np.ascontiguousarray(lower + (upper - lower) * (position % 1).astype(np.float32))

@@ -144,13 +144,10 @@ def mask_in_grid(mask: Volume, image: Volume) -> Volume:
     """
     array, warnings, shift, volumes = mask.array, [mask.warning], np.zeros((3, 8)), (mask, image)
     codes = " against ".join("".join(map(str, nib.aff2axcodes(volume.affine))) for volume in volumes)
-    lost = any(
-        not (volume.header["sform_code"] or volume.header["qform_code"])
-        or np.array_equal(np.abs(volume.affine), np.eye(4))
-        for volume in volumes
-    )
+    placed = all(volume.header["sform_code"] or volume.header["qform_code"] for volume in volumes)
+    identity = any(np.array_equal(np.abs(volume.affine), np.eye(4)) for volume in volumes)
     differ = not np.allclose(mask.affine, image.affine, atol=1e-3)
-    if differ and lost:
+    if differ and (identity or not placed):
         warnings.append("the affine of mask or image is lost (identity or none): axes taken as stored")
     elif differ:
         to_image = np.linalg.inv(image.affine) @ mask.affine  # in voxels
