@@ -48,7 +48,7 @@ def test_gpus_that_are_not_there_are_named(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert choose_device("cuda:1") == choose_device("auto", 1) == torch.device("cuda", 1)
     for name, rank in (("cuda:7", 0), ("cuda", 2), ("auto", 3)):
-        with pytest.raises(UserError, match=r"this machine has 2 GPUs, numbered from 0.*--nproc-per-node"):
+        with pytest.raises(UserError, match=r"there are 2 GPUs here, numbered from 0.*--nproc-per-node"):
             choose_device(name, rank)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     with (

@@ -60,7 +60,7 @@ def test_file_systems_without_locks_are_served(tmp_path, monkeypatch, capsys, nu
             pass
     else:
         with folder_lock(tmp_path):
-            assert "knows no locks" in capsys.readouterr().out
+            assert "no locks on its disk" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EFBIG, errno.EIO, errno.ESTALE])

@@ -133,7 +133,7 @@ def test_rows_are_told_apart_by_what_differs():
 def test_the_command_refuses_first_and_gives_every_comparison_a_folder(monkeypatch, tmp_path, capsys):
     """With networks of one layer, and an evaluation that only returns what it would have found."""
     for name, change in {"a": {}, "b": {"seed": 1}, "c": {"cps_weight": 1.0}, "copy": {}}.items():
-        facts = {"selection": "rule", "step": 1, "cps_weight": 3.0}
+        facts = {"selection": "rule", "step": 1, "cps_weight": 3.0, "seen": {}}
         metadata = run_metadata(MMS, vars(replace(DEFAULTS, **change)), None, {"content_hash": "1" * 9}, **facts)
         (tmp_path / name).mkdir()
         save_networks(tmp_path / name / "best.safetensors", [torch.nn.Linear(1, 1) for _ in range(2)], metadata)

@@ -62,6 +62,7 @@ def arguments(tmp_path):
     ]
     facts = {"run": "first", "data": "mms", "patients": 2, "ratio": 0.02, "seed": 7, "image_size": 288}
     facts |= {"method": "plain CPS", "checkpoint": "best, step 3", "selection": "highest Dice"}
+    facts |= {"labels": ["200=LV"], "warnings": []}
     facts |= {"phantom": False, "tta": False, "keep_largest": False}
     facts |= {"content_hash": "abc123", "evaluated_by": {"git_commit": "badcab1e"}}
     return {

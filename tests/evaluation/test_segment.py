@@ -228,7 +228,7 @@ def test_a_bad_scan_does_not_stop_the_others(tmp_path, capsys):
         segment(tmp_path / "scans", tmp_path / "out")
     assert maps_in(tmp_path / "out") == {"good_seg.nii.gz"}
     assert f"scans segmented into {tmp_path / 'out'}: 1." in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"no \.nii or \.nii\.gz scan in"):  # it holds nothing but our own map
+    with pytest.raises(UserError, match=r"no NIfTI file in"):  # it holds nothing but our own map
         segment(tmp_path / "out", tmp_path / "more")
     with pytest.raises(UserError, match="no such file or folder"):
         segment(tmp_path / "none.nii.gz", tmp_path / "out")

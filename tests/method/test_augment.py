@@ -109,7 +109,7 @@ def test_fourier_views_of_a_zero_image_are_finite():
 
 def test_window_wider_than_the_spectrum_is_refused():
     image = noise(1, 1, 16, 20)
-    with pytest.raises(ValueError, match="exceeds the 16x20 image"):
+    with pytest.raises(ValueError, match="exceeds 16x20 px"):
         amplitude_swap(image, image, 0.5, 1.0)
 
 

@@ -97,7 +97,8 @@ def predict_scans(
         view, maps = predictor.maps(canvas, curve, partners)
         on_grid = F.interpolate(maps["probability"], size=FIELD_PX, mode="bilinear")
         dice = paper_dice(on_grid, canvas_to_view(mask, FIELD_PX)[:, 0]).cpu().numpy()
-        truth = canvas_to_view(mask, view.shape[-1])[:, 0]
+        classes = maps["probability"].shape[1]
+        truth = canvas_to_view(mask, view.shape[-1], num_classes=classes)[:, 0]
         rows = batch["row"].numpy()
         patient, phase = (str(data.index[name][rows[0]]) for name in ("patient", "phase"))
         yield ScanPrediction(patient, phase, rows, view[:, 0], truth=truth, slice_dice=dice, **maps)
