@@ -96,12 +96,12 @@ def test_files_of_a_comparison(tmp_path):
     assert not list((tmp_path / "one").glob("comparison*"))
 
 
-def names(*changes, labels=(), one_data=False):
+def names(*changes, labels=(), same_data=False):
     metadata = [{"cps_weight": 3.0, "config": vars(DEFAULTS) | change} for change in changes]
     for run in metadata:
         run["content_hash"] = run["config"].pop("hash", "1" * 9)
     folders = [Path(f"run{i}") for i in range(len(metadata))]
-    return name_rows(folders, metadata, labels, one_data=one_data)
+    return name_rows(folders, metadata, labels, same_data=same_data)
 
 
 def test_rows_are_told_apart_by_what_differs():
@@ -116,7 +116,7 @@ def test_rows_are_told_apart_by_what_differs():
     assert names(*begun) == ["full"] * 2
     assert names(*begun, {"seed": 2}) == ["full, init_from True"] * 2 + ["full, init_from False"]
     assert names({}, {"cps_weight": 1.0}, {"seed": 1}, labels=["a", "b", "a"]) == ["a", "b", "a"]
-    assert names({}, {"hash": "2" * 9}, one_data=True) == ["full, data 11111111", "full, data 22222222"]
+    assert names({}, {"hash": "2" * 9}, same_data=True) == ["full, data 11111111", "full, data 22222222"]
     # Runs that do not belong together are refused at once.
     with pytest.raises(UserError, match=r"one ratio(.|\n)*one data(.|\n)*--data-root") as refused:
         names({}, {"ratio": 0.05}, {"hash": "2" * 9})

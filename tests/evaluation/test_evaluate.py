@@ -22,8 +22,8 @@ from utils.data.prepared import PreparedData
 from utils.device import Process
 from utils.engine import fit
 from utils.errors import UserError
-from utils.evaluation.evaluate import SLICES_DRAWN, case_drawing, evaluate_run
-from utils.evaluation.predict import Predictor, mean_dice, predict_scans, to_native
+from utils.evaluation.evaluate import SLICES_DRAWN, case_drawing, evaluate_run, to_native
+from utils.evaluation.predict import Predictor, mean_dice, predict_scans
 from utils.evaluation.runs import load_run, open_data, patients_to_evaluate
 from utils.run.checkpoint import read_metadata, save_networks
 

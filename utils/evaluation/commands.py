@@ -124,7 +124,7 @@ def evaluate_runs(load: Callable, dataset: DatasetInfo, flags: Inference) -> Non
     several = len(folders) > 1
     if several:  # before the first evaluation
         metadata = [read_run(folder, flags.checkpoint, dataset)[1] for folder in folders]
-        names = compare.name_rows(folders, metadata, flags.held_out.label, one_data=root is not None)
+        names = compare.name_rows(folders, metadata, flags.held_out.label, same_data=root is not None)
         facts = (sorted(map(str, folders)), flags.checkpoint, flags.tta, flags.keep_largest, root)
         tables_at = out or compare.comparison_folder(folders[0].parent, names, facts)
         OutputFolder(tables_at).require_free(*compare.COMPARISON_FILES)

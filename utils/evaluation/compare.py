@@ -16,9 +16,8 @@ from utils.data.dataset import DatasetInfo
 from utils.data.prepared import NO_DOMAIN
 from utils.errors import UserError
 from utils.evaluation.metrics import METRICS, holm, mean_std_interval
-from utils.evaluation.report import MARKS, count
 from utils.evaluation.runs import is_other, method_name
-from utils.evaluation.tables import Cell, Table, to_csv, to_latex, to_markdown
+from utils.evaluation.tables import MARKS, Cell, Table, count, to_csv, to_latex, to_markdown
 from utils.files import OutputFolder
 from utils.run.folder import DEFAULTS
 
@@ -30,7 +29,9 @@ SELECTION_NOTE = "Published checkpoints may be chosen on the held-out domain; ou
 Runs = dict[str, list[dict]]  # one method's summary.json in order of seeds, by held-out domain
 
 
-def name_rows(folders: Sequence[Path], metadata: Sequence[dict], labels: Sequence[str], *, one_data: bool) -> list[str]:
+def name_rows(
+    folders: Sequence[Path], metadata: Sequence[dict], labels: Sequence[str], *, same_data: bool
+) -> list[str]:
     """Return names of rows, by labels or methods and settings; UserError if runs do not fit."""
     settings = []
     for run in metadata:
@@ -45,7 +46,7 @@ def name_rows(folders: Sequence[Path], metadata: Sequence[dict], labels: Sequenc
         if values["test_domain"] == NO_DOMAIN:
             problems.append(f"{folder} held out no domain: it has no place in the table")
     for key, remedy in {"ratio": "", "data": "; --data-root names data for all"}.items():
-        if len({values[key] for values in settings}) > 1 and not (one_data and key == "data"):
+        if len({values[key] for values in settings}) > 1 and not (same_data and key == "data"):
             each = [f"{f}: {values[key]}" for f, values in zip(folders, settings, strict=True)]
             problems.append(f"one table takes one {key}, not {', '.join(each)}{remedy}")
     for same in places.values():

@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from utils.data.loaders import SliceDataset
 from utils.data.prepared import PreparedData, Split
 from utils.errors import UserError
-from utils.evaluation.metrics import paper_dice
-from utils.evaluation.predict import Predictor, ScanPrediction, mean_dice
+from utils.evaluation.metrics import SCORES
+from utils.evaluation.predict import Predictor, ScanPrediction, mean_dice, paper_dice
 from utils.method.augment import canvas_to_view, random_partner, repeatable_fourier_view
 from utils.method.losses import kl_variance
 
 BINS = 15
-SCORES = ("exp(−V)", "agreement", "softmax maximum")
 MONITORED = 64  # slices at most, as many of each source domain
 
 

@@ -14,13 +14,19 @@ from utils import plots
 from utils.data.dataset import DatasetInfo
 from utils.data.loaders import scan_loader
 from utils.data.prepared import PreparedData
-from utils.data.volume import Volume, write_volume
+from utils.data.volume import PlaneMap, Volume, read_volume, write_volume
 from utils.evaluation.confidence import Uncertainty
-from utils.evaluation.metrics import METRICS, agreement_limits, mean_std_interval
-from utils.evaluation.predict import ScanPrediction, mean_dice, predict_scans, to_native
-from utils.evaluation.report import cases_table, count, summary_tables, summary_text, write_report
+from utils.evaluation.metrics import (
+    METRICS,
+    agreement_limits,
+    largest_components,
+    mean_std_interval,
+    structure_metrics,
+)
+from utils.evaluation.predict import ScanPrediction, mean_dice, predict_scans
+from utils.evaluation.report import cases_table, summary_tables, summary_text, write_report
 from utils.evaluation.runs import TrainedRun, method_name, patients_to_evaluate
-from utils.evaluation.tables import Cell
+from utils.evaluation.tables import Cell, count
 from utils.files import OutputFolder, require_writable, write_json
 from utils.run.checkpoint import provenance
 from utils.run.folder import unfinished
@@ -115,6 +121,31 @@ def run_facts(run: TrainedRun) -> dict:
         "trained_by": {key: run.metadata[key] for key in ("git_commit", "versions", "content_hash")},
         "evaluated_by": provenance(),
     }
+
+
+def to_native(
+    scan: ScanPrediction, data: PreparedData, class_names: Sequence[str], *, keep_largest=False
+) -> tuple[np.ndarray, Volume, list[dict]]:
+    """Map a prediction to its scan's grid (bilinear softmax, argmax, largest components); score it.
+
+    Return labels (X, Y, Z) uint8, the truth's file, and by structure `structure_metrics`, volumes
+    (ml), and the truth's voxels, in all and outside the field of view.
+    """
+    truth, size = read_volume(data.truth_path(scan.patient, scan.phase), 3), scan.image.shape[-1]
+    pixel = pixel_mm(data.info["spacing_mm"], size)
+    plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, pixel)
+    softmax = scan.probability.float().cpu().numpy()  # its map of all slices would take gigabytes
+    labels = np.stack([plane.to_native(p).argmax(0).astype(np.uint8) for p in softmax], axis=-1)
+    labels = largest_components(labels) if keep_largest else labels
+    voxel_ml, rows = float(np.prod(truth.zooms)) / 1000, []
+    for label, name in enumerate(class_names[1:], start=1):
+        masks = labels == label, truth.array == label
+        predicted, voxels = map(np.count_nonzero, masks)
+        row = {"patient": scan.patient, "phase": scan.phase, "structure": name}
+        row |= structure_metrics(*masks, truth.zooms)
+        row |= {"voxels": voxels, "outside_field": np.count_nonzero(masks[1][~plane.inside()])}
+        rows.append(row | {"predicted_ml": predicted * voxel_ml, "truth_ml": voxels * voxel_ml})
+    return labels, truth, rows
 
 
 def volumetric_figures(cases: Sequence[dict], structure: str) -> dict:

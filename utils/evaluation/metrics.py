@@ -9,18 +9,7 @@ from scipy import ndimage
 from skimage import measure
 
 METRICS = {"dice": "Dice (%)", "hd95": "HD95 (mm)", "assd": "ASSD (mm)"}  # by keys in files
-
-
-def paper_dice(probability: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the paper's Dice of slices, (B,) in [0, 1]: structures pooled, softmax above 0.5.
-
-    `probability` is (B, K, H, W), class 0 the background; `labels` (B, H, W). Two empty ones give 1.
-    """
-    predicted = probability[:, 1:] > 0.5
-    classes = torch.arange(1, probability.shape[1], device=labels.device)[:, None, None]
-    truth = labels[:, None] == classes
-    dims = (1, 2, 3)
-    return (2 * (predicted & truth).sum(dims) + 1e-4) / (predicted.sum(dims) + truth.sum(dims) + 1e-4)
+SCORES = ("exp(−V)", "agreement", "softmax maximum")
 
 
 def structure_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> dict[str, float]:

@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from config import FIELD_PX, Config, pixel_mm
+from config import FIELD_PX, Config
 from utils.data.prepared import PreparedData
-from utils.data.volume import PlaneMap, Volume, read_volume
-from utils.evaluation.metrics import largest_components, paper_dice, structure_metrics
 from utils.method.augment import canvas_to_view, match_histogram, repeatable_fourier_view
 from utils.method.losses import kl_variance
 
@@ -104,34 +102,21 @@ def predict_scans(
         yield ScanPrediction(patient, phase, rows, view[:, 0], truth=truth, slice_dice=dice, **maps)
 
 
+def paper_dice(probability: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the paper's Dice of slices, (B,) in [0, 1]: structures pooled, softmax above 0.5.
+
+    `probability` is (B, K, H, W), class 0 the background; `labels` (B, H, W). Two empty ones give 1.
+    """
+    predicted = probability[:, 1:] > 0.5
+    classes = torch.arange(1, probability.shape[1], device=labels.device)[:, None, None]
+    truth = labels[:, None] == classes
+    dims = (1, 2, 3)
+    return (2 * (predicted & truth).sum(dims) + 1e-4) / (predicted.sum(dims) + truth.sum(dims) + 1e-4)
+
+
 def mean_dice(scans: Iterable[tuple[str, str, Sequence[float]]]) -> dict[str, float]:
     """Return patients' means (percent) over their slices, of (patient, phase, values in [0, 1])."""
     slices: dict[str, list[float]] = defaultdict(list)
     for patient, _, dice in scans:
         slices[patient] += dice
     return {patient: 100 * float(np.mean(dice)) for patient, dice in slices.items()}
-
-
-def to_native(
-    scan: ScanPrediction, data: PreparedData, class_names: Sequence[str], *, keep_largest=False
-) -> tuple[np.ndarray, Volume, list[dict]]:
-    """Map a prediction to its scan's grid (bilinear softmax, argmax, largest components); score it.
-
-    Return labels (X, Y, Z) uint8, the truth's file, and by structure `structure_metrics`, volumes
-    (ml), and the truth's voxels, in all and outside the field of view.
-    """
-    truth, size = read_volume(data.truth_path(scan.patient, scan.phase), 3), scan.image.shape[-1]
-    pixel = pixel_mm(data.info["spacing_mm"], size)
-    plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, pixel)
-    softmax = scan.probability.float().cpu().numpy()  # its map of all slices would take gigabytes
-    labels = np.stack([plane.to_native(p).argmax(0).astype(np.uint8) for p in softmax], axis=-1)
-    labels = largest_components(labels) if keep_largest else labels
-    voxel_ml, rows = float(np.prod(truth.zooms)) / 1000, []
-    for label, name in enumerate(class_names[1:], start=1):
-        masks = labels == label, truth.array == label
-        predicted, voxels = map(np.count_nonzero, masks)
-        row = {"patient": scan.patient, "phase": scan.phase, "structure": name}
-        row |= structure_metrics(*masks, truth.zooms)
-        row |= {"voxels": voxels, "outside_field": np.count_nonzero(masks[1][~plane.inside()])}
-        rows.append(row | {"predicted_ml": predicted * voxel_ml, "truth_ml": voxels * voxel_ml})
-    return labels, truth, rows

@@ -8,11 +8,9 @@ from pathlib import Path
 import jinja2
 
 from config import FIELD_PX
-from utils.evaluation.confidence import SCORES
-from utils.evaluation.metrics import METRICS
-from utils.evaluation.tables import Cell, Table, to_markdown
+from utils.evaluation.metrics import METRICS, SCORES
+from utils.evaluation.tables import MARKS, Cell, Table, count, to_markdown
 
-MARKS = {"phantom": "phantom data", "tta": "test-time augmentation", "keep_largest": "largest components"}
 PHANTOM_WARNING = "Phantom data: these numbers say nothing about real scans."
 PAPER_NOTE = (
     "Mean ± SD over patients [95 % bootstrap interval]; structures pooled per slice, "
@@ -55,11 +53,6 @@ def _setting(summary: dict) -> str:
         labels_text=f" Labels in the masks: {', '.join(summary['labels'])}." if summary["labels"] else "",
         warnings_text="".join(f" Warning: {text}." for text in summary["warnings"]),
     )  # fmt: skip
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number with its noun: "1 scan", "2 scans"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def summary_tables(summary: dict) -> list[Table]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+MARKS = {"phantom": "phantom data", "tta": "test-time augmentation", "keep_largest": "largest components"}
 LATEX = str.maketrans(
     {char: rf"\{char}" for char in "%_&#${}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
     | {"^": r"\textasciicircum{}", "|": r"\textbar{}", "<": "$<$", ">": "$>$"}
@@ -74,3 +75,8 @@ def to_latex(tables: Sequence[Table]) -> str:
             *(rf"{row} \\" for row in rows), r"\bottomrule", r"\end{tabular}}", r"\end{table}", "",
         ]  # fmt: skip
     return "\n".join(lines)
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 scan", "2 scans"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
