@@ -93,9 +93,8 @@ def test_worker_that_stalls_or_dies_ends_in_a_clear_error(tmp_path, kind):
         "    for item in loaders.batch_loader(Numbers(before), range(50), 2):\n"
         "        print(int(item[1]))\n"
     )
-    done = subprocess.run(
-        [sys.executable, tmp_path / "train.py"], capture_output=True, text=True, timeout=40, env=ENVIRONMENT
-    )
+    command = [sys.executable, tmp_path / "train.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=40, env=ENVIRONMENT)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: a process that reads the data stalled or died (DataLoader" in done.stderr
     assert "use --workers 0" in done.stderr and wait_until_gone(set(map(int, done.stdout.split())), 10)

@@ -1,9 +1,10 @@
-"""The open cord data: a small tree in their layout, served as a zip file on the loopback address."""
+"""The open cord data: a small tree in their layout, as a folder and as the zip file to download."""
 
-import http.server
 import io
 import threading
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import nibabel as nib
 import numpy as np
@@ -54,20 +55,11 @@ def zipped(folder):
 @pytest.fixture
 def served(tmp_path, monkeypatch):
     """The folder of an HTTP server, whose data.zip is what the command downloads."""
-    folder = tmp_path / "served"
-    folder.mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *arguments):
-            super().__init__(*arguments, directory=folder)
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(open_data, "URL", f"http://127.0.0.1:{server.server_port}/data.zip")
-        yield folder
+        yield tmp_path
         server.shutdown()
 
 
@@ -96,14 +88,15 @@ def test_sessions_become_subjects_around_their_cord(tmp_path):
 
 
 def test_download_leaves_the_data_or_names_the_way_out_and_leaves_nothing(tmp_path, served):
+    archive = served / "data.zip"
     whole, raw = zipped(write_bids(tmp_path / "bids")), tmp_path / "folder" / "raw"
     for content in (None, b"<html>too many requests</html>", whole[:-1000]):
         if content:
-            (served / "data.zip").write_bytes(content)
+            archive.write_bytes(content)
         with pytest.raises(UserError, match=r"data\.zip cannot be fetched and unpacked .*--from"):
             write_open_data(raw)
         assert not list(raw.parent.iterdir())
-    (served / "data.zip").write_bytes(whole)
+    archive.write_bytes(whole)
     write_open_data(raw)
     assert len(list((raw / "train").glob("*image.nii.gz"))) == 3
     assert [path.name for path in raw.parent.iterdir()] == ["raw"]  # neither the archive nor "outside"

@@ -88,8 +88,8 @@ LAYOUTS = {  # files; --input and --truth; what they are paired to
         [f"{p}/ED{f}" for p in ("p1", "p2") for f in ("", "_label")], "", "",
         [("p1 ED", "p1/ED", "p1/ED_label"), ("p2 ED", "p2/ED", "p2/ED_label")]),
     "mirrored trees": (
-        [f"{k}/{p}/sa/ED" for p in ("p1", "p2") for k in ("i", "m")], "i", "m",
-        [("p1_sa ED", "sa/ED", "sa/ED"), ("p2_sa ED", "sa/ED", "sa/ED")]),
+        [f"{k}/{p}" for p in ("p1/sa/ED", "p2/sa/ED", "p2/sa/ES") for k in ("i", "m")], "i", "m",
+        [(f"{p}_sa {phase}", f"sa/{phase}", f"sa/{phase}") for p, phase in (("p1", "ED"), ("p2", "ED"), ("p2", "ES"))]),
     "BIDS": (
         ["sub-1/anat/sub-1_T2w", "d/sub-1/anat/sub-1_T2w_seg-manual", "d/sub-1/anat/sub-1_T2w_gmseg-manual"], "", "d",
         [("sub-1_T2w scan", "anat/sub-1_T2w", "anat/sub-1_T2w_gmseg-manual")]),
@@ -269,10 +269,9 @@ def test_public_acdc_layout_gives_the_figures_of_prepare_to_the_last_digit(
         phases = "".join(f"{phase}: {frame + 1}\n" for phase, frame in case.phases.items())
         (folder / "Info.cfg").write_text(f"{phases}Group: NOR\nNbFrame: 30\n")
     settings = vars(replace(MMS_CONFIG, data_root=str(mms_root), image_size=32))
-    content = PreparedData.open(mms_root, MMS).info
-    metadata = run_metadata(MMS, settings, None, content, selection="none", step=1, cps_weight=3.0, seen={})
+    info = PreparedData.open(mms_root, MMS).info
+    metadata = run_metadata(MMS, settings, None, info, selection="none", step=1, cps_weight=3.0, seen={})
     torch.manual_seed(0)
-    (tmp_path / "run").mkdir()
     save_networks(tmp_path / "run" / "best.safetensors", [TinyNetwork(4), TinyNetwork(4)], metadata)
 
     def inference(*arguments):

@@ -122,7 +122,8 @@ def _pair(inputs: Sequence[Path], truths: Sequence[Path], dataset: DatasetInfo) 
             images[key].append(path)
     # One evaluation takes one kind of mask, grey matter first: another may show another structure.
     kinds = {name.kind for name in masks.values() if name[:2] in images}
-    kind, masks_of, errors = min(kinds, key=lambda kind: ("gm" not in kind, kind), default=""), defaultdict(list), []
+    kind = min(kinds, key=lambda kind: ("gm" not in kind, kind), default="")
+    masks_of, errors = defaultdict(list), []
     for mask, name in masks.items():
         # Of images that share a name its own lies in the most similar folder, from the innermost.
         same = images.get(name[:2], [])
@@ -136,16 +137,17 @@ def _pair(inputs: Sequence[Path], truths: Sequence[Path], dataset: DatasetInfo) 
             errors.append(f"{mask}: a mask without its image" + "".join(f", or that of {path}" for path in nearest))
     cases, domain = [], _plain(inputs[0].resolve().name)
     scans = [(*key, path) for key, paths in images.items() for path in paths]
+    shared = {patient for (patient, _), paths in images.items() if len(paths) > 1}  # their folders tell them apart
     top = os.path.commonpath([path.absolute().parent for *_, path in scans] or [""])
     for patient, phase, path in scans:
         several = masks_of[path]
         if not several:
-            errors.append(f"{path}: no mask of that name and of kind {kind!r}: leave it out, or name it in a table")
+            of_kind = f" and of kind {kind!r}" if kind else ""
+            errors.append(f"{path}: no mask of that name{of_kind}: leave it out, or name it in a table")
         elif len(several) > 1 and not (dataset.consensus and all(masks[mask].rater for mask in several)):
             errors.append(f"{path}: several masks, name one in a table: {', '.join(map(str, several))}")
         else:
-            shared = len(images[patient, phase]) > 1  # its folder tells the patient
-            folder = "_".join(path.absolute().parent.relative_to(top).parts) if shared else ""
+            folder = "_".join(path.absolute().parent.relative_to(top).parts) if patient in shared else ""
             phases = {phase: 0} if phase else {}
             cases.append(Case(_plain(folder) or patient, domain, domain, path, tuple(several), phases, own=True))
     return RawDataset(cases, errors, warnings)
