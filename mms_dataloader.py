@@ -64,8 +64,7 @@ def find_cases(raw: Path) -> RawDataset:
                 cases.append(Case(code, row.vendor, row.group, image, masks, row.phases if masks else {}))
             errors += [*filter(None, problems.values()), *row.problems]
             if code in table and labeled and not row.phases:
-                need = "needs ED and ES in the info table, two different frame numbers from 0"
-                errors.append(f"patient {code!r} has masks and {need}")
+                errors.append(f"patient {code!r} has masks and needs ED and ES in the info table, two frames from 0")
     if missing := sorted({*table} - {*folders_of}):
         warnings.append(f"{len(missing)} patients of the info table are not on disk: {', '.join(missing[:10])}")
     return RawDataset(cases, errors, warnings)

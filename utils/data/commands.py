@@ -50,18 +50,17 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
         """
         prepare_dataset(raw, out, with_unlabeled(unlabeled, dataset), workers=workers)
 
-    def preview(data: Path, out: Path = Path("preview.png"), images: int = 4, seed: int = 0) -> None:
-        """Draw the plain, Fourier and CutMix views of images, not turned, moved or blurred.
+    def preview(data: Path, out: Path = Path("preview.png"), seed: int = 0) -> None:
+        """Draw the plain, Fourier and CutMix views of four images, not turned, moved or blurred.
 
         Args:
             data: folder of the prepared data.
             out: PNG file to write.
-            images: number of images, at least 2, from as many domains as there are.
             seed: seed of the choice of images and of the views, from 0.
         """
-        if images < 2 or out.suffix != ".png":
-            raise UserError(f"--images {images} --out {out}: expected at least 2, and a .png file")
-        draw_preview(data, OutputFolder(out.parent).claim(out.name), dataset, replace(cfg, seed=seed), count=images)
+        if out.suffix != ".png":
+            raise UserError(f"--out {out}: expected a .png file")
+        draw_preview(data, OutputFolder(out.parent).claim(out.name), dataset, replace(cfg, seed=seed))
         print(out)
 
     with clear_errors():
@@ -69,7 +68,7 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
         tyro.extras.subcommand_cli_from_dict(commands | dataset.more_commands)
 
 
-def draw_preview(root: Path, out: Path, dataset: DatasetInfo, cfg: Config, *, count: int) -> None:
+def draw_preview(root: Path, out: Path, dataset: DatasetInfo, cfg: Config, count: int = 4) -> None:
     """Draw `count` labelled slices of the data in `root`, of all domains, as the PNG file `out`."""
     data, rng = PreparedData.open(root, dataset), np.random.default_rng(cfg.seed)
     masks, domain = data.index["mask"], data.index["domain"]

@@ -20,7 +20,7 @@ SESSIONS = {
     "3": ("sub-10062Ses1", "sub-10062Ses2", "sub-9709Ses1", "sub-9709Ses2"),  # Siemens, 1.5 and 3 T
     "4": ("sub-9605", "sub-9611Ses1", "sub-9611Ses2", "sub-9611Ses3", "sub-20210728"),  # 7 T
 }
-SIDE_MM = 80  # of the cut images; the network sees 50 mm
+SIDE_MM = 80  # of the cut images
 OFFSET_MM = 5  # the cord lies up to so far from the centre, as in the challenge's images
 SOURCE = f"""Spinal cord grey matter imaging challenge 2018, acquisition data, CC0 1.0, from {URL}
 A session is a subject; run 1 lies in train, where it has masks, run 2 in test. Cut around the cord.

@@ -25,7 +25,7 @@ AGAIN = "; copy or download it again"
 class Volume(NamedTuple):
     """One NIfTI file in memory."""
 
-    array: np.ndarray  # (X, Y, Z) or (X, Y, Z, T), scaled by the header's slope
+    array: np.ndarray  # (X, Y, Z) or (X, Y, Z, T), scaled as the header says
     header: nib.Nifti1Header
     affine: np.ndarray  # (4, 4) voxel to mm
     zooms: tuple[float, ...]  # mm per voxel, three values
@@ -123,24 +123,20 @@ def implausible(volume: Volume, *, any_thickness: bool = False) -> list[str]:
 
 
 def whole_numbers(mask: Volume) -> Volume:
-    """Return a mask with rounded values: the header's scale can leave 0.9999999998 where a 1 was.
-
-    Raises UserError, which names no file, for a value over 1e-3 away from a whole number.
-    """
+    """Return a mask with values rounded by up to 1e-3; beyond, a UserError that names no file."""
     if mask.array.dtype.kind != "f":
         return mask
     rounded = np.rint(mask.array)
     if (far := np.abs(mask.array - rounded) > 1e-3).any():
-        value = f"the value {mask.array[far][0]:g} is no label"
-        raise UserError(f"{value}: resample by nearest neighbour, save with an integer type")
+        raise UserError(f"the value {mask.array[far][0]:g} is no label: resample by nearest neighbour")
     return mask._replace(array=rounded)
 
 
 def mask_in_grid(mask: Volume, image: Volume) -> Volume:
     """Return a mask in the voxel grid of its image, turned as the affines say, with a `warning`.
 
-    A lost affine (identity or none) says nothing: such a mask is taken as it is stored.
-    Raises UserError, which names no file, for another shape or affines over half a voxel apart.
+    Where an affine is lost (identity or none), a mask is taken as it is stored. Raises UserError,
+    which names no file, for another shape or affines over half a voxel apart.
     """
     array, warnings, shift, volumes = mask.array, [mask.warning], np.zeros((3, 8)), (mask, image)
     codes = " against ".join("".join(map(str, nib.aff2axcodes(volume.affine))) for volume in volumes)
