@@ -118,14 +118,15 @@ def test_a_folder_that_was_never_a_run_keeps_its_content(mms_config, build_tiny,
     assert (folder / "samples/epoch_001.png").stat().st_size > 1000
 
 
-def test_preview_overwrites_no_other_picture(mms_root, tmp_path, monkeypatch, capsys):
+def test_preview_overwrites_nothing_and_leaves_nothing_but_the_picture(mms_root, tmp_path, monkeypatch, capsys):
     (tmp_path / "photo.png").write_bytes(b"holiday")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["x", "preview", "--data", str(mms_root), "--out", "photo.png"])
-    with pytest.raises(SystemExit, match=r"photo\.png is there"):
-        commands.run_data_command(MMS, config.MMS)
+    for name in ("photo.png", "preview.pdf"):
+        monkeypatch.setattr("sys.argv", ["x", "preview", "--data", str(mms_root), "--out", name])
+        with pytest.raises(SystemExit, match=f"{name}: expected the name of a .png file that is not there yet"):
+            commands.run_data_command(MMS, config.MMS)
     assert (tmp_path / "photo.png").read_bytes() == b"holiday"
-    for seed in ("0", "1"):  # its own picture it does
-        monkeypatch.setattr("sys.argv", ["x", "preview", "--data", str(mms_root), "--out", "p.png", "--seed", seed])
-        commands.run_data_command(MMS, config.MMS)
+    monkeypatch.setattr("sys.argv", ["x", "preview", "--data", str(mms_root), "--out", "p.png"])
+    commands.run_data_command(MMS, config.MMS)
     assert np.frombuffer((tmp_path / "p.png").read_bytes()[:4], "S4")[0][1:] == b"PNG"
+    assert not list(tmp_path.glob(".*"))

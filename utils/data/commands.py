@@ -19,7 +19,6 @@ from utils.data.prepared import PreparedData
 from utils.data.user_scans import with_unlabeled
 from utils.data.volume import read_volume
 from utils.errors import UserError, clear_errors
-from utils.files import OutputFolder
 from utils.method.augment import Augmentation, canvas_to_view, cutmix_mask
 from utils.plots import edge_letters, plot_preview, radiological
 
@@ -58,9 +57,9 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
             out: PNG file to write.
             seed: seed of the choice of images and of the views, from 0.
         """
-        if out.suffix != ".png":
-            raise UserError(f"--out {out}: expected a .png file")
-        draw_preview(data, OutputFolder(out.parent).claim(out.name), dataset, replace(cfg, seed=seed))
+        if out.suffix != ".png" or out.exists():
+            raise UserError(f"--out {out}: expected the name of a .png file that is not there yet")
+        draw_preview(data, out, dataset, replace(cfg, seed=seed))
         print(out)
 
     with clear_errors():
