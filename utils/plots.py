@@ -156,8 +156,8 @@ def _contour(ax, mask, colour, path_effects=None) -> None:
 
 def _orient(ax, letters, spacing) -> None:
     style = {"color": "white", "path_effects": CASING, "transform": ax.transAxes}
-    for x, y, letter in zip((0.05, 0.95, 0.5, 0.5), (0.5, 0.5, 0.94, 0.05), letters, strict=False):
-        ax.text(x, y, letter, ha="center", va="center", fontsize=8, **style)
+    for x, y, letter in zip((0.06, 0.93, 0.5, 0.5), (0.5, 0.5, 0.93, 0.07), letters, strict=False):
+        ax.text(x, y, letter, ha="center", va="center", fontsize=8, weight="bold", **style)
     width = np.ptp(ax.get_xlim()) * spacing
     length = max(mm for mm in (1, 2, 5, 10, 20, 50, 100) if mm <= max(width / 3, 1))
     ax.plot([0.05, 0.05 + length / width], [0.05, 0.05], linewidth=1.5, **style)
