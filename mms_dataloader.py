@@ -132,11 +132,14 @@ def labeled_count(patients: int, ratio: float) -> int:
 
 
 def cardiac_metrics(volumes: dict[tuple[str, str], float]) -> dict[str, tuple[float, str]]:
-    """Return clinical quantities, (value, unit) by name, of a heart's ml by (phase, structure)."""
+    """Return clinical quantities, (value, unit) by name, of a heart's ml by (phase, structure).
+
+    A ventricle that is empty in a phase was not found there: its ejection fraction is NaN.
+    """
     quantities = {}
     for name in ("LV", "RV"):
         full, least = volumes["ED", name], volumes["ES", name]
-        ejected = 100 * (1 - least / full) if full else math.nan
+        ejected = 100 * (1 - least / full) if full and least else math.nan
         quantities |= {f"{name} EDV": (full, "ml"), f"{name} ESV": (least, "ml"), f"{name} EF": (ejected, "%")}
     return quantities | {"MYO mass": (1.05 * volumes["ED", "MYO"], "g")}  # 1.05 g/ml
 

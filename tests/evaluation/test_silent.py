@@ -125,3 +125,10 @@ def test_names_with_signs_of_mathematics(infer):
 def test_run_names_what_is_there(infer):
     said = infer(folder=infer.folder.parent)
     assert f"{infer.folder.parent} is no run but holds runs: run" in said
+
+
+@pytest.mark.parametrize(("full", "least", "fraction"), [(100, 40, 60), (100, 0, np.nan), (0, 0, np.nan)])
+def test_a_ventricle_that_is_not_found_has_no_ejection_fraction(full, least, fraction):
+    ml = {(phase, name): 1.0 for phase in ("ED", "ES") for name in ("LV", "MYO", "RV")}
+    quantities = mms_dataloader.cardiac_metrics(ml | {("ED", "RV"): full, ("ES", "RV"): least})
+    np.testing.assert_allclose(quantities["RV EF"][0], fraction)
