@@ -19,15 +19,16 @@ CANVAS_PX = 300  # the prepared images: a margin of 6 px around the field of vie
 
 
 # What the settings can be; `Config` has the rules that are not so simple.
-RANGES = {"image_size": (32, FIELD_PX), "max_shift": (0, (CANVAS_PX - FIELD_PX) // 2), "rotation": (0, 360),
-          "fourier_ratio": (0, 1), "fourier_alpha": (0, 1)}  # fmt: skip
+RANGES = {"image_size": (32, FIELD_PX), "field": (96, FIELD_PX), "max_shift": (0, (CANVAS_PX - FIELD_PX) // 2),
+          "rotation": (0, 360), "fourier_ratio": (0, 1), "fourier_alpha": (0, 1)}  # fmt: skip
 LEAST = dict.fromkeys(("seed", "val_patients", "save_every", "keep_epochs", "workers", "cps_weight", "cps_warmup",
-                       "cps_ramp", "weight_decay"), 0) | {"num_epoch": 1, "accumulate": 1, "batch_size": 2}  # fmt: skip
+                       "cps_ramp", "weight_decay", "lr_power"), 0)  # fmt: skip
+LEAST |= {"num_epoch": 1, "accumulate": 1, "batch_size": 2}
 
 
-def pixel_mm(spacing: float, size: int) -> float:
-    """Return the mm per px at an image size, where the canvas has `spacing` mm per px."""
-    return spacing * FIELD_PX / size
+def pixel_mm(spacing: float, size: int, field: int = FIELD_PX) -> float:
+    """Return the mm per px where `field` px of the canvas, of `spacing` mm, are shown on `size` px."""
+    return spacing * field / size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +39,11 @@ class DataSettings:
     # Domain to hold out, which training never sees; "none" trains on all, for use on other data.
     test_domain: Annotated[str, tyro.conf.arg(aliases=["--test-vendor"])]
     ratio: float  # Share of labelled patients, in (0, 1]; 1 is the upper bound.
+    labeled_patients: str | None = None  # File of the labelled patients, a code per line; no --ratio.
     val_patients: int = 0  # Labelled patients per source domain that only select weights.
     use_extra_unlabeled: bool = False  # Train on source scans without masks, too.
     image_size: int = FIELD_PX  # Image size in px, 32 to 288; the field of view stays.
+    field: int = FIELD_PX  # Width of the central field of view, in px of the prepared images, 96 to 288.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +81,9 @@ class MethodSettings:
 class OptimisationSettings:
     """How the weights are updated, and for how long."""
 
-    # Learning rate of AdamW, above 0; it stays constant.
+    # Learning rate of AdamW in the first step, above 0.
     lr: Annotated[float, tyro.conf.arg(aliases=["--learning-rate"])] = 1e-4
+    lr_power: float = 0  # The rate falls as (1 - step / steps) to this power; 0 keeps it.
     weight_decay: float = 0.01  # Weight decay of AdamW, at least 0.
     num_epoch: int = 50  # Epochs; one shows every unlabelled image once.
     batch_size: int = 32  # Labelled images per batch and process, at least 2.
@@ -131,6 +135,7 @@ class Config(*reversed(GROUPS)):
             ),
             "--max-steps must be at least 1": self.max_steps is None or self.max_steps >= 1,
             "--lr must be positive": 0 < self.lr < math.inf,
+            "--field must be even": self.field % 2 == 0,
             "--run-name must name a folder of its own": self.run_name.strip("./ ") != "",
         }
         for field in fields(self):

@@ -96,7 +96,7 @@ def test_run_folder_says_what_a_trained_one_does(save, build_tiny, mms_config, m
     trainer = Trainer(mms_config, build_loaders(mms_config, mms_dataloader.DATASET), build_tiny, Process(CPU))
     metadata, trained = read_metadata(run / "best.safetensors"), trainer.metadata()
     assert metadata.keys() == trained.keys() and metadata["seen"] == {}
-    for key in metadata.keys() - {"config", "selection", "step", "cps_weight", "seen"}:
+    for key in metadata.keys() - {"config", "selection", "step", "cps_weight", "seen", "labeled"}:
         assert metadata[key] == trained[key], key
     assert len(metadata["reference"]) == 256 and "released weights" in metadata["selection"]
     assert metadata["config"] == asdict(cfg) | {"run_name": "released", "out_root": str(tmp_path / "runs")}

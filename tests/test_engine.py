@@ -106,7 +106,7 @@ def test_same_seed_same_weights_other_seed_others(mms_config, build_tiny):
         "config.json",
         "curves.png",
         "last.pt",
-        "lock",
+        ".lock",
         "log.jsonl",
         "samples",
         "split.json",

@@ -55,6 +55,18 @@ def test_a_run_begins_with_the_networks_of_another(mms_config, build_tiny, scgm_
     assert sorted(split["labeled"]) == split["unlabeled"]  # ratio 1: all that there are
 
 
+def test_labelled_patients_by_name_train_the_same_networks(mms_config, build_tiny, tmp_path):
+    first, codes = train(mms_config, build_tiny, max_steps=2), tmp_path / "codes.txt"
+    codes.write_text("\n".join(json.loads((first / "split.json").read_text())["labeled"]))
+    named = replace(mms_config, labeled_patients=str(codes), run_name="named")
+    states = [load_checkpoint(run) for run in (first, train(named, build_tiny, max_steps=2))]
+    for one, other in zip(*(state["networks"] for state in states), strict=True):
+        assert one.keys() == other.keys() and all((one[key] == other[key]).all() for key in one)
+    codes.write_text(codes.read_text().splitlines()[0])
+    with pytest.raises(UserError, match=r"codes\.txt: this run began with other patients"):
+        train(named, build_tiny, max_steps=3)
+
+
 def test_networks_that_do_not_fit_are_refused(mms_config, scgm_config, build_tiny):
     first = train(mms_config, build_tiny, max_steps=1)
     with pytest.raises(UserError, match=r"learnt from \d+ of the patients to hold out.*same domain"):

@@ -124,7 +124,7 @@ def convert_released(
     config = asdict(cfg) | {"run_name": out.name, "out_root": str(out.parent)}
     reference = torch.from_numpy(loaders.reference).mean(0) if cfg.histogram_matching else None
     selection = "the method's released weights, converted: neither trained nor selected here"
-    origin = {"selection": selection, "step": "unknown", "cps_weight": cfg.cps_weight, "seen": {}}
+    origin = {"selection": selection, "step": "unknown", "cps_weight": cfg.cps_weight, "seen": {}, "labeled": {}}
     metadata = run_metadata(info, config, reference, loaders.data.info if loaders else {}, **origin)
     outputs = OutputFolder(out)
     save_networks(outputs.claim("best.safetensors"), nets, metadata)

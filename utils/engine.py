@@ -17,7 +17,7 @@ from utils.errors import UserError
 from utils.evaluation.confidence import hidden_rows, monitor_pseudo_labels
 from utils.plots import plot_curves
 from utils.run.checkpoint import load_checkpoint, read_metadata
-from utils.run.folder import begin_run, hold_run
+from utils.run.folder import begin_run, hold_run, unfinished
 from utils.run.logger import Logger, NullLogger
 from utils.trainer import MAX_BAD_STEPS, BuildNetwork, State, Trainer
 
@@ -35,7 +35,7 @@ def fit(cfg: Config, loaders: Loaders, build_network: BuildNetwork, process: Pro
         UserError: the run was begun with other settings or data, is in use, or cannot be written.
         SystemExit: EXIT_INTERRUPTED, after a signal, with the state saved.
     """
-    total = min(cfg.num_epoch * loaders.steps_per_epoch, cfg.max_steps or sys.maxsize)
+    total = loaders.total_steps
     with ExitStack() as stack:
         state = stack.enter_context(opened(cfg, process))
         if state and state["step"] >= total:
@@ -60,7 +60,8 @@ def fit(cfg: Config, loaders: Loaders, build_network: BuildNetwork, process: Pro
             if epoch_ends:
                 draw_epoch(trainer, logger)
             if stop and (trainer.step < total or not last):
-                logger.say(f"stopped by a signal at step {trainer.step}, saved; the same command goes on from there")
+                command = "the same command" + " without --restart" * cfg.restart
+                logger.say(f"stopped by a signal at step {trainer.step}, saved; {command} goes on from there")
                 sys.exit(EXIT_INTERRUPTED)
         logger.finish(f"{cfg.folder}: {trainer.step} steps, best Dice on {trainer.validated} {trainer.best:.2f} %")
 
@@ -72,7 +73,10 @@ def opened(cfg: Config, process: Process) -> Iterator[State | None]:
         with main_first(process):
             if process.is_main:
                 stack.enter_context(hold_run(cfg, process.world_size))
-        yield None if cfg.restart else load_checkpoint(cfg.folder)
+        state = None if cfg.restart else load_checkpoint(cfg.folder)
+        if state is None and not cfg.restart and (cfg.folder / "log.jsonl").exists() and not unfinished(cfg.folder):
+            raise UserError(f"{cfg.folder}: a finished run without last.pt: use another --run-name, or --restart")
+        yield state
 
 
 @contextmanager
@@ -102,9 +106,8 @@ def begun(trainer: Trainer, total: int) -> Iterator[Logger | NullLogger]:
 
 def beginning(trainer: Trainer, total: int) -> Iterator[str]:
     """Say at the start of a run who is labelled, and what the steps read from when on."""
-    cfg, split, index = trainer.cfg, trainer.loaders.split, trainer.loaders.data.index
-    domain_of = dict(zip(index["patient"].tolist(), index["domain"].tolist(), strict=True))
-    domains = sorted(Counter(domain_of[patient] for patient in split.labeled).items())
+    cfg, split = trainer.cfg, trainer.loaders.split
+    domains = sorted(Counter(trainer.labeled.values()).items())
     source = {*split.labeled, *split.unlabeled, *split.validation}
     images = cfg.batch_size * cfg.accumulate * trainer.process.world_size
     first = trainer.first_cps_step(total)
@@ -133,8 +136,8 @@ def end_epoch(trainer: Trainer, logger: Logger | NullLogger) -> None:
     means, skipped = trainer.mean_scalars(trainer.epoch_sums), int(trainer.bad_steps["in_epoch"])
     seconds = round(time.monotonic() - trainer.epoch_began, 1)
     dice = trainer.validate()
-    line = {"epoch": trainer.epoch, "step": trainer.step, **means, "lr": trainer.cfg.lr, "val_dice": dice,
-            "skipped_steps": skipped, "seconds": seconds}  # fmt: skip
+    line = {"epoch": trainer.epoch, "step": trainer.step, **means, "lr": trainer.learning_rate(trainer.step - 1),
+            "val_dice": dice, "skipped_steps": skipped, "seconds": seconds}  # fmt: skip
     if trainer.cfg.monitor_pseudo_labels:
         with trainer.evaluating() as predictor:
             line["pseudo_labels"] = monitor_pseudo_labels(predictor, trainer.loaders.data, trainer.loaders.split)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from utils.errors import UserError, first_line, naming
 
 NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
-LOCK = "lock"  # file in a folder that a process works in
+LOCK = ".lock"  # file in a folder that a process works in
 RECORD = ".semidg-files"  # the files that this program made in a folder, a relative path a line
 
 
@@ -62,7 +62,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
     A POSIX record lock: it goes with the process that took it, however that dies, and forked workers do not inherit it.
     """
-    require_writable(folder, "name")
+    require_writable(folder, "name or --output")
     with open(folder / LOCK, "a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

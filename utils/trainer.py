@@ -61,10 +61,14 @@ class Trainer:
                 net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
             self.nets.append(net.to(self.device, memory_format=torch.channels_last).train())
         split = loaders.split
+        pairs = zip(*(loaders.data.index[name].tolist() for name in ("patient", "domain")), strict=True)
+        self.labeled = {patient: domain for patient, domain in pairs if patient in split.labeled}
         # Patients whose images the networks learn or have learnt from, by checksum of a frame.
         self.seen = loaders.data.checksums([*split.labeled, *split.unlabeled, *split.validation])
+        held_out = loaders.data.checksums(split.held_out)
+        if known := sorted({f"{held_out[key]} is {self.seen[key]}" for key in held_out.keys() & self.seen.keys()}):
+            raise UserError(f"{loaders.data.root}: held-out scans are training scans, too: {', '.join(known[:5])}")
         if cfg.init_from and not state:
-            held_out = loaders.data.checksums(split.held_out)
             self.seen |= load_initial(Path(cfg.init_from), self.nets, loaders.dataset, held_out)
         torch.backends.cudnn.benchmark = self.device.type == "cuda"  # shapes repeat from step to step
         # A training step calls these; evaluation calls the networks themselves.
@@ -112,6 +116,10 @@ class Trainer:
             return 0.0
         ramp = (epoch - self.cfg.cps_warmup) / self.cfg.cps_ramp if self.cfg.cps_ramp else 1.0
         return self.cfg.cps_weight * min(ramp, 1.0)
+
+    def learning_rate(self, step: int) -> float:
+        """Return the rate of a step, counted from 0."""
+        return self.cfg.lr * (1 - step / self.loaders.total_steps) ** self.cfg.lr_power
 
     def labeled_views(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Augment a labelled batch: image (B, 1, size, size) float32, mask (B, size, size) int64."""
@@ -175,6 +183,7 @@ class Trainer:
         loss, self.stop_asked = loss.clone(), torch.full_like(loss, stop)
         average([*gradients, *self.statistics, loss, self.stop_asked])
         finite = torch.isfinite(loss + torch.nn.utils.get_total_norm(gradients))
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate(self.step)
         self.optimizer.found_inf = (~finite).float()  # the fused step changes nothing where it is 1
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -249,6 +258,9 @@ class Trainer:
         if state["metadata"]["content_hash"] != self.loaders.data.info["content_hash"]:
             raise UserError(f"{self.loaders.data.root} holds other data than this run began with: give the --data-root "
                             "of these, or begin anew with --restart")  # fmt: skip
+        if state["metadata"]["labeled"] != self.labeled:
+            names = f"--labeled-patients {self.cfg.labeled_patients}"
+            raise UserError(f"{names}: this run began with other patients; begin anew with --restart")
         self.step, self.best = state["step"], state["best"]
         self.seen = state["metadata"]["seen"]
         for name in COUNTERS:
@@ -269,6 +281,7 @@ class Trainer:
             step=self.step,
             cps_weight=self.cps_weight(self.step - 1),
             seen=self.seen,
+            labeled=self.labeled,
         )
 
 

@@ -17,6 +17,7 @@ import mms_dataloader
 import scgm_dataloader
 from config import MMS as MMS_CONFIG
 from utils.data import loaders as loaders_module
+from utils.data.commands import run_data_command
 from utils.data.loaders import batch_loader, build_loaders, labeled_batches, scan_loader, unlabeled_batches
 from utils.data.prepared import PreparedData
 from utils.errors import UserError
@@ -163,11 +164,36 @@ def test_split_takes_the_first_patients_of_each_group(mms_config):
     assert len(split.validation) == 3 and not set(split.validation) & {*split.labeled, *split.unlabeled}
 
 
+def test_split_takes_the_patients_that_a_file_names(mms_config, tmp_path, monkeypatch, capsys):
+    """As the command prints them, as a column of a table; those that cannot be labelled are named all at once."""
+    split, path = build_loaders(mms_config, MMS).split, tmp_path / "codes.csv"
+    monkeypatch.setattr(
+        "sys.argv", ["x", "split", "--data", mms_config.data_root, "--test-vendor", "D", "--ratio", "0.02"]
+    )
+    run_data_command(MMS, mms_config)
+    printed = capsys.readouterr().out
+    assert printed.split() == split.labeled
+    named = replace(mms_config, labeled_patients=str(path), ratio=1)
+    for text in (printed, "External code;Vendor\n" + "".join(f"{code};B\n" for code in reversed(split.labeled))):
+        path.write_text(text)
+        assert build_loaders(named, MMS).split == split
+    path.write_text("code\n" + split.labeled[-1])  # of one domain alone
+    assert build_loaders(replace(named, val_patients=0), MMS).split.labeled == split.labeled[-1:]
+    without = sorted(
+        {*build_loaders(replace(mms_config, use_extra_unlabeled=True), MMS).split.unlabeled} - {*split.unlabeled}
+    )
+    path.write_text(f"code\n{without[0]}\n{split.held_out[0]}\nnobody")
+    message = f"nobody is unknown, {without[0]} is without masks, {split.held_out[0]} is held out"
+    with pytest.raises(UserError, match=message):
+        build_loaders(named, MMS)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"test_domain": "E"}, "has no vendor E, only A, B, C, D"),
-        ({"ratio": 0.99}, "group A has 4 patients with masks, not 5"),
+        ({"ratio": 0.99}, "group A has 4 patients with masks, not 5: use --ratio 1 for all, or a smaller one"),
+        ({"labeled_patients": "tests/helpers.py"}, r"helpers\.py: .* is unknown"),
         ({"val_patients": 2}, "none is left to train on"),
         ({"batch_size": 500}, "smaller --batch-size"),
         ({"data_root": "nowhere"}, rf"no data in {ROOT}/nowhere: .*--data-root\nM&Ms(.|\n)*mms_train.py --demo"),

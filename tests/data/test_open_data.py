@@ -71,7 +71,7 @@ def test_sessions_become_subjects_around_their_cord(tmp_path):
     assert {(case.patient, case.domain, len(case.masks)) for case in found.cases} == {
         *((f"site{site}-sc01", site, 4) for site in "123"), *((f"site{site}-sc11", site, 0) for site in "123")
     }  # fmt: skip
-    assert "CC0" in (raw / "SOURCE.txt").read_text()
+    assert "CC0" in (raw / "OPEN_DATA.txt").read_text()
     for case in found.cases:
         image = nib.load(case.image)
         array = np.asanyarray(image.dataobj)

@@ -179,6 +179,9 @@ def test_phases_that_are_not_those_of_the_masks_are_an_error(raw, capsys):
     rewrite(mask.with_name(mask.name.replace("_gt", "")), lambda voxels: np.concatenate([voxels, voxels], 3))
     assert not check_dataset(raw, MMS, workers=1)
     assert f"error: {mask}: labels in frames [2, 3], in the table (from 0) " in capsys.readouterr().out
+    rewrite(mask, lambda labels: np.concatenate([labels[..., 2:], labels[..., 2:]], 3))  # a third one
+    assert check_dataset(raw, MMS, workers=1)
+    assert f"warning: {mask}: labels in frames [0, 1, 2, 3], in the table" in capsys.readouterr().out
 
 
 def test_exchanged_phases_are_warned_of_per_patient(raw, capsys):

@@ -105,7 +105,12 @@ LAYOUTS = {  # files; --input and --truth; what they are paired to
 def test_layouts(tmp_path, name):
     files, images, masks, expected = LAYOUTS[name]
     touch(tmp_path, *files)
-    assert pairs(find([tmp_path / images], [tmp_path / masks], dataset=SCGM if name == "raters" else MMS)) == expected
+    assert (
+        pairs(
+            find([tmp_path / images], [tmp_path / masks], dataset=SCGM if name in ("raters", "label-GM_mask") else MMS)
+        )
+        == expected
+    )
 
 
 @pytest.mark.parametrize("names", ["{}_frame{}_0000", "{}_frame{}"])
@@ -270,7 +275,7 @@ def test_public_acdc_layout_gives_the_figures_of_prepare_to_the_last_digit(
         (folder / "Info.cfg").write_text(f"{phases}Group: NOR\nNbFrame: 30\n")
     settings = vars(replace(MMS_CONFIG, data_root=str(mms_root), image_size=32))
     info = PreparedData.open(mms_root, MMS).info
-    metadata = run_metadata(MMS, settings, None, info, selection="none", step=1, cps_weight=3.0, seen={})
+    metadata = run_metadata(MMS, settings, None, info, selection="none", step=1, cps_weight=3.0, seen={}, labeled={})
     torch.manual_seed(0)
     save_networks(tmp_path / "run" / "best.safetensors", [TinyNetwork(4), TinyNetwork(4)], metadata)
 

@@ -37,14 +37,18 @@ def test_differences_are_paired_by_patient_and_averaged_over_seeds():
     base, gains = np.array([80.0, 82, 70, 75, 90, 60]), np.arange(1, 7)
     seeds = [scored("full", "A", base, seed) for seed in (0, 1)]
     table = compare_methods(grouped(*seeds, scored("new", "A", base + 2 * gains, 0), scored("new", "A", base, 1)))
-    count, difference, p, adjusted = rows(table)["new, A"]
-    assert count == 6 and difference.mean == pytest.approx(3.5)  # 1 to 6, the means of both seeds
+    count, difference, p, adjusted, between, seeds, both = rows(table)["new, A"]
+    assert count == 6 and difference.mean == both.mean == pytest.approx(3.5)  # 1 to 6, the means of both seeds
+    # Of the patients 1 to 6; of the seeds 7 and 0: sqrt(2) 3.5. One seed is drawn: all gain twice, or none does.
+    assert between.mean == pytest.approx(gains.std(ddof=1)) and seeds.mean == pytest.approx(7 / 2**0.5)
+    assert both.ci95[0] == 0 and 7 < both.ci95[1] < 12
     assert p == adjusted == "0.0312"  # six of six positive: 2 / 2^6
     assert rows(table)["new, all"] == rows(table)["new, A"] and len(table.notes) == 1
     # Patients without a difference, which the versions of scipy treat differently, are left out of the test.
     gains = [1.1, 2.2, 3.3, 0.4, 5.5, 0]
     table = compare_methods(grouped(scored("full", "A", [70.0] * 6), scored("new", "A", [70 + gain for gain in gains])))
-    count, difference, p, _ = rows(table)["new, A"]
+    count, difference, p, *_, seeds, both = rows(table)["new, A"]
+    assert str(seeds) == str(both) == "–"
     assert (count, p) == (6, "0.0625") and difference.mean == pytest.approx(np.mean(gains))  # 2 / 2^5
     assert table.notes[1] == "Warning: new, A: 5 patients differ, too few for p < 0.05."
 
@@ -57,7 +61,7 @@ def test_every_figure_against_scipy():
     for method in "ab":
         both = [dice[method, domain] - dice["full", domain] for domain in "AB"]
         for domain, values in (("A", both[0]), ("B", both[1]), ("all", np.concatenate(both))):
-            count, difference, p, adjusted = rows(table)[f"{method}, {domain}"]
+            count, difference, p, adjusted, *_ = rows(table)[f"{method}, {domain}"]
             assert count == len(values) and difference.mean == pytest.approx(values.mean())
             interval = stats.bootstrap((values,), np.mean, method="percentile", rng=1).confidence_interval
             assert difference.ci95 == pytest.approx(tuple(interval), abs=0.1)
@@ -80,7 +84,7 @@ def test_what_limits_a_comparison_is_said():
         "Warning: new, all: 5 patients differ, too few for p < 0.05.",
     ]
     table = compare_methods(grouped(full[0], new[2]))  # no domain in common
-    assert [str(text) for text in rows(table)["new, all"]] == ["0", "–", "1", "1"]
+    assert [str(text) for text in rows(table)["new, all"]] == ["0", "–", "1", "1", "–", "–", "–"]
 
 
 def test_files_of_a_comparison(tmp_path):
@@ -133,7 +137,7 @@ def test_rows_are_told_apart_by_what_differs():
 def test_the_command_refuses_first_and_gives_every_comparison_a_folder(monkeypatch, tmp_path, capsys):
     """With networks of one layer, and an evaluation that only returns what it would have found."""
     for name, change in {"a": {}, "b": {"seed": 1}, "c": {"cps_weight": 1.0}, "copy": {}}.items():
-        facts = {"selection": "rule", "step": 1, "cps_weight": 3.0, "seen": {}}
+        facts = {"selection": "rule", "step": 1, "cps_weight": 3.0, "seen": {}, "labeled": {}}
         metadata = run_metadata(MMS, vars(replace(DEFAULTS, **change)), None, {"content_hash": "1" * 9}, **facts)
         (tmp_path / name).mkdir()
         save_networks(tmp_path / name / "best.safetensors", [torch.nn.Linear(1, 1) for _ in range(2)], metadata)

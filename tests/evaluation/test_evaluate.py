@@ -86,17 +86,22 @@ def test_perfect_prediction_scores_perfectly_and_patients_average_over_slices(mm
         assert (drawing["truth"] == drawing["prediction"]).all() and drawing["truth"].max() == 3
         assert drawing["image"].size < 200**2 * SLICES_DRAWN  # of every scan it stays in memory
     # Patients' means against plain NumPy, at an image size that must be brought to the grid first.
-    nets, expected = [build_tiny(4).eval() for _ in range(2)], {}
+    nets, expected, pooled = [build_tiny(4).eval() for _ in range(2)], {}, np.zeros((3, 2))
     scans = list(predict_scans(Predictor(nets, None, mms_config, nullcontext), loader, data))
     for scan in scans:
-        grid = nn.functional.interpolate(scan.probability, size=288, mode="bilinear").numpy() > 0.5
+        softmax = nn.functional.interpolate(scan.probability, size=288, mode="bilinear").numpy()
+        grid, labels = softmax > 0.5, softmax.argmax(1)
         masks = data.masks[index["mask"][scan.rows]][:, 6:-6, 6:-6]
+        pooled += [
+            [2 * ((labels == c) & (masks == c)).sum(), (labels == c).sum() + (masks == c).sum()] for c in (1, 2, 3)
+        ]
         for slice_, mask in zip(grid, masks, strict=True):
             truth = np.stack([mask == c for c in (1, 2, 3)])
             dice = (2 * (slice_[1:] & truth).sum() + 1e-4) / (slice_[1:].sum() + truth.sum() + 1e-4)
             expected.setdefault(scan.patient, []).append(100 * dice)
     for patient, dice in mean_dice(triples(scans)).items():
         assert dice == pytest.approx(np.mean(expected[patient]), abs=1e-3)
+    assert (sum(scan.overlap for scan in scans) == pooled).all() and pooled.all()
 
 
 def test_evaluation_writes_everything_and_agrees_with_itself(trained, build_tiny, mms_root, capsys):
@@ -114,6 +119,10 @@ def test_evaluation_writes_everything_and_agrees_with_itself(trained, build_tiny
     assert len(rows) == 4 * 2 * 3 and summary["paper_dice"] == pytest.approx(paper)
     assert summary["paper_protocol"]["mean"] == pytest.approx(np.mean(list(paper.values())))
     assert summary["paper_protocol"]["std"] == pytest.approx(np.std(list(paper.values()), ddof=1))
+    pooled = dict(summary["pooled"])
+    assert pooled.pop("ci95")["mean"][0] <= pooled.pop("mean") == pytest.approx(np.mean([*pooled.values()]))
+    assert summary["warnings"][-1:] == ["4 patients: an interval over fewer than 6 says little"]
+    assert summary["labeled"] == "A 2, B 4, C 2"
     for name, metrics in summary["volumetric"].items():
         own = [row for row in rows if row["structure"] == name and row["dice"]]
         values = [[float(row["dice"]) for row in own if row["patient"] == p] for p in paper]

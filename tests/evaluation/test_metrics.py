@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy import ndimage
+from scipy import ndimage, stats
 from scipy.spatial.distance import cdist
 from skimage import measure
 
@@ -12,7 +12,9 @@ from utils.evaluation.metrics import (
     agreement_limits,
     largest_components,
     mean_std_interval,
+    pooled_dice,
     structure_metrics,
+    two_level_interval,
 )
 
 SPACING = (1.5, 1.25, 8.0)  # mm
@@ -97,3 +99,29 @@ def test_statistics_over_patients():
     for pair, bias, n in (([50.0], [48.0]), -2, 1), (([np.nan], [3.0]), None, 0):
         figures = agreement_limits(*pair)
         assert (figures["n"], figures["bias"], figures["sd"], figures["limits"]) == (n, bias, None, None)
+
+
+def test_pooled_dice_of_sums():
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(50, 300, 40)
+    overlap = rng.integers(0, sizes)
+    result = pooled_dice(np.stack([np.stack([overlap, sizes], 1), np.zeros((40, 2))], 1), ("LV", "RV"))
+    assert result["LV"] == pytest.approx(100 * overlap.sum() / sizes.sum())  # not the mean of the quotients
+    assert np.isnan([result["RV"], result["mean"]]).all()  # nobody has it
+
+    def pooled(overlap, sizes, axis):
+        return 100 * overlap.sum(axis) / sizes.sum(axis)
+
+    expected = stats.bootstrap((overlap, sizes), pooled, paired=True, method="percentile", rng=1).confidence_interval
+    assert result["ci95"]["LV"] == pytest.approx(tuple(expected), abs=1)
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_interval_over_seeds_and_patients_covers_the_truth(seeds):
+    """Of 400 simulated comparisons whose difference is 0, with deviations of seeds, patients and both together."""
+    rng, covered = np.random.default_rng(1), 0
+    for _ in range(400):
+        values = [rng.normal(0, 1, (seeds, 1)) + rng.normal(0, 6, n) + rng.normal(0, 3, (seeds, n)) for n in (20, 30)]
+        low, high = two_level_interval(values)
+        covered += low <= 0 <= high
+    assert 0.92 <= covered / 400 <= 0.97

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.image import imsave
 
 from utils.evaluation.report import cases_table, summary_tables, summary_text, write_report
+from utils.evaluation.tables import MARKS
 
 HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'
 METRICS = {"dice": 87.125, "hd95": 9.5, "assd": 1.25}
@@ -63,13 +64,20 @@ def arguments(tmp_path):
     facts = {"run": "first", "data": "mms", "patients": 2, "ratio": 0.02, "seed": 7, "image_size": 288}
     facts |= {"method": "plain CPS", "checkpoint": "best, step 3", "selection": "highest Dice"}
     facts |= {"labels": ["200=LV"], "warnings": []}
-    facts |= {"phantom": False, "tta": False, "keep_largest": False}
+    facts |= dict.fromkeys(MARKS, False) | {"dataset": "mms", "test_domain": "D", "labeled": "A 3, B 6", "step": 3}
+    facts["settings"] = {"labeled_patients": None, "num_epoch": 50, "max_steps": None, "pretrained": "timm"}
     facts |= {"content_hash": "abc123", "evaluated_by": {"git_commit": "badcab1e"}}
     return {
         "title": "M&Ms, held-out vendor D",
         "summary": {
             **facts,
             "paper_protocol": {"mean": 65.0, "std": 35.3553, "ci95": [40.0, 90.0]},
+            "pooled": {
+                "LV": 88.0,
+                "RV": 86.0,
+                "mean": 87.0,
+                "ci95": {key: [80.0, 90.0] for key in ("LV", "RV", "mean")},
+            },
             "volumetric": {name: {**METRICS, **SPREADS, **COUNTS} for name in ("LV", "RV")},
             "outside_field_percent": 0.5,
             "clinical": {},
@@ -118,14 +126,23 @@ def test_nothing_is_loaded_from_elsewhere_and_a_missing_picture_is_named(report,
 def test_values_are_there(report):
     page = report()
     setting = (
-        "Run first, data mms. 2 patients, 2 % labelled, seed 7, 288 px. "
+        "Run first, data mms. 2 patients; labelled A 3, B 6 (2 %); seed 7, 288 px. "
         "Method: plain CPS. Checkpoint: best, step 3; selection: highest Dice."
     )
     for text in (setting, "M&Ms, held-out vendor D", "For research use, not for clinical decisions.", "abc123",
                  "Dice (%) 65.00 ± 35.36 [40.00, 90.00]", "0.50 % of the labelled voxels lie outside",
                  '"data_root": "data/mms"', '"max_steps": null', '"git_commit": "c0ffee"', "badcab1e"):  # fmt: skip
         assert text in page.text
-    volumetric, calibration, risk, (header, *cases) = page.tables  # the cases from the worst to the best
+    # The cases from the worst to the best.
+    volumetric, pooled, published, later, calibration, risk, (header, *cases) = page.tables
+    assert pooled[1:] == [
+        ["LV", "88.00 [80.00, 90.00]"],
+        ["RV", "86.00 [80.00, 90.00]"],
+        ["mean", "87.00 [80.00, 90.00]"],
+    ]
+    assert published[1] == ["this run", "65.00 ± 35.36", "patients", "labelled source"]
+    assert ["VDPL (U-Net)", "85.42", "–", "labelled source"] in published and len(later) == 3
+    assert "This run is not comparable: plain CPS." in page.text
     assert calibration[1:] == [["field of view", "1.50"], ["foreground", "–"]]
     assert risk[1] == ["slices", "9", "22.00", "20.00", "21.00", "25.00", "10.00"]
     assert volumetric[1] == ["LV", "87.12 [85.00, 90.00]", "9.50", "1.25", "1", "2", "4"]
@@ -159,7 +176,7 @@ def test_hostile_values_are_only_text(report, arguments, tmp_path):
     page = report(title=HOSTILE, summary=summary, config=config, cases=[case], pictures=pictures)
     assert not page.attributes("script") and len(page.attributes("img")) == 1
     assert page.attributes("img")[0]["alt"] == HOSTILE
-    assert page.tables[-1][1][:2] == [HOSTILE, HOSTILE] and page.tables[1][1][:2] == [f"{HOSTILE} ({HOSTILE})", HOSTILE]
+    assert page.tables[-1][1][:2] == [HOSTILE, HOSTILE] and page.tables[4][1][:2] == [f"{HOSTILE} ({HOSTILE})", HOSTILE]
     # title and heading, 3 facts, structure, quantity, unit, n, structure again, header of 3 columns, patient, phase,
     # 2 captions; the setting's name and value, the hash: each as it was given
     assert page.text.count(HOSTILE) == 2 + 3 + 3 + 1 + 3 + 2 + 2 + 3

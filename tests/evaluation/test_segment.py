@@ -207,16 +207,20 @@ def test_an_interrupted_command_goes_on(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         segment(scans, out, trained(Stopped()), volumes=True)
     assert maps_in(out) == {"a_seg.nii.gz", "b_seg.nii.gz"}
+    corrected = write(tmp_path / "corrected.nii.gz", np.ones((60, 60, 2))).read_bytes()  # all is LV
     for name in "ab":
-        (out / f"{name}_seg.nii.gz").write_bytes(b"corrected")
+        (out / f"{name}_seg.nii.gz").write_bytes(corrected)
     (out / "quality.csv").write_text("\n".join((out / "quality.csv").read_text().splitlines()[:4]))  # b has no line
     segment(scans, out, volumes=True)
     assert "1 of 3 scans are done already; --overwrite does them anew" in capsys.readouterr().out
     assert {row["scan"] for row in csv.DictReader((out / "quality.csv").open())} == {"a", "b", "c"}
     segment(scans, out, volumes=True)
     assert "3 of 3 scans are done already" in capsys.readouterr().out
-    assert all((out / f"{name}_seg.nii.gz").read_bytes() == b"corrected" for name in "ab")
-    segment(scans, out, overwrite=True)
+    assert all((out / f"{name}_seg.nii.gz").read_bytes() == corrected for name in "ab")
+    other = trained()._replace(checkpoint="last")
+    with pytest.raises(UserError, match="another run has segmented a, b, c: choose another --output"):
+        segment(scans, out, other)
+    segment(scans, out, other, overwrite=True)
     assert read(out / "a_seg.nii.gz").any()
     assert len(maps_in(out)) == 3 and len((out / "quality.csv").read_text().splitlines()) == 1 + 3 * 3
 

@@ -5,6 +5,7 @@ import tempfile
 from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from config import FIELD_PX, Config
 from utils.data.dataset import DatasetInfo
 from utils.data.loaders import SliceDataset, usable_cores
 from utils.data.prepare import check_dataset, prepare_dataset
-from utils.data.prepared import PreparedData
+from utils.data.prepared import PreparedData, split_patients
 from utils.data.user_scans import with_unlabeled
 from utils.data.volume import read_volume
 from utils.errors import UserError, clear_errors
@@ -49,6 +50,21 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
         """
         prepare_dataset(raw, out, with_unlabeled(unlabeled, dataset), workers=workers)
 
+    def split(
+        data: Path,
+        test_domain: Annotated[str, tyro.conf.arg(aliases=["--test-vendor"])] = cfg.test_domain,
+        ratio: float = cfg.ratio,
+    ) -> None:
+        """Print the patients that a training labels, a code per line, as --labeled-patients takes them.
+
+        Args:
+            data: folder of the prepared data.
+            test_domain: domain that the training holds out.
+            ratio: share of labelled patients, in (0, 1].
+        """
+        settings = replace(cfg, test_domain=test_domain, ratio=ratio)
+        print(*split_patients(PreparedData.open(data, dataset), dataset, settings).labeled, sep="\n")
+
     def preview(data: Path, out: Path = Path("preview.png"), seed: int = 0) -> None:
         """Draw the plain, Fourier and CutMix views of four images, not turned, moved or blurred.
 
@@ -63,7 +79,8 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
         print(out)
 
     with clear_errors():
-        commands = {"phantom": dataset.write_phantom, "check": check, "prepare": prepare, "preview": preview}
+        commands = {"phantom": dataset.write_phantom, "check": check, "prepare": prepare}
+        commands |= {"split": split, "preview": preview}
         tyro.extras.subcommand_cli_from_dict(commands | dataset.more_commands)
 
 

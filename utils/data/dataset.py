@@ -40,6 +40,8 @@ def missing_or_outside(path: Path, base: Path) -> str:
     """Return why a file below the folder `base` must not be read; "" where it may."""
     if not path.is_file():
         return f"{path}: missing"
+    if path.suffix == ".gz" and path.with_suffix("").exists():
+        return f"{path}: there is {path.stem}, too: remove one"
     inside = path.resolve().is_relative_to(base.resolve())
     return "" if inside else f"{path}: a link that leads out of {base}: put a copy in its place"
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
@@ -95,6 +96,7 @@ class Loaders(NamedTuple):
     split: Split
     reference: np.ndarray  # (P, 256) quantile curves of the first source domain
     steps_per_epoch: int
+    total_steps: int  # of the whole training
 
     def training_batches(self, accumulate: int, first: int, last: int, *, unlabeled_from: int = 0) -> Iterator[Pairs]:
         """Yield what steps `first` to `last` read; no unlabelled images before `unlabeled_from`."""
@@ -139,7 +141,7 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
         batch_loader(labeled, labeled_batches(len(labeled), cfg, rank=rank), workers),
         batch_loader(unlabeled, batches, workers),
         scan_loader(data, split.validation, rank=rank, world_size=world_size),
-        data, dataset, split, reference, steps,
+        data, dataset, split, reference, steps, min(cfg.num_epoch * steps, cfg.max_steps or sys.maxsize),
     )  # fmt: skip
 
 

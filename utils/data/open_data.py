@@ -20,6 +20,7 @@ SESSIONS = {
     "3": ("sub-10062Ses1", "sub-10062Ses2", "sub-9709Ses1", "sub-9709Ses2"),  # Siemens, 1.5 and 3 T
     "4": ("sub-9605", "sub-9611Ses1", "sub-9611Ses2", "sub-9611Ses3", "sub-20210728"),  # 7 T
 }
+OPEN_NOTE = "OPEN_DATA.txt"  # marks the raw folder: its scans are not the challenge's
 SIDE_MM = 80  # of the cut images
 OFFSET_MM = 5  # the cord lies up to so far from the centre, as in the challenge's images
 SOURCE = f"""Spinal cord grey matter imaging challenge 2018, acquisition data, CC0 1.0, from {URL}
@@ -57,7 +58,7 @@ def write_open_data(
                 counts[site] += _write_session(files, session, f"site{site}-sc", number, new, seed)
         if not counts.total():
             raise UserError(f"{source or URL}: no session of the data set, such as sub-9418, in it")
-        (new / "SOURCE.txt").write_text(SOURCE)
+        (new / OPEN_NOTE).write_text(SOURCE)
         new.rename(raw)
     print(f"{raw}: sessions by site: {', '.join(f'{site}: {count}' for site, count in counts.items())}")
 

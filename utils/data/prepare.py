@@ -22,6 +22,7 @@ from tqdm import tqdm
 from config import CANVAS_PX, FIELD_PX
 from utils.data import prepared, volume
 from utils.data.dataset import Case, DatasetInfo
+from utils.data.open_data import OPEN_NOTE
 from utils.data.phantom import PHANTOM_NOTE
 from utils.data.volume import frame_slices
 from utils.errors import UserError, naming
@@ -65,11 +66,15 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
             rows = [row for report in reports for row in report.rows]
             with open(unfinished / "index.csv", "w", newline="") as file:
                 csv.writer(file).writerows([prepared.INDEX_COLUMNS, *rows])
-            notes = [folder / PHANTOM_NOTE for folder in (raw, raw.absolute().parent)]
+            paths, notes = (
+                [raw / "any", *(case.image for case in cases)],
+                {"phantom": PHANTOM_NOTE, "open_data": OPEN_NOTE},
+            )
+            folders = {folder for path in paths for folder in path.absolute().parents}
             info = {
                 "format": prepared.FORMAT_VERSION,
                 "dataset": dataset.key,
-                "phantom": any(note.exists() for note in notes),
+                **{key: any((folder / note).exists() for folder in folders) for key, note in notes.items()},
                 "spacing_mm": dataset.spacing,
                 "content_hash": hashlib.sha256(b"".join(report.digest for report in reports)).hexdigest(),
             }
@@ -155,10 +160,12 @@ def convert_scan(case: Case, dataset: DatasetInfo, target: Target | None) -> Sca
     merge = dataset.consensus or (lambda raters: raters[0])
     truth = {name: merge([frame_slices(mask, n) for mask in masks]) for name, n in case.phases.items()}
     empty = [phase for phase, label in truth.items() if not label.any()]
-    drawn = [frame for frame in range(last + 1) if empty and frame_slices(masks[0], frame).any()]
-    if {*drawn} - {*case.phases.values()}:
-        return ScanReport([f"{case.masks[0]}: labels in frames {drawn}, in the table (from 0) {case.phases}"], warnings)
+    drawn = [frame for frame in range(last + 1) if masks and frame_slices(masks[0], frame).any()]
     texts = [f"no label in {phase}" for phase in empty]
+    if {*drawn} - {*case.phases.values()}:
+        texts.append(f"labels in frames {drawn}, in the table (from 0) {case.phases}")
+        if empty:
+            return ScanReport([f"{case.masks[0]}: {texts[-1]}"], warnings)
     texts += dataset.label_warnings(truth) if dataset.label_warnings else []
     warnings += [f"{case.masks[0]}: {text}" for text in texts]
     plane = volume.PlaneMap(image.array.shape[:2], image.zooms[:2], FIELD_PX, dataset.spacing)

@@ -12,8 +12,9 @@ import numpy as np
 from config import CANVAS_PX, FIELD_PX, Config
 from utils.data.dataset import DatasetInfo
 from utils.errors import UserError, naming
+from utils.files import read_table
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 QUANTILES = 256  # points of a slice's quantile curve
 INDEX_COLUMNS = {  # of index.csv: one row per slice, in the order of images.npy
     "patient": str,
@@ -116,8 +117,9 @@ class Split(NamedTuple):
 def split_patients(data: PreparedData, dataset: DatasetInfo, cfg: Config) -> Split:
     """Split patients for one held-out domain, or none (NO_DOMAIN); UserError where that cannot be.
 
-    In each group the first `labeled_count` patients with masks are labelled. `val_patients` of
-    them per domain only select the checkpoint; where that is 0, all of them select it.
+    In each group the first `labeled_count` patients with masks are labelled, or those that the file
+    `labeled_patients` names. `val_patients` of them per domain only select the checkpoint; where
+    that is 0, all of them select it.
     """
     test_domain, kind = cfg.test_domain, dataset.domain_kind
     has_mask = data.patients_with_masks(NO_DOMAIN)
@@ -127,18 +129,21 @@ def split_patients(data: PreparedData, dataset: DatasetInfo, cfg: Config) -> Spl
     held_out = [] if test_domain == NO_DOMAIN else data.patients_with_masks(test_domain)
     if not held_out and test_domain != NO_DOMAIN:
         raise UserError(f"{data.root} has no {kind} {test_domain}, only {', '.join(domains)}")
+    named = _named_patients(cfg, group_of, has_mask) if cfg.labeled_patients else None
     labeled, validation = [], []
     for domain in (d for d in domains if d != test_domain):
-        chosen = []
-        for group in sorted({group_of[p] for p in has_mask if group_of[p][0] == domain}):
+        chosen = sorted((p for p in named or () if group_of[p][0] == domain), key=lambda p: (group_of[p], p))
+        for group in sorted({group_of[p] for p in has_mask if named is None and group_of[p][0] == domain}):
             members = [p for p in has_mask if group_of[p] == group]
             count = dataset.labeled_count(len(members), cfg.ratio)
             if count > len(members) and cfg.ratio < 1:
                 few = f"group {group[1]} has {len(members)} patients with masks, not {count}"
-                raise UserError(f"ratio {cfg.ratio}: {few}: use a smaller --ratio, or 1 for all")
+                least = dataset.labeled_count(len(members), 1e-6)
+                smaller = "" if least > len(members) else ", or a smaller one"
+                raise UserError(f"ratio {cfg.ratio}: {few}: use --ratio 1 for all{smaller}")
             chosen += members[:count]
         training = len(chosen) - cfg.val_patients
-        if training < 1:
+        if training < 1 and (chosen or named is None):
             raise UserError(f"{kind} {domain}: none is left to train on: see --val-patients")
         labeled += chosen[:training]
         validation += chosen[training:]
@@ -146,6 +151,20 @@ def split_patients(data: PreparedData, dataset: DatasetInfo, cfg: Config) -> Spl
     source = {p for p, (domain, _) in group_of.items() if domain != test_domain}
     unlabeled = source if cfg.use_extra_unlabeled else source & {*has_mask, *own}
     return Split(labeled, sorted(unlabeled - {*validation}), validation or labeled, held_out)
+
+
+def _named_patients(cfg: Config, group_of: dict[str, tuple[str, str]], has_mask: list[str]) -> set[str]:
+    """Return the patients in the first column of a file; UserError that names all that cannot be labelled."""
+    columns, rows = read_table(Path(cfg.labeled_patients))
+    codes = [row[columns[0].casefold()] for row in rows] if columns else []
+    codes += [column for column in columns[:1] if column in group_of]  # a file without a header
+    problems = {code: "unknown" for code in codes if code not in group_of}
+    problems |= {p: "without masks" for p in codes if p in group_of and p not in has_mask}
+    problems |= {p: "held out" for p in codes if group_of.get(p, "")[:1] == (cfg.test_domain,)}
+    if problems or not codes:
+        texts = ", ".join(f"{code} is {problem}" for code, problem in problems.items()) or "it names no patient"
+        raise UserError(f"--labeled-patients {cfg.labeled_patients}: {texts}")
+    return {*codes}
 
 
 def quantile_curves(canvas: np.ndarray) -> np.ndarray:

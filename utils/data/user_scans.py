@@ -22,9 +22,10 @@ NAME = re.compile(
     r"""(?P<patient>.*?)
     ((^|[-_])(sa|4d|cine))*
     ((^|[-_])(frame[-_]?(?P<frame>\d+)|(?P<phase>ED|ES)))?
+    ((^|[-_])(sa|trans))*
     ((^|[-_])(image|img)|(?P<channel>(^|[-_])000\d))?
     ((^|[-_])(?P<kind>(label-\w+_|gm_)?
-        (gmseg|dseg|gt|labels?|seg|mask|manual|confidence|agreement)([-_]?manual)?)(?P<rater>-r\d+)?)?""",
+        (gmseg|dseg|gt|label(s|map)?|seg(mentation)?|mask|manual|confidence|agreement)([-_]?manual)?)(?P<rater>-r\d+)?)?""",
     re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
 
@@ -109,20 +110,27 @@ def _pair(inputs: Sequence[Path], truths: Sequence[Path], dataset: DatasetInfo) 
     for path in truth:  # what is given as both is a mask where its folder, or its name, says so
         if truth_within or path not in given or scan_name(path).kind or f"{file_stem(path)}_0000" in stems:
             maps[path] = scan_name(path, channels="")
-    masks = {path: name for path, name in maps.items() if not _is_ours(path)}
-    warnings = [f"{path}: left out: a map that this program made" for path in maps if path not in masks]
+    others = re.compile(rf"label-(?!({'|'.join(dataset.class_names[1:])})_)", re.IGNORECASE)
+    masks = {path: name for path, name in maps.items() if not _is_ours(path) and not others.match(name.kind)}
+    warnings = [
+        f"{path}: left out: of another structure, or made by this program" for path in maps if path not in masks
+    ]
     keys = {name[:2] for name in masks.values()}
     images: dict[tuple[str, str], list[Path]] = defaultdict(list)  # by patient and phase
     for path in (path for path in given if path not in maps and not scan_name(path).kind):
         exact, first, other = (scan_name(path, channels)[:2] for channels in ("", "0", "0123456789"))
         key = exact if exact in keys else first  # a number may be a patient's
-        if key not in keys and (other in keys or (not key[1] and key[0] in dict(keys))):
+        if dataset.clinical and re.search(r"[-_]la$", key[0], re.IGNORECASE):
+            warnings.append(f"{path}: left out: a long-axis view, by its name")
+        elif key not in keys and (other in keys or (not key[1] and key[0] in dict(keys))):
             warnings.append(f"{path}: left out: a further channel, or all frames, of a paired scan")
         else:
             images[key].append(path)
     # One evaluation takes one kind of mask, grey matter first: another may show another structure.
     kinds = {name.kind for name in masks.values() if name[:2] in images}
-    kind = min(kinds, key=lambda kind: ("gm" not in kind, kind), default="")
+    kind = min(kinds, key=lambda kind: ("gm" not in kind, "manual" not in kind, kind), default="")
+    if kind.startswith("seg") and len(dataset.class_names) == 2:
+        warnings.append(f"masks that end in {kind!r} are taken for {dataset.class_names[1]}: of the cord they are not")
     masks_of, errors = defaultdict(list), []
     for mask, name in masks.items():
         # Of images that share a name its own lies in the most similar folder, from the innermost.
@@ -205,6 +213,8 @@ def _name_phases(cases: list[Case], dataset: DatasetInfo, warnings: list[str]) -
                 for case, name in numbered:
                     mask = frame_slices(read_volume(case.masks[0]), case.phases[name])
                     sizes[patient, name] = np.isin(np.rint(mask), cavity).sum()
+                if len({*sizes.values()}) < 2:
+                    raise UserError("no LV is larger")
                 phase_of |= zip(sorted(sizes, key=sizes.get, reverse=True), ("ED", "ES"), strict=True)
                 warnings.append(f"{patient}: ED and ES have the larger and the smaller LV")
     for number, case in enumerate(cases):

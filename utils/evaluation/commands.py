@@ -20,7 +20,7 @@ from utils.evaluation import compare
 from utils.evaluation.evaluate import evaluate_run
 from utils.evaluation.runs import CHECKPOINT, TrainedRun, load_run, open_data, read_run
 from utils.evaluation.segment import segment_files
-from utils.files import OutputFolder
+from utils.files import OutputFolder, folder_lock, require_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,8 @@ def run_inference(dataset: DatasetInfo, build_network: Callable) -> None:
             evaluate_user_scans(load(flags.run[0]), dataset, flags)
         else:
             options = vars(mode) | {"keep_largest": flags.keep_largest}
-            segment_files(load(flags.run[0]), dataset, flags.input, flags.output, **options)
+            with folder_lock(flags.output):
+                segment_files(load(flags.run[0]), dataset, flags.input, flags.output, **options)
 
 
 def check_flags(flags: Inference, mode, dataset: DatasetInfo) -> None:
@@ -128,6 +129,7 @@ def evaluate_runs(load: Callable, dataset: DatasetInfo, flags: Inference) -> Non
         facts = (sorted(map(str, folders)), flags.checkpoint, flags.tta, flags.keep_largest, root)
         tables_at = out or compare.comparison_folder(folders[0].parent, names, facts)
         OutputFolder(tables_at).require_free(*compare.COMPARISON_FILES)
+        require_writable(tables_at, "--out")
     summaries = []
     for folder in folders:
         run = load(folder)

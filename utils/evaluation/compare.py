@@ -1,23 +1,23 @@
 """Several runs in one table over held-out domains; methods compared by patient."""
 
-import csv
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from hashlib import sha256
-from itertools import chain, product, zip_longest
+from itertools import chain, product
 from pathlib import Path
 from statistics import fmean, pstdev, stdev
 
+import numpy as np
 from scipy.stats import wilcoxon
 
 from config import FIELD_PX, RUNTIME_SETTINGS
 from utils.data.dataset import DatasetInfo
 from utils.data.prepared import NO_DOMAIN
 from utils.errors import UserError
-from utils.evaluation.metrics import METRICS, holm, mean_std_interval
-from utils.evaluation.runs import is_other, method_name
-from utils.evaluation.tables import MARKS, Cell, Table, count, to_csv, to_latex, to_markdown
+from utils.evaluation.metrics import METRICS, holm, mean_std_interval, two_level_interval
+from utils.evaluation.runs import method_name
+from utils.evaluation.tables import Cell, Table, count, incomparable, published_rows, to_csv, to_latex, to_markdown
 from utils.files import OutputFolder
 from utils.run.folder import DEFAULTS
 
@@ -25,7 +25,6 @@ FORMATS = {"md": to_markdown, "csv": to_csv, "tex": to_latex}
 COMPARISON_FILES = [f"{n}.{f}" for n in ("leave_one_domain_out", "comparison") for f in FORMATS]
 VARYING = {"seed", "test_domain", "init_from"}  # in which the runs of a row may differ
 METHOD_SETTINGS = {"cps_loss", "fourier_aug", "fourier_mode", "cutmix"}  # named by the method
-SELECTION_NOTE = "Published checkpoints may be chosen on the held-out domain; ours never are."
 Runs = dict[str, list[dict]]  # one method's summary.json in order of seeds, by held-out domain
 
 
@@ -69,19 +68,6 @@ def _names_by_settings(methods: Sequence[str], settings: Sequence[dict]) -> list
     return [", ".join([method, *each]) for method, each in zip(methods, named, strict=True)]
 
 
-def published_rows(dataset: str, ratio: float) -> tuple[list[list], str]:
-    """Return the rows published for a ratio, and a note on later ones."""
-    rows, note = [], ""
-    with open(Path(__file__).with_name("published.csv"), encoding="utf-8") as file:
-        for line in csv.DictReader(file):
-            if (line["dataset"], float(line["ratio"])) == (dataset, ratio):
-                numbers = zip_longest(line["dice"].split(), line["std"].split())
-                cells = [Cell(float(dice), float(std) if std else None) for dice, std in numbers]
-                rows.append([line["method"], *cells, Cell(float(line["average"]))])
-                note += line["note"]
-    return rows, note
-
-
 def by_method(summaries: Sequence[dict], names: Sequence[str], dataset: DatasetInfo) -> dict[str, Runs]:
     """Return summaries by rows' names and held-out domain, in order of seeds."""
     methods: dict[str, Runs] = {name: {domain: [] for domain in dataset.domains} for name in names}
@@ -97,35 +83,50 @@ def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list
     checkpoints = {f"{s['checkpoint'].split(',')[0]}, selection: {s['selection']}" for s in summaries}
     setting = (
         f"{dataset.name}, data {data}, each {dataset.domain_kind} held out in turn, "
-        f"{100 * ratio:g} % labelled. Mean ± SD over patients, of several seeds over their means; "
-        f"average ± population SD of the means. Checkpoint: {'; '.join(sorted(checkpoints))}."
+        f"{100 * ratio:g} % labelled. Average ± population SD of the means. "
+        f"Checkpoint: {'; '.join(sorted(checkpoints))}."
     )
     sources = [_sources(*item) for item in methods.items()]
-    header = ["", *dataset.domains, "average"]
-    rows = [[f"this implementation, {name}", *_cells(runs, "paper_protocol", "mean", "std")]
-            for name, runs in methods.items()]  # fmt: skip
-    notes = [f"Dice (%), structures pooled per slice, {FIELD_PX} px grid. {setting}", *sources]
-    published, later = published_rows(dataset.key, ratio)
-    if published:
-        rows += published
-        notes += [*_not_comparable(methods), SELECTION_NOTE, later]
-    tables = [Table("Paper protocol", header, rows, notes)]
+    reasons = {name: dict.fromkeys(chain.from_iterable(map(incomparable, chain(*runs.values()))))
+               for name, runs in methods.items()}  # fmt: skip
+    marked = "; ".join(f"{name} ({', '.join(texts)})" for name, texts in reasons.items() if texts)
+    header, tables = ["", *dataset.domains, "average", "± over"], []
+    for kind, title, note in (
+        ("paper", "Paper protocol", "Dice (%), structures pooled per slice, mean per patient"),
+        ("pooled", "Pooled over the list", "Dice (%) of sums over all slices, mean over structures"),
+    ):
+        published, notes = published_rows(dataset.key, ratio, kind)
+        rows = [[f"this implementation, {name}", *_cells(runs, kind), "labelled source"]
+                for name, runs in methods.items()]  # fmt: skip
+        rows += [[row.method, *(row.dice[d] for d in dataset.domains), row.average, row.over, row.chosen_on]
+                 for row in published]  # fmt: skip
+        notes += [f"Not comparable with published rows: {marked}."] if notes and marked else []
+        notes = [f"{note}, {FIELD_PX} px grid. {setting}", *sources, *notes]
+        tables.append(Table(title, [*header, "checkpoint chosen on"], rows, notes))
     notes = [f"In the scans' own grid; a miss: Dice 0, distances of the diagonal. {setting}", *sources]
     for structure in summaries[0]["volumetric"]:
-        rows = [[f"{title}, {name}", *_cells(runs, "volumetric", key, f"{key}_std", structure)]
+        rows = [[f"{title}, {name}", *_cells(runs, key, structure)]
                 for (key, title), (name, runs) in product(METRICS.items(), methods.items())]  # fmt: skip
         tables.append(Table(f"Volumetric, {structure}", header, rows, notes))
     return tables
 
 
-def _cells(runs: Runs, kind: str, mean: str, std: str, structure: str = "") -> list[Cell]:
-    """Return a cell per domain and their average, of two keys of figures."""
-    cells = []
+def _cells(runs: Runs, kind: str, structure: str = "") -> list:
+    """Return a cell per domain and their average, of a kind of Dice or a structure's metric, and what ± is over."""
+    cells, over = [], set()
     for seeds in runs.values():
-        figures = [summary[kind][structure] if structure else summary[kind] for summary in seeds]
-        numbers = [Cell(each[mean], each[std]) for each in figures]
+        numbers = [_figure(summary, kind, structure) for summary in seeds]
         cells.append(numbers[0] if len(numbers) == 1 else _average(numbers, stdev, "seed"))
-    return [*cells, _average(cells, pstdev, "domain")]
+        over |= {"seeds" if len(numbers) > 1 else "patients"} if cells[-1].std is not None else set()
+    return [*cells, _average(cells, pstdev, "domain"), " or ".join(sorted(over)) or "–"]
+
+
+def _figure(summary: dict, kind: str, structure: str) -> Cell:
+    if structure:
+        return Cell(summary["volumetric"][structure][kind], summary["volumetric"][structure][f"{kind}_std"])
+    if kind == "pooled":
+        return Cell(summary["pooled"]["mean"])
+    return Cell(summary["paper_protocol"]["mean"], summary["paper_protocol"]["std"])
 
 
 def _average(cells: Sequence[Cell], deviation, noun: str) -> Cell:
@@ -138,45 +139,32 @@ def _average(cells: Sequence[Cell], deviation, noun: str) -> Cell:
 
 def _sources(method: str, runs: Runs) -> str:
     runs = list(chain(*runs.values()))
-    sources = [f"{s['test_domain']} seed {s['seed']}{s['unfinished']}, n = {s['patients']}" for s in runs]
+    sources = [f"{s['test_domain']} seed {s['seed']}{s['unfinished']}, n = {s['patients']}, labelled "
+               f"{s['labeled']}, {s['step']} steps" for s in runs]  # fmt: skip
     first, *others = [run["settings"] for run in runs]
     differ = [k for k in sorted(first.keys() - VARYING) if any(s[k] != first[k] for s in others)]
-    text = f"Runs, {method}: {'; '.join(sources)}."
+    text = f"Runs, {method}, pretrained {first['pretrained']}: {'; '.join(sources)}."
     return f"{text} They differ in {', '.join(differ)}." if differ else text
-
-
-def _not_comparable(methods: dict[str, Runs]) -> list[str]:
-    """Say in a note which methods cannot stand beside published ones, and why."""
-    texts = []
-    for method, runs in methods.items():
-        summaries = list(chain(*runs.values()))
-        reasons = [text for key, text in MARKS.items() if any(s[key] for s in summaries)]
-        reasons += {"data not its training's" for s in summaries if is_other(s["trained_by"], s)}
-        reasons += sorted({s["method"] for s in summaries} - {"full"})
-        reasons += [f"{px} px" for px in sorted({s["image_size"] for s in summaries} - {FIELD_PX})]
-        if reasons:
-            texts.append(f"{method} ({', '.join(reasons)})")
-    return [f"Not comparable with the published rows: {'; '.join(texts)}."] if texts else []
 
 
 def compare_methods(methods: dict[str, Runs]) -> Table:
     """Compare methods with the first, by domain and patient; the last notes are warnings."""
     reference, *others = methods
-    dice = {method: _patient_dice(runs) for method, runs in methods.items()}
     rows, warnings = [], []
     for domain in [*methods[reference], "all"]:
-        differences = {}  # by patient, in points of Dice
+        domains, differences, by_seed = [domain] if domain != "all" else [*methods[reference]], {}, {}
         for method in others:
-            ours, theirs = dice[method], dice[reference]
-            both = [key for key in ours.keys() & theirs.keys() if domain in (key[0], "all")]
-            if both or domain == "all":
-                differences[method] = sorted(ours[key] - theirs[key] for key in both)
+            matrices = [_differences(methods[method].get(d, []), methods[reference].get(d, [])) for d in domains]
+            by_seed[method] = [matrix for matrix in matrices if matrix.size]
+            if by_seed[method] or domain == "all":  # by patient, in points of Dice
+                differences[method] = sorted(chain.from_iterable(m.mean(0).tolist() for m in by_seed[method]))
         # Without zeros, which the versions of scipy treat differently.
         unequal = [[value for value in values if value] for values in differences.values()]
         p_values = [wilcoxon(values).pvalue if values else 1.0 for values in unequal]
         for n, (method, values) in enumerate(differences.items()):
-            row, mean = f"{method}, {domain}", Cell(**mean_std_interval(values))._replace(std=None)
-            rows.append([row, len(values), mean, f"{p_values[n]:.3g}", f"{holm(p_values)[n]:.3g}"])
+            row, figures = f"{method}, {domain}", mean_std_interval(values)
+            cells = Cell(figures["mean"], ci95=figures["ci95"]), f"{p_values[n]:.3g}", f"{holm(p_values)[n]:.3g}"
+            rows.append([row, len(values), *cells, Cell(figures["std"]), *_over_seeds(by_seed[method])])
             if len(unequal[n]) < 6:  # the test's least p is 2 / 2^number
                 differ = count(len(unequal[n]), "patient")
                 warnings.append(f"{row}: {differ} differ, too few for p < 0.05.")
@@ -186,19 +174,30 @@ def compare_methods(methods: dict[str, Runs]) -> Table:
                 warnings.append(f"{row}: other seeds or patients than {reference}.")
     note = (
         f"Mean difference from {reference} in points of the paper's Dice, paired by patient (mean over "
-        "seeds) [95 % bootstrap interval]; two-sided Wilcoxon signed-rank p, and by Holm over methods."
+        "seeds) [95 % bootstrap interval over patients]; two-sided Wilcoxon signed-rank p, and by Holm over methods. "
+        "Of several seeds: the SD of their differences, and the interval over patients and seeds."
     )
-    header = ["", "patients", "difference", "p", "p (Holm)"]
+    header = ["", "patients", "difference", "p", "p (Holm)", "SD of patients", "SD of seeds", "over both"]
     return Table("Comparison", header, rows, [note, *(f"Warning: {text}" for text in warnings)])
 
 
-def _patient_dice(runs: Runs) -> dict[tuple[str, str], float]:
-    return {
-        (domain, patient): fmean(run["paper_dice"][patient] for run in seeds)
-        for domain, seeds in runs.items()
-        for patient in (seeds[0]["paper_dice"] if seeds else ())
-        if all(patient in run["paper_dice"] for run in seeds)
-    }
+def _differences(ours: list[dict], theirs: list[dict]) -> np.ndarray:
+    """Return differences (seeds, patients) of patients that all runs have; one row of means for unequal seeds."""
+    runs = [summary["paper_dice"] for summary in (*ours, *theirs)]
+    patients = sorted(set.intersection(*map(set, runs))) if ours and theirs else []
+    first, second = (np.array([[s["paper_dice"][p] for p in patients] for s in seeds]) for seeds in (ours, theirs))
+    if not patients or [s["seed"] for s in ours] == [s["seed"] for s in theirs]:
+        return first - second if patients else np.empty((0, 0))
+    return first.mean(0, keepdims=True) - second.mean(0, keepdims=True)
+
+
+def _over_seeds(differences: list[np.ndarray]) -> tuple[Cell, Cell]:
+    """Return the SD of the seeds' mean differences (mean over domains), and the mean with `two_level_interval`."""
+    if not differences or min(map(len, differences)) < 2:
+        return Cell(None), Cell(None)
+    spread = fmean(float(matrix.mean(1).std(ddof=1)) for matrix in differences)
+    mean = float(np.concatenate([matrix.mean(0) for matrix in differences]).mean())
+    return Cell(spread), Cell(mean, ci95=two_level_interval(differences))
 
 
 def comparison_folder(parent: Path, names: Sequence[str], facts) -> Path:

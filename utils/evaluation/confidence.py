@@ -116,15 +116,14 @@ def monitor_pseudo_labels(predictor: Predictor, data: PreparedData, split: Split
     views = [predictor.view(image, curve)]
     if cfg.fourier_aug:
         partner = random_partner(len(rows), torch.Generator().manual_seed(0))
-        other = canvas_to_view(image[partner], cfg.image_size)
-        views.append(repeatable_fourier_view(views[0], other, cfg))
+        views.append(repeatable_fourier_view(views[0], predictor.crop(image[partner]), cfg))
     parts = [view.split(cfg.batch_size) for view in views]
     with predictor.autocast():
         logits = [[torch.cat([net(part).float() for part in view]) for view in parts]
                   for net in predictor.nets]  # fmt: skip
     mean = torch.stack([sum(of_views) / len(views) for of_views in logits])  # (2, N, K, H, W)
     label = mean.argmax(2)  # as `pseudo_label` does
-    truth = canvas_to_view(mask, cfg.image_size)[:, 0].long().expand_as(label)
+    truth = canvas_to_view(mask, cfg.image_size, field=cfg.field)[:, 0].long().expand_as(label)
     scores = {"agreement": torch.exp(-kl_variance(mean[1], mean[0])).expand_as(label)}
     scores["softmax maximum"] = mean.softmax(2).amax(2)
     if cfg.fourier_aug:

@@ -1,7 +1,7 @@
 """The evaluation of a run on a domain."""
 
 import csv
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,23 +9,24 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import RUNTIME_SETTINGS, pixel_mm
+from config import FIELD_PX, RUNTIME_SETTINGS, pixel_mm
 from utils import plots
 from utils.data.dataset import DatasetInfo
 from utils.data.loaders import scan_loader
 from utils.data.prepared import PreparedData
-from utils.data.volume import PlaneMap, Volume, read_volume, write_volume
+from utils.data.volume import PROGRAM, PlaneMap, Volume, read_volume, write_volume
 from utils.evaluation.confidence import Uncertainty
 from utils.evaluation.metrics import (
     METRICS,
     agreement_limits,
     largest_components,
     mean_std_interval,
+    pooled_dice,
     structure_metrics,
 )
 from utils.evaluation.predict import ScanPrediction, mean_dice, predict_scans
 from utils.evaluation.report import cases_table, summary_tables, summary_text, write_report
-from utils.evaluation.runs import TrainedRun, method_name, patients_to_evaluate
+from utils.evaluation.runs import TrainedRun, is_other, method_name, patients_to_evaluate
 from utils.evaluation.tables import Cell, count
 from utils.files import OutputFolder, require_writable, write_json
 from utils.run.checkpoint import provenance
@@ -49,18 +50,20 @@ def evaluate_run(
     outputs = OutputFolder(out)
     outputs.require_free(*RESULT_FILES)  # before the work
     require_writable(out, "--out or --output")
-    slice_dice, cases, drawings = [], [], {}
+    slice_dice, cases, drawings, overlaps = [], [], {}, defaultdict(int)
     uncertainty, loader = Uncertainty(), scan_loader(data, patients)
     scans = predict_scans(run.predictor, loader, data, confidence=True)
     for scan in tqdm(scans, f"evaluate {run.folder.name}", len(loader), leave=False, unit="scan"):
-        segmented, truth, rows = to_native(scan, data, dataset.class_names, keep_largest=keep_largest)
+        options = {"field": run.config.field, "keep_largest": keep_largest}
+        segmented, truth, rows = to_native(scan, data, dataset.class_names, **options)
         slice_dice.append((scan.patient, scan.phase, scan.slice_dice.tolist()))
         cases += rows
+        overlaps[scan.patient] = overlaps[scan.patient] + scan.overlap
         uncertainty.add(scan)
         drawings[scan.patient, scan.phase] = case_drawing(scan, truth)
         if save_predictions:
             name = f"predictions/{scan.patient}_{scan.phase}.nii.gz"
-            write_volume(outputs.claim(name), segmented, truth)
+            write_volume(outputs.claim(name), segmented, truth, PROGRAM)
     paper_dice = mean_dice(slice_dice)
     cases = [{**case, "paper_dice": paper_dice[case["patient"]]} for case in cases]
     voxels, outside = (sum(case[key] for case in cases) for key in ("voxels", "outside_field"))
@@ -71,16 +74,18 @@ def evaluate_run(
         "test_domain": domain,
         "checkpoint": f"{run.checkpoint}, step {run.metadata['step']}{remark}",
         "unfinished": remark,
+        "other_data": is_other(run.metadata, data.info),
         "keep_largest": keep_largest,
         "patients": len(paper_dice),
         "paper_dice": paper_dice,
         "paper_protocol": mean_std_interval([*paper_dice.values()]),
+        "pooled": pooled_dice(np.array([*overlaps.values()]), dataset.class_names[1:]),
         "volumetric": {name: volumetric_figures(cases, name) for name in dataset.class_names[1:]},
         "outside_field_percent": 100 * outside / max(voxels, 1),
-        **{key: data.info[key] for key in ("phantom", "content_hash")},
+        **{key: data.info[key] for key in ("phantom", "open_data", "content_hash")},
         **uncertainty.summary(),
         "labels": list(labels),
-        "warnings": exchanged_phases(cases, dataset),
+        "warnings": exchanged_phases(cases, dataset) + few_patients(len(paper_dice)),
         "clinical": clinical_figures(cases, dataset),
     }
     tables = summary_tables(summary)
@@ -110,6 +115,7 @@ def evaluate_run(
 def run_facts(run: TrainedRun) -> dict:
     """Return what summary.json says about the run itself."""
     settings = {k: value for k, value in asdict(run.config).items() if k not in RUNTIME_SETTINGS}
+    labeled = Counter(run.metadata["labeled"].values())
     selection = {"best": run.metadata["selection"], "last": "none, the training's last state"}
     return {
         "run": run.folder.resolve().name,
@@ -118,13 +124,15 @@ def run_facts(run: TrainedRun) -> dict:
         "settings": settings,
         **{key: settings[key] for key in ("ratio", "seed", "image_size")},
         "tta": run.predictor.tta,
+        "step": run.metadata["step"],
+        "labeled": ", ".join(f"{d} {n}" for d, n in sorted(labeled.items())) or "unknown",
         "trained_by": {key: run.metadata[key] for key in ("git_commit", "versions", "content_hash")},
         "evaluated_by": provenance(),
     }
 
 
 def to_native(
-    scan: ScanPrediction, data: PreparedData, class_names: Sequence[str], *, keep_largest=False
+    scan: ScanPrediction, data: PreparedData, class_names: Sequence[str], *, field=FIELD_PX, keep_largest=False
 ) -> tuple[np.ndarray, Volume, list[dict]]:
     """Map a prediction to its scan's grid (bilinear softmax, argmax, largest components); score it.
 
@@ -132,7 +140,7 @@ def to_native(
     (ml), and the truth's voxels, in all and outside the field of view.
     """
     truth, size = read_volume(data.truth_path(scan.patient, scan.phase), 3), scan.image.shape[-1]
-    pixel = pixel_mm(data.info["spacing_mm"], size)
+    pixel = pixel_mm(data.info["spacing_mm"], size, field)
     plane = PlaneMap(truth.array.shape[:2], truth.zooms[:2], size, pixel)
     softmax = scan.probability.float().cpu().numpy()  # its map of all slices would take gigabytes
     labels = np.stack([plane.to_native(p).argmax(0).astype(np.uint8) for p in softmax], axis=-1)
@@ -184,6 +192,11 @@ def exchanged_phases(cases: Sequence[dict], dataset: DatasetInfo) -> list[str]:
     return [f"{patient}: the true {names[0]} is larger at ES than at ED: exchanged?" for patient in patients]
 
 
+def few_patients(number: int) -> list[str]:
+    """Return a warning where intervals over so few patients say little."""
+    return [f"{count(number, 'patient')}: an interval over fewer than 6 says little"] if number < 6 else []
+
+
 def case_drawing(scan: ScanPrediction, grid: Volume) -> dict:
     """Return what `plot_case` draws: few slices, cropped, as those of all scans stay in memory."""
     last, window = len(scan.rows) - 1, ()
@@ -208,7 +221,7 @@ def draw_overlays(
     paper_dice, pictures = summary["paper_dice"], []
     ranked = sorted(paper_dice, key=paper_dice.__getitem__)
     ranks = {ranked[len(ranked) // 2]: "median", ranked[-1]: "best", ranked[0]: "worst"}
-    spacing = pixel_mm(dataset.spacing, summary["image_size"])
+    spacing = pixel_mm(dataset.spacing, summary["image_size"], summary["settings"]["field"])
     for patient, phase in sorted(drawings, key=lambda key: paper_dice[key[0]]):
         if rank := ranks.get(patient):
             caption = f"{rank} patient: {patient} {phase}; paper Dice {paper_dice[patient]:.1f} %"

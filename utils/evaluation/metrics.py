@@ -58,6 +58,33 @@ def mean_std_interval(values: Sequence[float]) -> dict:
     return result
 
 
+def pooled_dice(overlaps: np.ndarray, names: Sequence[str]) -> dict:
+    """Return the Dice (percent) of sums over patients by structure, and their "mean"; None if all are empty.
+
+    `overlaps` is (P, K, 2), a `structure_overlap` per patient. "ci95" has bootstrap intervals over patients.
+    """
+    drawn = np.random.default_rng(0).integers(len(overlaps), size=(2000, len(overlaps)))
+    sums = np.concatenate([overlaps.sum(0)[None], overlaps[drawn].sum(1)])
+    with np.errstate(invalid="ignore"):  # a structure that nobody has
+        dice = 100 * sums[..., 0] / sums[..., 1]
+    dice = np.column_stack([dice, dice.mean(1)])
+    low_high, keys = np.percentile(dice[1:], [2.5, 97.5], axis=0).T.tolist(), (*names, "mean")
+    return dict(zip(keys, dice[0].tolist(), strict=True)) | {"ci95": dict(zip(keys, low_high, strict=True))}
+
+
+def two_level_interval(differences: Sequence[np.ndarray]) -> list[float]:
+    """Return the 95 % bootstrap interval of a mean over seeds and patients, which are both drawn anew.
+
+    Each array is (seeds, patients), of one domain; the mean weighs by patients. One seed and one patient fewer than
+    there are is drawn: so the variance of the mean is not underestimated.
+    """
+    rng, total = np.random.default_rng(0), 0
+    for values in differences:
+        seeds, patients = (rng.integers(n, size=(2000, max(n - 1, 1))) for n in values.shape)
+        total = total + values.shape[1] * values[seeds[:, :, None], patients[:, None]].mean((1, 2))
+    return np.percentile(total / sum(values.shape[1] for values in differences), [2.5, 97.5]).tolist()
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for their number by Holm's step-down method."""
     order, count = np.argsort(p_values), len(p_values)

@@ -47,9 +47,13 @@ class Predictor(NamedTuple):
     def device(self) -> torch.device:
         return next(self.nets[0].parameters()).device
 
+    def crop(self, canvas: Tensor) -> Tensor:
+        """Return the field of view (B, 1, s, s) of canvases of images (B, 1, C, C)."""
+        return canvas_to_view(canvas, self.config.image_size, field=self.config.field)
+
     def view(self, canvas: Tensor, quantiles: Tensor) -> Tensor:
         """Return the networks' input (B, 1, s, s); arguments as in `maps`."""
-        view = canvas_to_view(canvas, self.config.image_size)
+        view = self.crop(canvas)
         return view if self.reference is None else match_histogram(view, quantiles, self.reference[None])
 
     def maps(self, canvas: Tensor, quantiles: Tensor, partners=None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -63,8 +67,7 @@ class Predictor(NamedTuple):
         maps = {"probability": probability, "agreement": agreement}
         if partners is not None:
             plain = predict(self.nets, view, autocast=self.autocast)[0] if self.tta else probability
-            other = canvas_to_view(partners, self.config.image_size)
-            other = repeatable_fourier_view(view, other, self.config)
+            other = repeatable_fourier_view(view, self.crop(partners), self.config)
             fourier, _ = predict(self.nets, other, autocast=self.autocast)
             logits = [p.clamp_min(1e-12).log() for p in (plain, fourier)]
             maps["confidence"] = torch.exp(-kl_variance(*logits))
@@ -82,6 +85,7 @@ class ScanPrediction(NamedTuple):
     agreement: Tensor  # (S, s, s) in [0, 1]
     truth: Tensor  # (S, s, s) labels
     slice_dice: np.ndarray  # (S,) paper protocol, in [0, 1], at FIELD_PX
+    overlap: np.ndarray  # (K - 1, 2) as `structure_overlap`, of all slices, at FIELD_PX
     confidence: Tensor | None = None  # (S, s, s) exp(-V), in [0, 1], where wanted
 
 
@@ -93,13 +97,16 @@ def predict_scans(
         canvas, curve, mask = (batch[name].to(predictor.device) for name in ("image", "quantiles", "mask"))
         partners = canvas.roll(len(canvas) // 2, 0) if confidence else None
         view, maps = predictor.maps(canvas, curve, partners)
-        on_grid = F.interpolate(maps["probability"], size=FIELD_PX, mode="bilinear")
-        dice = paper_dice(on_grid, canvas_to_view(mask, FIELD_PX)[:, 0]).cpu().numpy()
+        field = predictor.config.field
+        on_grid = F.interpolate(maps["probability"], size=field, mode="bilinear")
+        on_grid = F.pad(on_grid, [(FIELD_PX - field) // 2] * 4)  # nothing is found outside
+        labels = canvas_to_view(mask, FIELD_PX)[:, 0]
+        dice, overlap = (score(on_grid, labels).cpu().numpy() for score in (paper_dice, structure_overlap))
         classes = maps["probability"].shape[1]
-        truth = canvas_to_view(mask, view.shape[-1], num_classes=classes)[:, 0]
+        truth = canvas_to_view(mask, view.shape[-1], field=field, num_classes=classes)[:, 0]
         rows = batch["row"].numpy()
         patient, phase = (str(data.index[name][rows[0]]) for name in ("patient", "phase"))
-        yield ScanPrediction(patient, phase, rows, view[:, 0], truth=truth, slice_dice=dice, **maps)
+        yield ScanPrediction(patient, phase, rows, view[:, 0], truth=truth, slice_dice=dice, overlap=overlap, **maps)
 
 
 def paper_dice(probability: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -112,6 +119,17 @@ def paper_dice(probability: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     truth = labels[:, None] == classes
     dims = (1, 2, 3)
     return (2 * (predicted & truth).sum(dims) + 1e-4) / (predicted.sum(dims) + truth.sum(dims) + 1e-4)
+
+
+def structure_overlap(probability: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return (K - 1, 2) sums over slices: twice the intersection, and both sizes, of each structure (argmax).
+
+    Arguments as in `paper_dice`; the quotient of the sums over a list is its pooled Dice.
+    """
+    classes = torch.arange(1, probability.shape[1], device=labels.device)[:, None, None, None]
+    predicted, truth = probability.argmax(1) == classes, labels == classes  # (K - 1, B, H, W)
+    sums = 2 * (predicted & truth).sum((1, 2, 3)), predicted.sum((1, 2, 3)) + truth.sum((1, 2, 3))
+    return torch.stack(sums, 1)
 
 
 def mean_dice(scans: Iterable[tuple[str, str, Sequence[float]]]) -> dict[str, float]:

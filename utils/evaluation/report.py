@@ -9,7 +9,7 @@ import jinja2
 
 from config import FIELD_PX
 from utils.evaluation.metrics import METRICS, SCORES
-from utils.evaluation.tables import MARKS, Cell, Table, count, to_markdown
+from utils.evaluation.tables import MARKS, Cell, Table, count, incomparable, published_rows, to_markdown
 
 PHANTOM_WARNING = "Phantom data: these numbers say nothing about real scans."
 PAPER_NOTE = (
@@ -46,10 +46,11 @@ def summary_text(title: str, summary: dict, tables: Sequence[Table]) -> str:
 def _setting(summary: dict) -> str:
     marks = "".join(f", {text}" for key, text in MARKS.items() if summary[key])
     return (
-        "Run {run}, data {data}. {number}, {percent:g} % labelled, seed {seed}, {image_size} px{marks}. "
+        "Run {run}, data {data}. {number}; labelled {labeled} ({share}); seed {seed}, {image_size} px{marks}. "
         "Method: {method}. Checkpoint: {checkpoint}; selection: {selection}.{labels_text}{warnings_text}"
     ).format(
-        **summary, number=count(summary["patients"], "patient"), percent=100 * summary["ratio"], marks=marks,
+        **summary, number=count(summary["patients"], "patient"), marks=marks,
+        share=summary["settings"]["labeled_patients"] or f"{100 * summary['ratio']:g} %",
         labels_text=f" Labels in the masks: {', '.join(summary['labels'])}." if summary["labels"] else "",
         warnings_text="".join(f" Warning: {text}." for text in summary["warnings"]),
     )  # fmt: skip
@@ -58,6 +59,7 @@ def _setting(summary: dict) -> str:
 def summary_tables(summary: dict) -> list[Table]:
     """Return the content of summary.json as tables."""
     outside = f"{summary['outside_field_percent']:.2f} % of the labelled voxels"
+    pooled, domain = summary["pooled"], summary["test_domain"]
     tables = [Table(
         "Volumetric, in the scans' own grid",
         ["structure", *METRICS.values(), "missed", "both empty", "scans"],
@@ -66,6 +68,23 @@ def summary_tables(summary: dict) -> list[Table]:
         ["Mean over patients [95 % interval]; a miss is Dice 0 and distances of the diagonal. "
          f"{outside} lie outside the field of view."],
     )]  # fmt: skip
+    tables.append(Table(
+        "Pooled over all patients",
+        ["structure", "Dice (%)"],
+        [[name, Cell(pooled[name], ci95=pooled["ci95"][name])] for name in pooled["ci95"]],
+        [f"Of sums over all slices, {FIELD_PX} px grid: slices with little to see weigh little."],
+    ))  # fmt: skip
+    paper, reasons = Cell(**summary["paper_protocol"])._replace(ci95=None), incomparable(summary)
+    for kind, title, ours in (
+        ("paper", "Published, by the paper's protocol", [paper, "patients"]),
+        ("pooled", "Published, pooled", [Cell(pooled["mean"]), "–"]),
+    ):
+        published, notes = published_rows(summary["dataset"], summary["ratio"], kind)
+        rows = [[row.method, row.dice[domain], row.over, row.chosen_on] for row in published if domain in row.dice]
+        if rows:
+            notes += [f"This run is not comparable: {', '.join(reasons)}."] if reasons else []
+            header = ["", domain, "± over", "checkpoint chosen on"]
+            tables.append(Table(title, header, [["this run", *ours, "labelled source"], *rows], notes))
     if clinical := summary["clinical"]:
         tables.append(Table(
             "Clinical quantities",

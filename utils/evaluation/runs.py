@@ -35,7 +35,7 @@ def load_run(
     """Load a checkpoint's networks into a `Predictor`; raises as `read_run`."""
     path, metadata, state = read_run(folder, checkpoint, dataset)
     try:
-        config, _ = Config(**metadata["config"]), metadata["seen"]
+        config, _ = Config(**metadata["config"]), (metadata["seen"], metadata["labeled"])
     except (UserError, TypeError, KeyError) as error:
         raise UserError(f"{path}: of another version ({error}); use the code that trained it") from error
     nets = [build_network(len(metadata["class_names"])) for _ in range(2)]

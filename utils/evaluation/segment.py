@@ -14,7 +14,7 @@ import torch
 from scipy import ndimage
 from tqdm import tqdm
 
-from config import CANVAS_PX, FIELD_PX, pixel_mm
+from config import CANVAS_PX, pixel_mm
 from utils.data.dataset import DatasetInfo
 from utils.data.prepared import quantile_curves
 from utils.data.user_scans import scan_name
@@ -48,9 +48,14 @@ def segment_files(
     tables = ["quality.csv", "volumes.csv"] if volumes else ["quality.csv"]
     outputs.require_free(*tables, *chain(*names.values()))
     require_writable(output, "--output")
+    made_by = f"{run.folder.resolve().name}/{run.checkpoint}"
     done = {stem for stem in scans if all((output / name).exists() for name in names[stem])}
-    for table in tables:
-        done &= {row["scan"] for row in _read_lines(output / table).rows}
+    for rows in (_read_lines(output / table).rows for table in tables):
+        done &= {row["scan"] for row in rows}
+        others = sorted({row["scan"] for row in rows if row["scan"] in scans and row["run"] != made_by})
+        if others and not overwrite:
+            remedy = "choose another --output, or --overwrite"
+            raise UserError(f"{output}: another run has segmented {', '.join(others[:5])}: {remedy}")
     if done and not overwrite:
         print(f"{len(done)} of {len(scans)} scans are done already; --overwrite does them anew")
         scans = {stem: path for stem, path in scans.items() if stem not in done}
@@ -66,10 +71,12 @@ def segment_files(
                 for name, array in zip(names[stem], maps.values(), strict=True):
                     if overwrite or not (output / name).exists():
                         write_volume(outputs.claim(name), array, like=volume, description=NOTE)
-                _write_lines(outputs.claim("quality.csv"), stem, quality)
-                if volumes:
-                    figures, remark = clinical_figures(volume, maps["seg"], dataset)
-                    _write_lines(outputs.claim("volumes.csv"), stem, [figures])
+                key = {"scan": stem, "run": made_by}
+                _write_lines(outputs.claim("quality.csv"), key, quality)
+                if volumes:  # of the map that is there, which the user may have corrected
+                    segmented = read_volume(output / names[stem][0]).array
+                    figures, remark = clinical_figures(volume, segmented, dataset)
+                    _write_lines(outputs.claim("volumes.csv"), key, [figures])
                     if remark:
                         tqdm.write(f"warning: {path}: {remark}")
         except UserError as error:
@@ -98,11 +105,11 @@ def _read_lines(path: Path) -> Table:
     return read_table(path) if path.exists() else Table([], [])
 
 
-def _write_lines(path: Path, scan: str, lines: Sequence[dict]) -> None:
+def _write_lines(path: Path, key: dict[str, str], lines: Sequence[dict]) -> None:
     """Write a scan's lines in place of its earlier ones; the user's columns stay."""
-    table, lines = _read_lines(path), [{"scan": scan, **line} for line in lines]
+    table, lines = _read_lines(path), [key | line for line in lines]
     header = {name.casefold(): name for name in [*table.columns, *lines[0]]}
-    rows = [row for row in table.rows if row["scan"] != scan]
+    rows = [row for row in table.rows if row["scan"] != key["scan"]]
     rows += [{name.casefold(): value for name, value in line.items()} for line in lines]
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         csv.DictWriter(file, header).writerows([header, *rows])
@@ -130,16 +137,17 @@ def segment_volume(
     `center` is a voxel of a slice, "auto" the one that the networks find, None the middle. Return by
     name MAPS of the volume's shape, 0 outside the field of view, and all frames' `structure_quality`.
     """
-    shape, frames, size = volume.array.shape, frame_count(volume), predictor.config.image_size
+    shape, frames, cfg = volume.array.shape, frame_count(volume), predictor.config
+    size, pixel = cfg.image_size, pixel_mm(dataset.spacing, cfg.image_size, cfg.field)
     if confidence and shape[2] < 2:
         raise UserError("--confidence compares with another slice: leave it out for one")
     plane = PlaneMap(shape[:2], volume.zooms[:2], CANVAS_PX, dataset.spacing)
     predict = partial(_predict_slices, dataset=dataset, batch_size=batch_size)
     if center == "auto":
-        center = _locate(volume, plane, partial(predict, predictor=predictor._replace(tta=False)))
+        center = _locate(volume, plane, partial(predict, predictor=predictor._replace(tta=False)), cfg.field)
     if center and not all(0 <= c < n for c, n in zip(center, plane.shape, strict=True)):
         raise UserError(f"--center {center} is outside the image of {plane.shape} voxels")
-    plane, pixel = replace(plane, center=center), pixel_mm(dataset.spacing, size)
+    plane = replace(plane, center=center)
     grid, voxel_ml = replace(plane, size=size, spacing=pixel), pixel**2 * volume.zooms[2] / 1000
     quality, kinds = [], MAPS if confidence else ["seg"]
     maps = {kind: np.empty((frames, shape[2], *shape[:2]), MAPS[kind]) for kind in kinds}
@@ -177,15 +185,15 @@ def _predict_slices(slices, plane, predictor, dataset, batch_size, confidence=Fa
             yield {name: values[n] for name, values in maps.items()}
 
 
-def _locate(volume: Volume, plane: PlaneMap, predict) -> tuple[float, float] | None:
+def _locate(volume: Volume, plane: PlaneMap, predict, field: int) -> tuple[float, float] | None:
     """Return and print the voxel of the organ's centre in a slice; None if nothing is found.
 
     In overlapping windows of the first frame, as many as the scan has slices, the networks look for
     the connected region with the most foreground.
     """
     shape, zooms = np.array(plane.shape), np.array(plane.zooms)
-    reach = (shape * zooms / plane.spacing - FIELD_PX).clip(0)  # px that the field of view can move
-    moves = [np.linspace(-n / 2, n / 2, 1 + math.ceil(n / (2 * FIELD_PX / 3))) for n in reach]
+    reach = (shape * zooms / plane.spacing - field).clip(0)  # px that the field of view can move
+    moves = [np.linspace(-n / 2, n / 2, 1 + math.ceil(n / (2 * field / 3))) for n in reach]
     windows = [(shape - 1) / 2 + np.array(move) * plane.spacing / zooms for move in product(*moves)]
     slices = frame_slices(volume, 0)
     depth = min(max(frame_count(volume) * len(slices) // len(windows), 1), len(slices))
@@ -200,7 +208,7 @@ def _locate(volume: Volume, plane: PlaneMap, predict) -> tuple[float, float] | N
         if count and sums.max() > most:
             most, size = sums.max(), len(heat)
             place = np.array(ndimage.center_of_mass(heat, regions, 1 + sums.argmax()))
-            voxel = window + (place - (size - 1) / 2) * pixel_mm(plane.spacing, size) / zooms
+            voxel = window + (place - (size - 1) / 2) * pixel_mm(plane.spacing, size, field) / zooms
             center = tuple(voxel.clip(0, shape - 1).round(1).tolist())
     tqdm.write(f"center: {center or 'of the image, as the networks find nothing'}")
     return center
@@ -230,14 +238,15 @@ def structure_quality(
 def clinical_figures(volume: Volume, labels: np.ndarray, dataset: DatasetInfo) -> tuple[dict, str]:
     """Return clinical quantities by name, None with fewer than two usable frames, and a remark.
 
-    ED and ES are the frames, not constant, in which the LV is largest and smallest.
+    ED and ES are the frames, not constant, in which the LV is largest and smallest; one of less than a tenth of the
+    largest counts as not found.
     """
     names, frames = dataset.class_names[1:], frame_count(volume)
     labels = labels.reshape(*labels.shape[:3], frames)
     voxels = {name: (labels == value).sum((0, 1, 2)) for value, name in enumerate(names, start=1)}
     ml = {name: count * math.prod(volume.zooms) / 1000 for name, count in voxels.items()}
     lv, remarks = ml[names[0]], []
-    usable = [t for t in range(frames) if lv[t] and np.ptp(frame_slices(volume, t))]
+    usable = [t for t in range(frames) if lv[t] > lv.max() / 10 and np.ptp(frame_slices(volume, t))]
     if left_out := ", ".join(str(t) for t in range(frames) if t not in usable):
         remarks.append(f"frames {left_out} (from 0), blank or without {names[0]}, are left out")
     phases = {"ED": max(usable, key=lv.item, default=0), "ES": min(usable, key=lv.item, default=0)}

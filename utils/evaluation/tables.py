@@ -1,12 +1,20 @@
-"""A table in Markdown, CSV and LaTeX; report.html prints it as HTML."""
+"""A table in Markdown, CSV and LaTeX (report.html prints it as HTML), and published numbers."""
 
 import csv
 import io
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
-MARKS = {"phantom": "phantom data", "tta": "test-time augmentation", "keep_largest": "largest components"}
+from config import FIELD_PX
+
+MARKS = {"phantom": "phantom data", "open_data": "open data, not the challenge's",
+         "tta": "test-time augmentation", "keep_largest": "largest components",
+         "other_data": "data not its training's"}  # fmt: skip
+SELECTION_NOTE = "Published checkpoints may be chosen on the held-out domain; ours never are."
 LATEX = str.maketrans(
     {char: rf"\{char}" for char in "%_&#${}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
     | {"^": r"\textasciicircum{}", "|": r"\textbar{}", "<": "$<$", ">": "$>$"}
@@ -37,6 +45,57 @@ class Table(NamedTuple):
     header: list[str]
     rows: list[list[Any]]  # texts, numbers and Cells; the first entry names the row
     notes: Sequence[str] = ()
+
+
+class Published(NamedTuple):
+    """A published row, as published.csv has it."""
+
+    method: str
+    dice: dict[str, Cell]  # by held-out domain
+    average: Cell
+    kind: str  # of Dice: "paper" and "pooled" are ours, too
+    chosen_on: str  # what the checkpoint was chosen on
+
+    @property
+    def over(self) -> str:
+        """What the deviation after ± is taken over."""
+        return "patients" if any(cell.std for cell in self.dice.values()) else "–"
+
+
+def published_rows(dataset: str, ratio: float, kind: str) -> tuple[list[Published], list[str]]:
+    """Return the rows that published a Dice of one kind for a ratio, and notes on these and on the others."""
+    rows = []
+    with open(Path(__file__).with_name("published.csv"), encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            if (line["dataset"], float(line["ratio"])) == (dataset, ratio):
+                words = line["dice"].split()
+                pairs = zip_longest(map(float, words[1::2]), map(float, line["std"].split()))
+                dice = dict(zip(words[::2], (Cell(*pair) for pair in pairs), strict=True))
+                average = Cell(float(line["average"]))
+                rows.append(Published(line["method"], dice, average, line["kind"], line["chosen_on"]))
+    others = ", ".join(f"{row.method} {row.average}" for row in rows if row.kind != kind)
+    rows = [row for row in rows if row.kind == kind]
+    notes = [SELECTION_NOTE] if rows else []
+    notes += [f"Average of another or an unknown Dice, not to be compared: {others}."] if others else []
+    for row in rows:
+        mean = fmean(cell.mean for cell in row.dice.values())
+        if abs(mean - row.average.mean) > 0.01:  # more than rounding
+            notes.append(f"{row.method}: printed as {row.average}, the mean of its domains is {mean:.2f}.")
+    return rows, notes
+
+
+def incomparable(summary: dict) -> list[str]:
+    """Say why a run's numbers cannot stand beside published ones."""
+    settings = summary["settings"]
+    short = settings["num_epoch"] < 50 or settings["max_steps"]
+    reasons = {
+        summary["method"]: summary["method"] != "full",
+        f"{summary['image_size']} px": summary["image_size"] != FIELD_PX,
+        f"field of {settings['field']} px": settings["field"] != FIELD_PX,
+        "not pretrained": settings["pretrained"] == "none",
+        f"{summary['step']} steps": short,
+    }
+    return [text for key, text in MARKS.items() if summary[key]] + [text for text, holds in reasons.items() if holds]
 
 
 def to_markdown(tables: Sequence[Table]) -> str:

@@ -130,7 +130,7 @@ def gaussian_blur(image: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
 
 
 def canvas_to_view(
-    canvas: torch.Tensor, size: int, theta: torch.Tensor | None = None, *, num_classes: int | None = None
+    canvas: torch.Tensor, size: int, theta: torch.Tensor | None = None, *, field: int = FIELD_PX, num_classes=None
 ) -> torch.Tensor:
     """Sample the field of view of prepared canvases at `size` px, anti-aliased and bilinear.
 
@@ -139,21 +139,23 @@ def canvas_to_view(
 
     Args:
         canvas: (B, 1, C, C): float images, or uint8 labels (as the dtype tells).
-        size: px of the output; the field of view is FIELD_PX / CANVAS_PX of the canvas at every size.
-        theta: (B, 2, 3) affine on normalised coordinates, output to canvas; None for the centre crop.
+        size: px of the output.
+        theta: (B, 2, 3) affine on normalised coordinates of the field of view; None for the centre crop.
+        field: px of the canvas that the field of view is wide.
         num_classes: of labels, including the background; None reads it off them, for which a GPU must be waited for.
 
     Returns:
         (B, 1, size, size), of the canvas's kind: float32 or uint8. Outside the canvas: 0.
     """
-    labels, smaller = canvas.dtype == torch.uint8, size < FIELD_PX
+    labels, smaller = canvas.dtype == torch.uint8, size < field
     image = canvas.float()
     if labels and smaller:
         image = F.one_hot(canvas[:, 0].long(), num_classes or int(canvas.max()) + 1).movedim(-1, 1).float()
     if smaller:
-        image = F.interpolate(image, size=round(CANVAS_PX * size / FIELD_PX), mode="bilinear", antialias=True)
+        image = F.interpolate(image, size=round(CANVAS_PX * size / field), mode="bilinear", antialias=True)
     if theta is None:
-        theta = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]], device=canvas.device) * (FIELD_PX / CANVAS_PX)
+        theta = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]], device=canvas.device)
+    theta = torch.cat([theta[..., :2] * (field / CANVAS_PX), theta[..., 2:]], 2)
     grid = F.affine_grid(theta.expand(len(canvas), 2, 3), [len(canvas), 1, size, size], align_corners=False)
     mode = "nearest" if labels and not smaller else "bilinear"
     sampled = F.grid_sample(image, grid, mode=mode, align_corners=False)
@@ -163,7 +165,7 @@ def canvas_to_view(
 
 
 def random_affine(count: int, *, generator: torch.Generator, rotation: int, max_shift: int, flip: bool) -> torch.Tensor:
-    """Draw affine maps (count, 2, 3) float32 from the output's field of view to the canvas, for `canvas_to_view`.
+    """Draw affine maps (count, 2, 3) float32 for `canvas_to_view`: turned and mirrored, then moved over the canvas.
 
     Args:
         rotation: largest angle; the angle is an integer, U{0..rotation} degrees.
@@ -176,8 +178,7 @@ def random_affine(count: int, *, generator: torch.Generator, rotation: int, max_
     sign = 1 - 2 * torch.randint(0, 2, (count, 2), generator=generator, device=device) * flip
     cos, sin = angle.cos(), angle.sin()
     rotate = torch.stack([cos, -sin, sin, cos], dim=1).view(count, 2, 2)
-    linear = rotate * sign[:, None, :] * (FIELD_PX / CANVAS_PX)
-    return torch.cat([linear, (rotate @ (offset * 2 / CANVAS_PX)[:, :, None])], dim=2)
+    return torch.cat([rotate * sign[:, None, :], (rotate @ (offset * 2 / CANVAS_PX)[:, :, None])], dim=2)
 
 
 def cutmix_mask(count: int, size: int, *, generator: torch.Generator, boxes: int = 3) -> torch.Tensor:
@@ -235,9 +236,9 @@ class Augmentation:
         (B, 1, size, size) float32, mask (B, size, size) int64.
         """
         theta = self._affine(len(image), generator)
-        view = self._match(canvas_to_view(image, self.cfg.image_size, theta), quantiles, generator)
+        view = self._match(self._view(image, theta), quantiles, generator)
         view = self._blur(view, generator)[0]
-        mask = canvas_to_view(mask, self.cfg.image_size, theta, num_classes=self.num_classes)
+        mask = self._view(mask, theta)
         return view, mask[:, 0].long()
 
     def unlabeled(
@@ -248,11 +249,11 @@ class Augmentation:
         Canvases (B, 1, C, C) and their quantile curves (B, Q) -> views (B, 1, size, size) float32.
         """
         cfg, theta = self.cfg, self._affine(len(image), generator)
-        plain = self._match(canvas_to_view(image, cfg.image_size, theta), quantiles, generator)
+        plain = self._match(self._view(image, theta), quantiles, generator)
         if not cfg.fourier_aug:
             return self._blur(plain, generator)[0], None
         # The partner comes from the unmatched batch and undergoes the image's own geometry.
-        partner = canvas_to_view(image[random_partner(len(image), generator)], cfg.image_size, theta)
+        partner = self._view(image[random_partner(len(image), generator)], theta)
         ratio: float | torch.Tensor = cfg.fourier_ratio
         if cfg.fourier_mode == "AM":
             ratio = torch.rand(len(image), 1, 1, 1, generator=generator, device=image.device) * cfg.fourier_alpha
@@ -262,6 +263,10 @@ class Augmentation:
     def _affine(self, count: int, generator: torch.Generator) -> torch.Tensor:
         settings = {name: getattr(self.cfg, name) for name in ("rotation", "max_shift", "flip")}
         return random_affine(count, generator=generator, **settings)
+
+    def _view(self, canvas: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+        size, field = self.cfg.image_size, self.cfg.field
+        return canvas_to_view(canvas, size, theta, field=field, num_classes=self.num_classes)
 
     def _match(self, image: torch.Tensor, quantiles: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if self.reference is None:
@@ -274,4 +279,4 @@ class Augmentation:
         if not self.cfg.blur:
             return image, *more
         sigma = 0.25 + torch.rand(len(image), generator=generator, device=image.device)
-        return tuple(gaussian_blur(view, sigma * self.cfg.image_size / FIELD_PX) for view in (image, *more))
+        return tuple(gaussian_blur(view, sigma * self.cfg.image_size / self.cfg.field) for view in (image, *more))

@@ -154,7 +154,7 @@ def run_metadata(
         reference: (256,) quantile curve that histograms are matched to, or None.
         data_info: of the prepared data, or {} where they are unknown.
         facts: "selection" (the rule that chose the weights), their "step", beta then ("cps_weight"), and "seen": the
-            patients that they have learnt from, by checksum of a frame.
+            patients that they have learnt from, by checksum of a frame; and "labeled": the domain of each labelled one.
     """
     return {
         "dataset": dataset.key,
