@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from config import FROM_SCRATCH, MMS, MMS_DEMO, SCGM, from_cli
+from config import FROM_SCRATCH, MMS, MMS_DEMO, ROBUST, SCGM, from_cli
 from utils.errors import UserError
 
 
@@ -23,6 +23,8 @@ from utils.errors import UserError
         ({"image_size": 96, "fourier_window": 0.2}, "--fourier-window must be"),
         ({"cps_loss": "hard"}, "--cps-loss must be one of pixel, scalar, plain"),
         ({"fourier_mode": "AX"}, "--fourier-mode must be one of AS, AM"),
+        ({"field": 300}, "--field must be 96 to 288"),
+        ({"field": 201}, "--field must be even"),
         ({"fourier_ratio": 5.0}, "--fourier-ratio must be 0 to 1"),
     ],
 )
@@ -40,8 +42,12 @@ def test_flags_change_the_defaults_of_the_data_set(monkeypatch):
         monkeypatch.setattr("sys.argv", ["x", "--run-name", name])
         with pytest.raises(UserError, match="only settings may stand in braces"):
             from_cli(MMS, MMS_DEMO)
-    monkeypatch.setattr("sys.argv", ["x", "--demo", "--image-size", "64"])
-    assert from_cli(MMS, MMS_DEMO) == [replace(MMS_DEMO, image_size=64)]
+    for flags, changes in (
+        (["--image-size", "64"], {"image_size": 64}),
+        (["--robust", "--field", "160"], ROBUST | {"field": 160}),
+    ):
+        monkeypatch.setattr("sys.argv", ["x", "--demo", *flags])
+        assert from_cli(MMS, MMS_DEMO) == [replace(MMS_DEMO, **changes)]
 
 
 def test_without_pretrained_weights_the_defaults_are_others(monkeypatch):

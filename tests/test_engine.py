@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import mms_dataloader
 import scgm_dataloader
+from config import ROBUST
 from utils import engine
 from utils.data.loaders import SliceDataset, build_loaders
 from utils.device import Process
@@ -120,6 +121,7 @@ def test_same_seed_same_weights_other_seed_others(mms_config, build_tiny):
 @pytest.mark.parametrize("interval", [0, 2])
 def test_stopped_and_resumed_run_equals_the_uninterrupted_one(mms_config, build_tiny, interval, monkeypatch):
     monkeypatch.setattr(engine, "SYNC_EVERY", 3)  # points of the curves after the steps 3, 6 and 8
+    mms_config = replace(mms_config, **(ROBUST if interval else {}))
     whole = run(replace(mms_config, run_name="whole"), build_tiny)
     cfg = replace(mms_config, run_name="parts", save_every=interval)
     original = Trainer.train_step
@@ -454,6 +456,17 @@ def test_every_ablation_trains(mms_config, build_tiny, change):
     state, lines = run(replace(mms_config, max_steps=2, cps_warmup=0, cps_ramp=0, **change), build_tiny)
     assert state["step"] == 2 and np.isfinite(lines[0]["loss"])
     assert (lines[0]["cps"] == 0) == (change.get("cps_weight") == 0)
+
+
+def test_rate_falls_to_zero_by_its_power(mms_config, build_tiny):
+    cfg = replace(mms_config, lr_power=0.9)
+    trainer = Trainer(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
+    rates = []
+    for batches in trainer.loaders.training_batches(1, 0, 3, unlabeled_from=3):
+        trainer.train_step(batches)
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3 * (1 - step / 8) ** 0.9 for step in range(3)])  # of 8 steps
+    assert Trainer(mms_config, trainer.loaders, build_tiny, Process(CPU)).learning_rate(7) == mms_config.lr  # kept
 
 
 def test_scgm_trains_with_the_same_engine(scgm_config, build_tiny):

@@ -45,7 +45,7 @@ def canvases(count, dtype=torch.float16):
 
 @pytest.mark.parametrize("mode", ["AS", "AM"])
 def test_augmentation(mode):
-    cfg = replace(MMS, image_size=SIZE, fourier_mode=mode)
+    cfg = replace(MMS, image_size=SIZE, fourier_mode=mode, field=200 if mode == "AM" else 288)
     augmentation = augment.Augmentation(cfg, torch.zeros(9, 256, device=CUDA), 4)
     quantiles, mask = torch.zeros(4, 256, device=CUDA), canvases(4, torch.uint8)
     made = [*augmentation.labeled(canvases(4), mask, quantiles, Generator())]
@@ -76,7 +76,7 @@ def test_evaluation(nets, tta, monkeypatch):
     read = {"image": canvases(3).cpu(), "quantiles": torch.zeros(3, 256), "mask": canvases(3, torch.uint8).cpu()}
     read["row"] = torch.zeros(3).long()
     data = SimpleNamespace(index={"patient": ["A"], "phase": ["ED"]})
-    config, reference = replace(MMS, image_size=SIZE), torch.zeros(256, device=CUDA)
+    config, reference = replace(MMS, image_size=SIZE, field=200), torch.zeros(256, device=CUDA)
     predictor = Predictor([net.eval() for net in nets], reference, config, nullcontext, tta)
     (scan,) = predict_scans(predictor, [read], data, confidence=True)
     assert [x.device for x in (scan.image, scan.probability, scan.agreement, scan.confidence)] == [CUDA] * 4

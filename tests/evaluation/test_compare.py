@@ -10,6 +10,7 @@ from scipy import stats
 from test_tables import DATASETS, summary
 
 from config import MMS as DEFAULTS
+from config import ROBUST
 from utils.errors import UserError
 from utils.evaluation import commands
 from utils.evaluation.compare import COMPARISON_FILES, by_method, compare_methods, name_rows, write_comparison
@@ -116,6 +117,11 @@ def test_rows_are_told_apart_by_what_differs():
     assert names({}, idle, {"seed": 1} | idle) == ["full", "supervised only", "supervised only"]
     expected = ["full, num_epoch 50", "plain CPS + Fourier, num_epoch 8"]
     assert names({}, {"cps_loss": "plain", "num_epoch": 8}) == expected
+    assert names({}, ROBUST) == ["full", "robust"]
+    assert names({}, ROBUST | {"field": 160}, ROBUST) == [
+        f"{name}, cross_entropy {ce}, field {px}, lr_power {power}"
+        for name, ce, px, power in (("full", 0, 288, 0), ("robust", 1, 160, 0.9), ("robust", 1, 200, 0.9))
+    ]
     begun = {"init_from": "a"}, {"init_from": "b", "seed": 1}
     assert names(*begun) == ["full"] * 2
     assert names(*begun, {"seed": 2}) == ["full, init_from True"] * 2 + ["full, init_from False"]

@@ -65,7 +65,13 @@ def arguments(tmp_path):
     facts |= {"method": "plain CPS", "checkpoint": "best, step 3", "selection": "highest Dice"}
     facts |= {"labels": ["200=LV"], "warnings": []}
     facts |= dict.fromkeys(MARKS, False) | {"dataset": "mms", "test_domain": "D", "labeled": "A 3, B 6", "step": 3}
-    facts["settings"] = {"labeled_patients": None, "num_epoch": 50, "max_steps": None, "pretrained": "timm"}
+    facts["settings"] = {
+        "labeled_patients": None,
+        "num_epoch": 50,
+        "max_steps": None,
+        "pretrained": "timm",
+        "field": 288,
+    }
     facts |= {"content_hash": "abc123", "evaluated_by": {"git_commit": "badcab1e"}}
     return {
         "title": "M&Ms, held-out vendor D",

@@ -17,7 +17,7 @@ from utils.evaluation.runs import method_name
 from utils.evaluation.tables import MARKS, SELECTION_NOTE, Cell, Table, published_rows, to_csv, to_latex, to_markdown
 
 PUBLISHED = [("mms", 0.02), ("mms", 0.05), ("scgm", 0.2)]  # data set and share of labelled patients
-SETTINGS = {"num_epoch": 50, "max_steps": None, "pretrained": "timm"}
+SETTINGS = {"num_epoch": 50, "max_steps": None, "pretrained": "timm", "field": 288}
 RULE = "highest ensemble Dice on 100 % of source_images"
 DATASETS = {
     "mms": mms_dataloader.DATASET,
@@ -163,8 +163,11 @@ def test_published_rows_stand_in_the_table_of_their_own_dice():
 
 def test_every_step_of_the_ablation_has_its_name():
     settings = {"cps_weight": 3.0, "cps_loss": "pixel", "fourier_aug": True, "fourier_mode": "AS", "cutmix": True}
+    settings |= {"robust": False}
     for changes, name in (
         ({}, "full"),
+        ({"robust": True}, "robust"),
+        ({"robust": True, "cps_weight": 0}, "supervised only, robust"),
         ({"cps_weight": 0.0, "cutmix": False}, "supervised only"),
         ({"cps_loss": "plain", "fourier_aug": False}, "plain CPS"),
         ({"cps_loss": "plain"}, "plain CPS + Fourier"),

@@ -9,6 +9,7 @@ from helpers import FIXTURES
 from scipy import ndimage
 from skimage.exposure import match_histograms
 from torchvision.transforms.functional import gaussian_blur as torchvision_blur
+from torchvision.transforms.functional import resize
 
 from config import MMS
 from utils.data.prepared import quantile_curves
@@ -164,6 +165,18 @@ def test_grid_of_288_is_the_centre_of_the_canvas():
     torch.testing.assert_close(canvas_to_view(image, FIELD_PX), image[..., 6:-6, 6:-6], rtol=0, atol=1e-4)
     view = canvas_to_view(label, FIELD_PX)
     assert view.dtype == torch.uint8 and torch.equal(view, label[..., 6:-6, 6:-6])
+
+
+def test_field_of_view_is_the_centre_of_its_width():
+    """Of 200 px: at its own size the canvas itself, smaller as torchvision resizes it, turned about the middle."""
+    image, label = smooth(2), torch.randint(0, 4, (2, 1, CANVAS_PX, CANVAS_PX), generator=seeded(), dtype=torch.uint8)
+    torch.testing.assert_close(canvas_to_view(image, 200, field=200), image[..., 50:-50, 50:-50], rtol=0, atol=1e-4)
+    assert torch.equal(canvas_to_view(label, 200, field=200), label[..., 50:-50, 50:-50])
+    expected = resize(image, [150, 150], antialias=True)[..., 25:-25, 25:-25]
+    torch.testing.assert_close(canvas_to_view(image, 100, field=200), expected, rtol=0, atol=1e-3)
+    quarter = torch.tensor([[[0.0, -1, 0], [1, 0, 0]]])
+    turned = canvas_to_view(image, 200, quarter, field=200)
+    torch.testing.assert_close(turned, image[..., 50:-50, 50:-50].rot90(1, (-2, -1)), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [64, 96, 144, 288])

@@ -11,7 +11,7 @@ from statistics import fmean, pstdev, stdev
 import numpy as np
 from scipy.stats import wilcoxon
 
-from config import FIELD_PX, RUNTIME_SETTINGS
+from config import FIELD_PX, ROBUST, RUNTIME_SETTINGS
 from utils.data.dataset import DatasetInfo
 from utils.data.prepared import NO_DOMAIN
 from utils.errors import UserError
@@ -58,7 +58,9 @@ def name_rows(
 
 def _names_by_settings(methods: Sequence[str], settings: Sequence[dict]) -> list[str]:
     """Return each run's method and the settings in which the runs differ."""
-    texts, hidden = [], RUNTIME_SETTINGS | METHOD_SETTINGS | {"seed", "test_domain"}
+    texts, hidden = [], RUNTIME_SETTINGS | METHOD_SETTINGS | {"seed", "test_domain", "robust"}
+    if len({tuple(values[key] for key in ROBUST) for values in settings}) == len({v["robust"] for v in settings}):
+        hidden |= {*ROBUST}  # the name says it
     for values in settings:
         idle = () if values["cps_weight"] else ("cps_", "fourier_")  # without effect
         shown = sorted(key for key in values.keys() - hidden if not key.startswith(idle))

@@ -117,11 +117,12 @@ def method_name(metadata: dict) -> str:
     """Name a run's method; an unknown mode goes by its own name."""
     config = metadata["config"]
     if config["cps_weight"] == 0:
-        return "supervised only"
+        return "supervised only" + ", robust" * config["robust"]
     loss, mode = config["cps_loss"], config["fourier_mode"]
     name = {"pixel": "full", "scalar": "confidence as released", "plain": "plain CPS"}.get(loss, loss)
     if config["fourier_aug"]:
         name += " + Fourier" if loss == "plain" else ""
         name += {"AS": "", "AM": " (amplitude mix)"}.get(mode, f" ({mode})")
     name += "" if config["cutmix"] else ", no CutMix"
+    name = name.replace("full", "robust") if config["robust"] else name
     return name if metadata["cps_weight"] else f"{name}, before its pseudo supervision"

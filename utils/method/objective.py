@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from config import Config
 from utils.method.losses import cross_pseudo_loss, dice_loss, kl_variance
@@ -103,7 +104,7 @@ def training_step(
         cps_weight: beta at this step.
         autocast: of the forward passes; losses are float32.
         loss_scale: factor of the gradient, for a step that averages several batches.
-        cfg: the run's settings, for what a loss of your own needs (docs/new_idea.md).
+        cfg: the run's settings, for `cross_entropy` and what a loss of your own needs (docs/new_idea.md).
 
     Returns:
         Detached scalars for the log: loss (the whole objective), supervised, cps, variance.
@@ -117,7 +118,9 @@ def training_step(
     for net in nets:
         with autocast():
             logits = net(image).float()
-        dice = dice_loss(logits.softmax(1), mask)[dice_classes].sum()
-        (loss_scale * dice).backward()
-        supervised = supervised + dice.detach()
+        loss = dice_loss(logits.softmax(1), mask)[dice_classes].sum()
+        if cfg and cfg.cross_entropy:
+            loss = loss + cfg.cross_entropy * F.cross_entropy(logits, mask)
+        (loss_scale * loss).backward()
+        supervised = supervised + loss.detach()
     return {"loss": supervised + cps_weight * cps, "supervised": supervised, "cps": cps, "variance": variance}
