@@ -48,6 +48,12 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings], anchor
 
 
+def test_the_example_of_three_dices_prints_what_the_page_says(capsys):
+    page = (ROOT / "docs/comparing.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], {})
+    assert f"prints `{capsys.readouterr().out.strip()}`" in page
+
+
 def training_commands():
     """Return the data set and the flags of every training that the pages and `make demo-real` tell to start."""
     text = "\n".join(page.read_text() for page in PAGES if page.name != "new_idea.md")  # which adds choices

@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -11,12 +12,17 @@ import pytest
 import torch
 
 import mms_dataloader
+import scgm_dataloader
 from utils.data.loaders import build_loaders
+from utils.data.prepare import prepare_dataset
+from utils.data.user_scans import labeled, scan_name, with_unlabeled
 from utils.device import Process
 from utils.engine import fit
+from utils.errors import UserError
 from utils.evaluation.commands import run_inference
+from utils.trainer import Trainer
 
-MMS = mms_dataloader.DATASET
+MMS, SCGM = mms_dataloader.DATASET, scgm_dataloader.DATASET
 IN_MASK = ["--labels", "200=LV", "500=MYO", "600=RV"]
 
 
@@ -132,3 +138,67 @@ def test_a_ventricle_that_is_not_found_has_no_ejection_fraction(full, least, fra
     ml = {(phase, name): 1.0 for phase in ("ED", "ES") for name in ("LV", "MYO", "RV")}
     quantities = mms_dataloader.cardiac_metrics(ml | {("ED", "RV"): full, ("ES", "RV"): least})
     np.testing.assert_allclose(quantities["RV EF"][0], fraction)
+
+
+def found(folder, dataset, *names):
+    """Pair empty files, images and masks in one folder: (patient and phases, mask) of each case, and the warnings."""
+    for name in names:
+        save(folder / f"{name}.nii.gz", np.ones((4, 4, 2), np.uint8), nib.Nifti1Image(np.zeros((1, 1, 1)), np.eye(4)))
+    cases, errors, warnings = labeled([folder], [folder], (), dataset).find_cases(folder)
+    assert errors == []
+    return {f"{c.patient} {' '.join(c.phases)}": c.masks[0].name.split(".")[0] for c in cases}, " ".join(warnings)
+
+
+def test_names_tell_what_a_file_is(tmp_path):
+    """The manual mask, of the right structure; no long axis; the phase before what a tool has appended."""
+    cord = "sub-1_T2w", "sub-1_T2w_gmseg", "sub-1_T2w_gmseg-manual", "sub-1_T2w_label-SC_seg"
+    pairs, warnings = found(tmp_path / "cord", SCGM, *cord)
+    assert (
+        pairs == {"sub-1_T2w scan": "sub-1_T2w_gmseg-manual"}
+        and "label-SC_seg.nii.gz: left out: of another" in warnings
+    )
+    pairs, warnings = found(tmp_path / "seg", SCGM, "sub-1_T2w", "sub-1_T2w_seg")
+    assert "masks that end in 'seg' are taken for GM" in warnings
+    phases = [f"{name}{end}" for name in ("001_SA_ED", "001_ES_sa", "001_LA_ED") for end in ("", "_gt")]
+    pairs, warnings = found(tmp_path / "heart", MMS, *phases)
+    assert pairs == {"001 ED": "001_SA_ED_gt", "001 ES": "001_ES_sa_gt"} and "001_LA_ED.nii.gz: left out" in warnings
+    assert [scan_name(Path(f"P1-ED{end}"))[:2] for end in ("_trans", "_sa")] == [("P1", "ED")] * 2
+    assert all(scan_name(Path(f"a_{kind}")).kind for kind in ("segmentation", "Labelmap", "trans_seg"))
+
+
+@pytest.mark.parametrize("fault", ["label map", "both", "held out"])
+def test_unlabeled_scans_that_are_none(mms_raw, tmp_path, mms_config, build_tiny, capsys, fault):
+    """Label maps without a name that says so, files of both endings, and scans of the held-out domain."""
+    like, images, masks = frames(mms_raw, next(mms_raw.glob("OpenDataset/Testing/*")).name)
+    save(tmp_path / "ours/scan.nii.gz", masks if fault == "label map" else images, like)
+    raw = shutil.copytree(mms_raw, tmp_path / "raw")
+    if fault == "both":
+        image = next(raw.rglob("*_sa.nii.gz"))
+        save(image.with_suffix(""), images, like)
+    message = "training scans, too: .*scan" if fault == "held out" else "has the errors listed above"
+    with pytest.raises(UserError, match=message):
+        prepare_dataset(raw, tmp_path / "data", with_unlabeled([tmp_path / "ours"], MMS), workers=1)
+        for domain in "ABCD":  # that of the scan among them
+            cfg = replace(mms_config, data_root=str(tmp_path / "data"), test_domain=domain)
+            Trainer(cfg, build_loaders(cfg, MMS), build_tiny, Process(torch.device("cpu")))
+    said = {"label map": "hold only [0, 1, 2, 3]: is it a label map?", "both": "_sa.nii, too: remove one"}
+    assert said.get(fault, "") in capsys.readouterr().out
+
+
+def test_a_finished_run_without_its_state_is_not_overwritten(infer, mms_config, build_tiny):
+    (infer.folder / "last.pt").unlink()
+    cfg = replace(mms_config, max_steps=1)
+    with pytest.raises(UserError, match=r"a finished run without last\.pt: use another --run-name"):
+        fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(torch.device("cpu")))
+
+
+def test_volumes_are_those_of_the_corrected_map(infer, mms_raw, tmp_path):
+    like, images, masks = frames(mms_raw, infer.split["held_out"][0])
+    save(tmp_path / "scan.nii.gz", images, like)
+    segment = ["--input", tmp_path / "scan.nii.gz", "--output", tmp_path / "out"]
+    infer(*segment)
+    save(tmp_path / "out/scan_seg.nii.gz", masks, like)
+    infer(*segment, "--volumes")
+    [row] = csv.DictReader((tmp_path / "out/volumes.csv").read_text().splitlines())
+    expected = np.count_nonzero(masks[..., 0] == 1) * np.prod(like.header.get_zooms()[:3]) / 1000
+    assert float(row["LV EDV (ml)"]) == pytest.approx(expected, rel=1e-5)
