@@ -110,17 +110,18 @@ def _pair(inputs: Sequence[Path], truths: Sequence[Path], dataset: DatasetInfo) 
     for path in truth:  # what is given as both is a mask where its folder, or its name, says so
         if truth_within or path not in given or scan_name(path).kind or f"{file_stem(path)}_0000" in stems:
             maps[path] = scan_name(path, channels="")
-    others = re.compile(rf"label-(?!({'|'.join(dataset.class_names[1:])})_)", re.IGNORECASE)
-    masks = {path: name for path, name in maps.items() if not _is_ours(path) and not others.match(name.kind)}
-    warnings = [
-        f"{path}: left out: of another structure, or made by this program" for path in maps if path not in masks
-    ]
+    foreign = re.compile(rf"label-(?!({'|'.join(dataset.class_names[1:])})_)", re.IGNORECASE)
+    long_axis = re.compile(r".*[-_]la" if dataset.clinical else r"(?!)", re.IGNORECASE)
+    masks = {path: name for path, name in maps.items()
+             if not (_is_ours(path) or foreign.match(name.kind) or long_axis.fullmatch(name.patient))}  # fmt: skip
+    warnings = [f"{path}: left out: made by this program, of another structure or along the long axis"
+                for path in maps if path not in masks]  # fmt: skip
     keys = {name[:2] for name in masks.values()}
     images: dict[tuple[str, str], list[Path]] = defaultdict(list)  # by patient and phase
     for path in (path for path in given if path not in maps and not scan_name(path).kind):
         exact, first, other = (scan_name(path, channels)[:2] for channels in ("", "0", "0123456789"))
         key = exact if exact in keys else first  # a number may be a patient's
-        if dataset.clinical and re.search(r"[-_]la$", key[0], re.IGNORECASE):
+        if long_axis.fullmatch(key[0]):
             warnings.append(f"{path}: left out: a long-axis view, by its name")
         elif key not in keys and (other in keys or (not key[1] and key[0] in dict(keys))):
             warnings.append(f"{path}: left out: a further channel, or all frames, of a paired scan")
