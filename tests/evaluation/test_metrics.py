@@ -8,12 +8,7 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 from skimage import measure
 
-from utils.evaluation.metrics import (
-    agreement_limits,
-    largest_components,
-    mean_std_interval,
-    structure_metrics,
-)
+from utils.evaluation.metrics import agreement_limits, largest_components, mean_std_interval, structure_metrics
 
 SPACING = (1.5, 1.25, 8.0)  # mm
 
