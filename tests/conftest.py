@@ -7,7 +7,7 @@ from dataclasses import replace
 os.environ["OMP_NUM_THREADS"] = "1"  # tests run side by side, one per core; read when torch is imported
 
 import pytest
-from helpers import build_tiny_network
+from helpers import TinyNetwork
 
 import mms_dataloader
 import scgm_dataloader
@@ -90,4 +90,4 @@ def small_disk(tmp_path):
 
 @pytest.fixture
 def build_tiny():
-    return build_tiny_network
+    return TinyNetwork

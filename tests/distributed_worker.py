@@ -9,12 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from helpers import MMS, TinyNetwork
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from helpers import TinyNetwork
-
-import mms_dataloader
 from config import MMS_DEMO
 from utils.data.loaders import build_loaders
 from utils.device import average, process_group
@@ -22,10 +18,6 @@ from utils.engine import fit
 from utils.errors import clear_errors
 from utils.method.losses import cross_pseudo_loss, kl_variance
 from utils.trainer import Trainer
-
-
-def build_tiny(num_classes, pretrained="none"):
-    return TinyNetwork(num_classes)
 
 
 def joined_gradients(process):
@@ -65,9 +57,9 @@ def main():
 
     Trainer.train_step = recording
     with clear_errors(), process_group("cpu") as process:
-        loaders = build_loaders(cfg, mms_dataloader.DATASET, rank=process.rank, world_size=process.world_size)
+        loaders = build_loaders(cfg, MMS, rank=process.rank, world_size=process.world_size)
         difference = joined_gradients(process)
-        fit(cfg, loaders, build_tiny, process)
+        fit(cfg, loaders, TinyNetwork, process)
         state = [value.numpy().tobytes() for net in trainers[0].nets for value in net.state_dict().values()]
         record = {
             "seen": seen,

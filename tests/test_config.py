@@ -8,26 +8,23 @@ from config import FROM_SCRATCH, MMS, MMS_DEMO, ROBUST, SCGM, from_cli
 from utils.errors import UserError
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"batch_size": 1}, "--batch-size must be at least 2"),
-        ({"fourier_aug": False}, "every --cps-loss but plain needs --fourier-aug"),
-        ({"ratio": 0}, "--ratio must be in"),
-        ({"image_size": 512}, "--image-size must be"),
-        ({"max_shift": 7}, "--max-shift must be"),
-        ({"save_every": -1}, "--save-every must be at least 0"),
-        ({"seed": -1}, "--seed must be at least 0"),
-        ({"lr": float("inf")}, "--lr must be positive"),
-        ({"run_name": ""}, "--run-name must name a folder of its own"),
-        ({"image_size": 96, "fourier_window": 0.2}, "--fourier-window must be"),
-        ({"cps_loss": "hard"}, "--cps-loss must be one of pixel, scalar, plain"),
-        ({"fourier_mode": "AX"}, "--fourier-mode must be one of AS, AM"),
-        ({"field": 300}, "--field must be 96 to 288"),
-        ({"field": 201}, "--field must be even"),
-        ({"fourier_ratio": 5.0}, "--fourier-ratio must be 0 to 1"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"batch_size": 1}, "--batch-size must be at least 2"),
+    ({"fourier_aug": False}, "every --cps-loss but plain needs --fourier-aug"),
+    ({"ratio": 0}, "--ratio must be in"),
+    ({"image_size": 512}, "--image-size must be"),
+    ({"max_shift": 7}, "--max-shift must be"),
+    ({"save_every": -1}, "--save-every must be at least 0"),
+    ({"seed": -1}, "--seed must be at least 0"),
+    ({"lr": float("inf")}, "--lr must be positive"),
+    ({"run_name": ""}, "--run-name must name a folder of its own"),
+    ({"image_size": 96, "fourier_window": 0.2}, "--fourier-window must be"),
+    ({"cps_loss": "hard"}, "--cps-loss must be one of pixel, scalar, plain"),
+    ({"fourier_mode": "AX"}, "--fourier-mode must be one of AS, AM"),
+    ({"field": 300}, "--field must be 96 to 288"),
+    ({"field": 201}, "--field must be even"),
+    ({"fourier_ratio": 5.0}, "--fourier-ratio must be 0 to 1"),
+])  # fmt: skip
 def test_impossible_settings(change, message):
     with pytest.raises(UserError, match=message):
         replace(MMS, **change)

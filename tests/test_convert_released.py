@@ -5,33 +5,25 @@ import copy
 import os
 import random
 import re
-import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
-from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import load, run_python, tiny_trainer
 from torch import nn
 
-import mms_dataloader
 import scgm_dataloader
 from config import MMS
 from network import build_network
 from utils import convert_released as converter
-from utils.data.loaders import build_loaders
-from utils.device import Process
 from utils.errors import UserError
-from utils.evaluation.runs import load_run
 from utils.files import read_json
 from utils.run.checkpoint import read_metadata
-from utils.trainer import Trainer
 
-CPU = torch.device("cpu")
 TOUCH = "touch pwned"  # in the working directory, which is the test's own
 NAMES = {"network.deeplabv3p": ("SingleNetwork", "Head", "ASPP"), "network.resnet": ("ResNet", "Bottleneck")}
 RELEASED = {name: type(name, (nn.Module,), {"__module__": module}) for module in NAMES for name in NAMES[module]}
@@ -39,8 +31,9 @@ CLASSES = RELEASED | {name: RELEASED["SingleNetwork"] for name in ("TinyNetwork"
 
 
 @pytest.fixture(autouse=True)
-def inside(tmp_path, monkeypatch):
+def inside(tmp_path, monkeypatch, build_tiny):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(converter, "build_network", build_tiny)
 
 
 @pytest.fixture
@@ -87,29 +80,25 @@ def convert(path, out, **options):
     converter.convert_released(path, path, **{"out": out, "dataset": "mms", "test_domain": "D"} | options)
 
 
-def test_run_folder_says_what_a_trained_one_does(save, build_tiny, mms_config, mms_root, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(converter, "build_network", build_tiny)
+def test_run_folder_says_what_a_trained_one_does(save, build_tiny, mms_config, mms_root, tmp_path, capsys):
     net, cfg = build_tiny(4), replace(MMS, data_root=str(mms_root))
     path, run = save(net, tmp_path / "net.pt"), tmp_path / "runs" / "released"
     convert(path, run, data=mms_root)
     assert "histogram matching is off" not in capsys.readouterr().out
-    trainer = Trainer(mms_config, build_loaders(mms_config, mms_dataloader.DATASET), build_tiny, Process(CPU))
-    metadata, trained = read_metadata(run / "best.safetensors"), trainer.metadata()
+    metadata, trained = read_metadata(run / "best.safetensors"), tiny_trainer(mms_config).metadata()
     assert metadata.keys() == trained.keys() and metadata["seen"] == {}
     for key in metadata.keys() - {"config", "selection", "step", "cps_weight", "seen", "labeled"}:
         assert metadata[key] == trained[key], key
     assert len(metadata["reference"]) == 256 and "released weights" in metadata["selection"]
     assert metadata["config"] == asdict(cfg) | {"run_name": "released", "out_root": str(tmp_path / "runs")}
     assert read_json(run / "config.json") == metadata["config"]
-    loaded = load_run(run, "best", mms_dataloader.DATASET, build_tiny, CPU, autocast=nullcontext)
-    for each in loaded.predictor.nets:
+    for each in load(run).predictor.nets:
         assert all(torch.equal(value, net.state_dict()[key]) for key, value in each.state_dict().items())
     with pytest.raises(UserError, match="holds a run: choose another --out"):
         convert(path, run)
 
 
-def test_without_data_there_is_no_histogram_matching(save, build_tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(converter, "build_network", build_tiny)
+def test_without_data_there_is_no_histogram_matching(save, build_tiny, tmp_path, capsys):
     convert(save(build_tiny(4), tmp_path / "mms.pt"), tmp_path / "mms", ratio=0.05)
     assert "histogram matching is off" in capsys.readouterr().out
     metadata = read_metadata(tmp_path / "mms" / "best.safetensors")
@@ -117,7 +106,7 @@ def test_without_data_there_is_no_histogram_matching(save, build_tiny, tmp_path,
     assert metadata["config"]["histogram_matching"] is False
     convert(save(build_tiny(2), tmp_path / "scgm.pt"), tmp_path / "scgm", dataset="scgm", test_domain="3")
     assert "histogram matching" not in capsys.readouterr().out  # SCGM has none
-    run = load_run(tmp_path / "scgm", "best", scgm_dataloader.DATASET, build_tiny, CPU, autocast=nullcontext)
+    run = load(tmp_path / "scgm", dataset=scgm_dataloader.DATASET)
     assert run.metadata["config"]["ratio"] == 0.2 and run.metadata["class_names"] == ["background", "GM"]
 
 
@@ -125,28 +114,23 @@ def test_without_data_there_is_no_histogram_matching(save, build_tiny, tmp_path,
 def test_the_real_network_by_the_command_line(save, tmp_path):
     net = build_network(4).eval()
     path, run = save(net, tmp_path / "l_deeplab_2%_D.pt"), tmp_path / "run"
-    command = [sys.executable, "-m", "utils.convert_released", path, path, "--dataset", "mms", "--test-domain", "D"]
-    done = subprocess.run([*command, "--out", run], cwd=ROOT, capture_output=True, text=True)
+    flags = ["--dataset", "mms", "--test-domain", "D", "--out", run]
+    done = run_python("-m", "utils.convert_released", path, path, *flags)
     assert done.returncode == 0 and "inference_mms.py --run" in done.stdout, done.stderr
-    loaded = load_run(run, "best", mms_dataloader.DATASET, build_network, CPU, autocast=nullcontext)
-    image = torch.rand(1, 1, 64, 64)
+    loaded, image = load(run, build=build_network), torch.rand(1, 1, 64, 64)
     net = net.to(memory_format=torch.channels_last)  # as inference has them, for the same rounding
     with torch.no_grad():
         assert all(torch.equal(each(image), net(image)) for each in loaded.predictor.nets)
 
 
-@pytest.mark.parametrize(
-    ("change", "options", "message"),
-    [
-        (lambda state: state.pop("classifier.weight"), {}, "classifier.weight"),
-        (lambda state: state["features.0.weight"].fill_(float("nan")), {}, "not all finite"),
-        (len, {"test_domain": "E"}, "--test-domain E: M&Ms has A, B, C, D"),
-        (len, {"dataset": "scgm", "test_domain": "4"}, "is --dataset right"),
-        (len, {"data": Path("nowhere")}, "no data in"),
-    ],
-)
-def test_mistakes_are_named(change, options, message, build_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(converter, "build_network", build_tiny)
+@pytest.mark.parametrize(("change", "options", "message"), [
+    (lambda state: state.pop("classifier.weight"), {}, "classifier.weight"),
+    (lambda state: state["features.0.weight"].fill_(float("nan")), {}, "not all finite"),
+    (len, {"test_domain": "E"}, "--test-domain E: M&Ms has A, B, C, D"),
+    (len, {"dataset": "scgm", "test_domain": "4"}, "is --dataset right"),
+    (len, {"data": Path("nowhere")}, "no data in"),
+])  # fmt: skip
+def test_mistakes_are_named(change, options, message, build_tiny, tmp_path):
     state = build_tiny(4).state_dict()
     change(state)
     torch.save(state, tmp_path / "net.pt")

@@ -2,31 +2,25 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, run_python, start_python, tiny_trainer
 
-import mms_dataloader
-from utils.data.loaders import build_loaders
-from utils.device import Process, autocast_context, bf16_is_faster, choose_device, process_group
+from utils.device import autocast_context, bf16_is_faster, choose_device, process_group
 from utils.errors import UserError
 from utils.run.checkpoint import load_checkpoint, load_networks
-from utils.trainer import Trainer
 
 PRECISIONS = ("auto", "bf16", "fp32")
-WORKER = Path(__file__).parent / "distributed_worker.py"
+WORKER = ROOT / "tests/distributed_worker.py"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, WORKER]
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
-
-
-def torchrun(settings, timeout=120):
-    return subprocess.run([*TORCHRUN, json.dumps(settings)], capture_output=True, text=True, timeout=timeout)
+def torchrun(settings):
+    return run_python(*TORCHRUN, json.dumps(settings), timeout=120)
 
 
 @pytest.fixture
@@ -51,11 +45,8 @@ def test_gpus_that_are_not_there_are_named(monkeypatch):
         with pytest.raises(UserError, match=r"there are 2 GPUs here, numbered from 0.*--nproc-per-node"):
             choose_device(name, rank)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    with (
-        pytest.raises(UserError, match="several processes take a GPU each; use --device cuda"),
-        process_group("cuda:0"),
-    ):
-        pass
+    with pytest.raises(UserError, match="several processes take a GPU each; use --device cuda"):
+        process_group("cuda:0").__enter__()
 
 
 @pytest.mark.parametrize(("amx", "avx512", "vendor", "faster"), [
@@ -71,7 +62,7 @@ def test_bf16_is_chosen_on_the_cpus_where_it_was_measured_to_be_faster(monkeypat
     assert enabled == {"auto": faster, "bf16": True, "fp32": False}
 
 
-def test_two_processes_train_as_one(short, tmp_path, mms_config, build_tiny):
+def test_two_processes_train_as_one(short, tmp_path, mms_config):
     done = torchrun(short)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
@@ -87,13 +78,11 @@ def test_two_processes_train_as_one(short, tmp_path, mms_config, build_tiny):
     line = json.loads((tmp_path / "run/log.jsonl").read_text())
     assert json.loads((tmp_path / "run/config.json").read_text())["processes"] == 2
     cfg = replace(mms_config, **{name: short[name] for name in ("ratio", "image_size", "batch_size")})
-    trainer = Trainer(cfg, build_loaders(cfg, mms_dataloader.DATASET), build_tiny, Process(torch.device("cpu")))
+    trainer = tiny_trainer(cfg)
     load_networks(tmp_path / "run/best.safetensors", trainer.nets)
     assert trainer.validate() == pytest.approx(line["val_dice"], abs=1e-9)
     # Another number of processes would see other batches.
-    done = subprocess.run(
-        [sys.executable, WORKER, json.dumps(short | {"num_epoch": 2})], capture_output=True, text=True
-    )
+    done = run_python(WORKER, json.dumps(short | {"num_epoch": 2}))
     assert done.returncode == 1 and "processes: 2 there, 1 now" in done.stderr
     # What is the user's to mend is said once, by the main process; the others end without a word.
     done = torchrun(short | {"seed": 1})
@@ -103,8 +92,7 @@ def test_two_processes_train_as_one(short, tmp_path, mms_config, build_tiny):
 
 def test_signal_to_torchrun_saves_and_the_same_command_goes_on(short, tmp_path):
     short = short | {"num_epoch": 2}
-    command = [*TORCHRUN, json.dumps(short | {"stop_at": 1})]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started = start_python(*TORCHRUN, json.dumps(short | {"stop_at": 1}))
     for line in started.stdout:
         if "first step done" in line:
             started.send_signal(signal.SIGTERM)

@@ -2,27 +2,17 @@
 
 import errno
 import os
-from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
+from helpers import MMS, load, train
 
 import config
-import mms_dataloader
 from utils.data import commands
-from utils.data.loaders import build_loaders
-from utils.device import Process
-from utils.engine import fit
 from utils.errors import UserError, clear_errors
 from utils.evaluation.evaluate import evaluate_run
-from utils.evaluation.runs import load_run, open_data
+from utils.evaluation.runs import open_data
 from utils.files import OutputFolder, folder_lock
-
-MMS = mms_dataloader.DATASET
-CPU = torch.device("cpu")
 
 
 def test_only_what_was_claimed_is_overwritten_and_removed(tmp_path):
@@ -78,20 +68,17 @@ def test_demo_leaves_raw_data_of_the_user_alone(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["heart", "heart_raw"]
 
 
-def test_results_of_the_user_stay(mms_config, build_tiny, tmp_path):
-    fit(replace(mms_config, max_steps=1), build_loaders(mms_config, MMS), build_tiny, Process(CPU))
-    run, out = Path(mms_config.out_root) / "run", tmp_path / "out"
+def test_results_of_the_user_stay(mms_config, tmp_path):
+    trained, out = load(train(mms_config, max_steps=1)), tmp_path / "out"
     for name in ("predictions/corrected.nii.gz", "overlays/figure1.png"):
         (out / name).parent.mkdir(parents=True)
         (out / name).write_bytes(b"by hand")
 
     def evaluate(**options):
-        trained = load_run(run, "best", MMS, build_tiny, CPU, autocast=nullcontext)
         evaluate_run(trained, MMS, open_data(trained, None, MMS)[0], out, domain="D", title="D", **options)
 
     evaluate(save_predictions=True)
-    maps = sorted((out / "predictions").glob("*_E?.nii.gz"))
-    assert len(maps) == 8
+    assert len(list((out / "predictions").glob("*_E?.nii.gz"))) == 8
     evaluate(save_predictions=False)
     assert [path.name for path in (out / "predictions").iterdir()] == ["corrected.nii.gz"]
     assert (out / "overlays/figure1.png").read_bytes() == b"by hand"
@@ -101,18 +88,18 @@ def test_results_of_the_user_stay(mms_config, build_tiny, tmp_path):
 
 
 @pytest.mark.parametrize("restart", [False, True])
-def test_a_folder_that_was_never_a_run_keeps_its_content(mms_config, build_tiny, restart):
-    folder = Path(mms_config.out_root) / "run"
+def test_a_folder_that_was_never_a_run_keeps_its_content(mms_config, restart):
+    folder = mms_config.folder
     for name in ("results/D/table.csv", "samples/epoch_001.png", "config.json"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("of the user")
     cfg = replace(mms_config, max_steps=1, restart=restart)
     with pytest.raises(UserError, match=r"config\.json is there"):
-        fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
+        train(cfg)
     (folder / "config.json").unlink()
     (folder / "samples/epoch_001.png").rename(folder / "samples/mine.png")
-    fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
-    fit(replace(cfg, restart=True), build_loaders(cfg, MMS), build_tiny, Process(CPU))
+    train(cfg)
+    train(cfg, restart=True)
     assert (folder / "results/D/table.csv").read_text() == "of the user"
     assert (folder / "samples/mine.png").read_text() == "of the user"
     assert (folder / "samples/epoch_001.png").stat().st_size > 1000
@@ -128,5 +115,5 @@ def test_preview_overwrites_nothing_and_leaves_nothing_but_the_picture(mms_root,
     assert (tmp_path / "photo.png").read_bytes() == b"holiday"
     monkeypatch.setattr("sys.argv", ["x", "preview", "--data", str(mms_root), "--out", "p.png"])
     commands.run_data_command(MMS, config.MMS)
-    assert np.frombuffer((tmp_path / "p.png").read_bytes()[:4], "S4")[0][1:] == b"PNG"
+    assert (tmp_path / "p.png").read_bytes()[1:4] == b"PNG"
     assert not list(tmp_path.glob(".*"))

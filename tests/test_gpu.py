@@ -2,22 +2,19 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import MMS, train
 from test_engine import first_batches
 
-import mms_dataloader
 from network import build_network
 from utils.data.loaders import build_loaders
 from utils.device import Process
-from utils.engine import fit
 from utils.errors import clear_errors
 from utils.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-MMS = mms_dataloader.DATASET
 
 
 def test_step_never_waits_for_the_gpu(mms_config):
@@ -36,19 +33,16 @@ def test_step_never_waits_for_the_gpu(mms_config):
     assert trainer.means(trainer.sums)["loss"] > 0
 
 
-def test_training_on_a_gpu_and_on_a_cpu_begin_alike(mms_config, build_tiny):
+def test_training_on_a_gpu_and_on_a_cpu_begin_alike(mms_config):
     losses = []
     for device in (torch.device("cpu"), torch.device("cuda", 0)):
-        cfg = replace(mms_config, max_steps=1, run_name=device.type, precision="fp32", flip=False, blur=False,
-                      rotation=0, max_shift=0, histogram_matching=False, cps_weight=0.0)  # fmt: skip
-        fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(device))
-        losses.append(json.loads((Path(cfg.out_root) / device.type / "log.jsonl").read_text())["loss"])
+        run = train(mms_config, device=device, max_steps=1, run_name=device.type, precision="fp32", flip=False,
+                    blur=False, rotation=0, max_shift=0, histogram_matching=False, cps_weight=0.0)  # fmt: skip
+        losses.append(json.loads((run / "log.jsonl").read_text())["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=0.05)  # dropout draws other channels
 
 
 def test_full_gpu_memory_is_a_message():
-    with (
-        pytest.raises(SystemExit, match=r"(?s)out of GPU memory.*--checkpoint-activations.*--batch-size"),
-        clear_errors(),
-    ):
+    said = r"(?s)out of GPU memory.*--checkpoint-activations.*--batch-size"
+    with pytest.raises(SystemExit, match=said), clear_errors():
         torch.empty(1 << 50, device="cuda")

@@ -1,11 +1,9 @@
 """Imports run one way, and importing does nothing."""
 
 import ast
-import subprocess
-import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run_python
 
 SCRIPTS = {"mms_train", "scgm_train", "inference_mms", "inference_scgm", "utils.convert_released", "utils.benchmark"}
 DATALOADERS = {"mms_dataloader", "scgm_dataloader"}
@@ -75,12 +73,8 @@ def test_no_import_goes_in_a_circle():
 
 
 def test_importing_does_nothing(tmp_path):
-    code = (
-        "import sys, threading; sys.path.insert(0, sys.argv[1])\n"
-        f"for name in {list(MODULES)!r}: __import__(name)\n"
-        "import torch; assert not torch.cuda.is_initialized()"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=tmp_path, capture_output=True, text=True)
+    code = f"for name in {list(MODULES)!r}: __import__(name)\nimport torch; assert not torch.cuda.is_initialized()"
+    done = run_python("-c", code, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 

@@ -1,12 +1,8 @@
 """The pictures are read back: colours must lie where the arrays say, not merely exist."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import run_python
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.image import imread
@@ -128,5 +124,4 @@ def test_curves(tmp_path, figures):
 def test_import_in_a_notebook_and_without_pyplot():
     """A notebook's kernel hands its own backend on to the scripts that it starts."""
     code = "import sys, utils.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
-    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
+    assert run_python("-c", code, MPLBACKEND="module://matplotlib_inline.backend_inline").returncode == 0

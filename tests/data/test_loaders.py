@@ -3,15 +3,13 @@
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import MMS, ROOT, run_python, start_python
 
 import mms_dataloader
 import scgm_dataloader
@@ -21,9 +19,6 @@ from utils.data.commands import run_data_command
 from utils.data.loaders import batch_loader, build_loaders, labeled_batches, scan_loader, unlabeled_batches
 from utils.data.prepared import PreparedData
 from utils.errors import UserError
-
-MMS, SCGM = mms_dataloader.DATASET, scgm_dataloader.DATASET
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests:{ROOT}/tests/data"}
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -38,11 +33,7 @@ class Numbers(torch.utils.data.Dataset):
 
 
 def alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    return os.path.exists(f"/proc/{pid}/exe")  # a zombie has none
 
 
 def wait_until_gone(pids, seconds):
@@ -70,8 +61,7 @@ def test_too_little_shared_memory_is_said_and_avoided(mms_config, small_disk, mo
 
 def test_empty_slices_are_no_reference(mms_config, tmp_path):
     """An image whose histogram is matched to that of an empty slice would be black."""
-    root = tmp_path / "prepared"
-    shutil.copytree(mms_config.data_root, root)
+    root = shutil.copytree(mms_config.data_root, tmp_path / "prepared")
     curves = np.load(root / "quantiles.npy", mmap_mode="r+")
     curves[::3] = np.float32(0.5)
     curves.flush()
@@ -81,10 +71,10 @@ def test_empty_slices_are_no_reference(mms_config, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["stalls", "dies"])
-def test_worker_that_stalls_or_dies_ends_in_a_clear_error(tmp_path, kind):
+def test_worker_that_stalls_or_dies_ends_in_a_clear_error(kind):
     """Python waits at its end for all workers, so the whole process is watched."""
     action = "time.sleep(1000)" if kind == "stalls" else "os.kill(os.getpid(), 9)"
-    (tmp_path / "train.py").write_text(
+    code = (
         "import os, time; from test_loaders import Numbers; from utils.data import loaders\n"
         "from utils.errors import clear_errors\n"
         "loaders.STALL_S = 2\n"
@@ -94,8 +84,7 @@ def test_worker_that_stalls_or_dies_ends_in_a_clear_error(tmp_path, kind):
         "    for item in loaders.batch_loader(Numbers(before), range(50), 2):\n"
         "        print(int(item[1]))\n"
     )
-    command = [sys.executable, tmp_path / "train.py"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=40, env=ENVIRONMENT)
+    done = run_python("-c", code, timeout=40)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: a process that reads the data stalled or died (DataLoader" in done.stderr
     assert "use --workers 0" in done.stderr and wait_until_gone(set(map(int, done.stdout.split())), 10)
@@ -116,14 +105,14 @@ def test_workers_leave_signals_to_the_training_process():
 
 
 @pytest.mark.slow
-def test_workers_end_with_a_killed_parent(tmp_path):
-    (tmp_path / "train.py").write_text(
+def test_workers_end_with_a_killed_parent():
+    code = (
         "import time, torch; from test_loaders import Numbers; from utils.data.loaders import batch_loader\n"
         "loader = iter(batch_loader(Numbers(), range(1000), 2))\n"
         "print(*{int(next(loader)[1]) for _ in range(10)}, flush=True)\n"
         "time.sleep(1000)\n"
     )
-    parent = subprocess.Popen([sys.executable, tmp_path / "train.py"], stdout=subprocess.PIPE, env=ENVIRONMENT)
+    parent = start_python("-c", code)
     pids = list(map(int, parent.stdout.readline().split()))
     assert len(pids) == 2 and all(map(alive, pids))
     parent.kill()
@@ -188,17 +177,14 @@ def test_split_takes_the_patients_that_a_file_names(mms_config, tmp_path, monkey
         build_loaders(named, MMS)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"test_domain": "E"}, "has no vendor E, only A, B, C, D"),
-        ({"ratio": 0.99}, "group A has 4 patients with masks, not 5: use --ratio 1 for all, or a smaller one"),
-        ({"labeled_patients": "tests/helpers.py"}, r"helpers\.py: .* is unknown"),
-        ({"val_patients": 2}, "none is left to train on"),
-        ({"batch_size": 500}, "smaller --batch-size"),
-        ({"data_root": "nowhere"}, rf"no data in {ROOT}/nowhere: .*--data-root\nM&Ms(.|\n)*mms_train.py --demo"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"test_domain": "E"}, "has no vendor E, only A, B, C, D"),
+    ({"ratio": 0.99}, "group A has 4 patients with masks, not 5: use --ratio 1 for all, or a smaller one"),
+    ({"labeled_patients": "tests/helpers.py"}, r"helpers\.py: .* is unknown"),
+    ({"val_patients": 2}, "none is left to train on"),
+    ({"batch_size": 500}, "smaller --batch-size"),
+    ({"data_root": "nowhere"}, rf"no data in {ROOT}/nowhere: .*--data-root\nM&Ms(.|\n)*mms_train.py --demo"),
+])  # fmt: skip
 def test_impossible_splits_are_refused(mms_config, change, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(UserError, match=message):
@@ -207,14 +193,13 @@ def test_impossible_splits_are_refused(mms_config, change, message, monkeypatch)
 
 def test_array_with_objects_is_refused_and_never_executed(mms_root, tmp_path, monkeypatch):
     hostile = type("Hostile", (), {"__reduce__": lambda self: (os.system, ("touch executed",))})
-    root = tmp_path / "prepared"
-    shutil.copytree(mms_root, root)
+    root = shutil.copytree(mms_root, tmp_path / "prepared")
     np.save(root / "quantiles.npy", np.array([hostile()], object), allow_pickle=True)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"prepared is damaged.*prepare the data again"):
         PreparedData.open(root, MMS)
     with pytest.raises(UserError, match="holds mms data"):
-        PreparedData.open(mms_root, SCGM)
+        PreparedData.open(mms_root, scgm_dataloader.DATASET)
     assert not (tmp_path / "executed").exists()
 
 
@@ -223,9 +208,7 @@ def test_an_epoch_uses_every_image_once_in_each_half(count, size, world_size):
     """Nor is an image twice in a step, where it could be its own Fourier partner, if there are enough."""
     cfg, steps = replace(MMS_CONFIG, batch_size=size, seed=1), count // (size * world_size)
     samplers = [unlabeled_batches(count, cfg, rank=rank, world_size=world_size) for rank in range(world_size)]
-    batches = np.array(
-        [[s.batch_of_number(step) for s in samplers] for step in range(50 * steps)]
-    )  # (steps, ranks, 2B)
+    batches = np.array([[s.batch_of_number(n) for s in samplers] for n in range(50 * steps)])  # (steps, ranks, 2B)
     for step in batches:
         assert (step[:, :size] != step[:, size:]).all()
         assert len(set(step.ravel())) == step.size or step.size > count

@@ -19,9 +19,9 @@ AFFINE = np.array([[-0.5, 0, 0, 40], [0, 0.5, 0, -30], [0, 0, 5, 7], [0, 0, 0, 1
 CORD = (150, 90)  # voxel, far from the centre of 240 x 240
 
 
-def write_bids(root, sessions=("sub-9418", "sub-9584", "sub-10062Ses1")):
+def write_bids(root):
     """Scans whose grey matter is brightest, at CORD; run 2 lies 10 voxels further along the first axis."""
-    for session in sessions:
+    for session in ("sub-9418", "sub-9584", "sub-10062Ses1"):
         for run, shift in ((1, 0), (2, 10)):
             x, y = np.indices((240, 240))
             distance = np.hypot(x - CORD[0] - shift, y - CORD[1])

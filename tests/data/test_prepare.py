@@ -1,23 +1,18 @@
 """Raw data: what is wrong is named, all at once; what is right comes out on the canvas where it should."""
 
-import csv
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import openpyxl
 import pytest
-import torch
-from helpers import ROOT
+from helpers import MMS, ROOT, run_python, start_python, train, write_table
 from scipy.ndimage import map_coordinates
 
 import config
@@ -29,11 +24,9 @@ from utils.data.prepare import check_dataset, prepare_dataset
 from utils.data.prepared import PreparedData
 from utils.data.user_scans import with_unlabeled
 from utils.data.volume import mask_in_grid, read_volume
-from utils.device import Process
-from utils.engine import fit
 from utils.errors import UserError
 
-MMS, SCGM = mms_dataloader.DATASET, scgm_dataloader.DATASET
+SCGM = scgm_dataloader.DATASET
 
 
 def folder_of(raw, number, part="*/*"):
@@ -43,12 +36,21 @@ def folder_of(raw, number, part="*/*"):
 
 @pytest.fixture
 def raw(mms_raw, tmp_path):
-    shutil.copytree(mms_raw, tmp_path / "raw")
-    return tmp_path / "raw"
+    return shutil.copytree(mms_raw, tmp_path / "raw")
 
 
 def table_of(raw):
     return next(raw.glob("*.csv"))
+
+
+def scans_of(raw):
+    masks = sorted(path for path in raw.rglob("*_sa_gt.nii.gz") if "Unlabeled" not in path.parts)
+    return [(path.with_name(path.name.replace("_gt", "")), path) for path in masks]
+
+
+def prepared(raw, out, dataset=MMS):
+    prepare_dataset(raw, out, dataset, workers=2)
+    return PreparedData.open(out, dataset)
 
 
 def rewrite(path, change=lambda array: array, affine=None):
@@ -84,13 +86,12 @@ def test_prepared_images_equal_an_independent_resampling(mms_raw, mms_root):
 
 def test_content_hash_covers_table_truth_and_geometry(raw, tmp_path):
     def content_hash(name):
-        prepare_dataset(raw, tmp_path / name, MMS, workers=2)
-        return PreparedData.open(tmp_path / name, MMS).info["content_hash"]
+        return prepared(raw, tmp_path / name).info["content_hash"]
 
     for part in ("Training", "Validation"):  # fewer are enough
         shutil.rmtree(raw / "OpenDataset" / part)
     table, hashes = table_of(raw), [content_hash("as it is")]
-    rows, mask = table.read_text(), next((raw / "OpenDataset/Testing").glob("*/*_gt.nii.gz"))
+    rows, mask = table.read_text(), scans_of(raw)[0][1]
     patient = next(line for line in rows.splitlines() if mask.parent.name in line)
     cells = patient.split(",")
     cells[5], cells[6] = cells[6], cells[5]
@@ -98,7 +99,7 @@ def test_content_hash_covers_table_truth_and_geometry(raw, tmp_path):
     hashes.append(content_hash("ED and ES exchanged"))
     rewrite(mask, lambda labels: np.where(labels == 3, 0, labels))
     hashes.append(content_hash("fewer labels"))
-    for path in (mask, mask.with_name(mask.name.replace("_gt", ""))):
+    for path in scans_of(raw)[0]:
         rewrite(path, affine=nib.affines.from_matvec(np.eye(3), [5, 0, 0]) @ nib.load(path).affine)
     hashes.append(content_hash("moved"))
     assert len(set(hashes)) == len(hashes)
@@ -130,9 +131,7 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
     image(1, "_sa_gt").unlink()
     rewrite(image(2, "_sa_gt"), lambda labels: labels[:-1])  # another shape
     rewrite(image(3), lambda voxels: voxels[..., 0])  # 3D
-    rewrite(
-        image(4), lambda voxels: np.where(np.arange(voxels.size) == 9, np.nan, voxels.ravel()).reshape(voxels.shape)
-    )
+    rewrite(image(4), lambda voxels: np.where(np.arange(voxels.size).reshape(voxels.shape) == 9, np.nan, voxels))
     rewrite(image(5, "_sa_gt"), lambda labels: np.where(labels == 3, 7, labels))
     shutil.copytree(folders[6], raw / "OpenDataset/Training/Unlabeled" / codes[6])  # there twice
     shutil.copytree(folders[7], folders[7].with_name("Z9Z9Z9"))  # not in the table
@@ -172,36 +171,13 @@ def test_every_problem_is_named_in_one_pass(raw, capsys):
     assert sorted(path.name for path in raw.parent.iterdir()) == ["raw"]
 
 
-def test_phases_that_are_not_those_of_the_masks_are_an_error(raw, capsys):
-    """A table that counts frames from 1, say: the truth would be empty."""
-    mask = next((raw / "OpenDataset/Testing").glob("*/*_gt.nii.gz"))
-    rewrite(mask, lambda labels: np.concatenate([0 * labels, labels], 3))
-    rewrite(mask.with_name(mask.name.replace("_gt", "")), lambda voxels: np.concatenate([voxels, voxels], 3))
-    assert not check_dataset(raw, MMS, workers=1)
-    assert f"error: {mask}: labels in frames [2, 3], in the table (from 0) " in capsys.readouterr().out
-    rewrite(mask, lambda labels: np.concatenate([labels[..., 2:], labels[..., 2:]], 3))  # a third one
-    assert check_dataset(raw, MMS, workers=1)
-    assert f"warning: {mask}: labels in frames [0, 1, 2, 3], in the table" in capsys.readouterr().out
-
-
-def test_exchanged_phases_are_warned_of_per_patient(raw, capsys):
-    mask = scans_of(raw)[0][1]
-    rewrite(mask, lambda labels: labels[..., ::-1])
-    assert check_dataset(raw, MMS, workers=1)
-    out = capsys.readouterr().out
-    assert f"warning: {mask}: LV is larger at ES than at ED: are ED and ES exchanged?" in out
-    assert "0 errors, 1 warnings" in out
-
-
 def test_changed_description_is_refused(mms_root, tmp_path):
     """Whichever byte of dataset.json; a spacing; rows in another order, which are other images; another format."""
-    root, changed_said = tmp_path / "prepared", r"prepared is damaged .*dataset\.json or index\.csv was changed"
-    shutil.copytree(mms_root, root)
+    changed_said = r"prepared is damaged .*dataset\.json or index\.csv was changed"
+    root = shutil.copytree(mms_root, tmp_path / "prepared")
     content, (header, *rows) = (root / "dataset.json").read_bytes(), (root / "index.csv").read_text().splitlines()
-    for position in (n for n in range(0, len(content), 7) if not content[n : n + 1].isspace()):
-        (root / "dataset.json").write_bytes(
-            content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :]
-        )
+    for n in (n for n in range(0, len(content), 7) if not content[n : n + 1].isspace()):
+        (root / "dataset.json").write_bytes(content[:n] + bytes([content[n] ^ 1]) + content[n + 1 :])
         with pytest.raises(UserError):
             PreparedData.open(root, MMS)
     for before, after, said in ((b'"spacing_mm": 1.1', b'"spacing_mm": 1.3', changed_said),
@@ -226,26 +202,20 @@ def test_disk_that_is_too_small_or_read_only_is_named_before_the_work(mms_raw, s
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_interrupted_prepare_leaves_nothing_that_looks_ready(mms_raw, tmp_path, number):
-    started = subprocess.Popen(
-        [sys.executable, ROOT / "mms_dataloader.py", "prepare", mms_raw, "--out", tmp_path / "out"],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in a background
-    )
+    started = start_python(ROOT / "mms_dataloader.py", "prepare", mms_raw, "--out", tmp_path / "out")
     while not (tmp_path / "out.partial/truth").exists():  # at work
         assert started.poll() is None and not (tmp_path / "out").exists()
         time.sleep(0.01)
     os.killpg(started.pid, number)
-    error = started.communicate(timeout=60)[1]
+    said = started.communicate(timeout=60)[0]
     assert started.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
-    assert "Traceback" not in error and not (tmp_path / "out").exists()
-    assert number == signal.SIGKILL or ("stopped by Ctrl-C" in error and not list(tmp_path.iterdir()))
+    assert "Traceback" not in said and not (tmp_path / "out").exists()
+    assert number == signal.SIGKILL or ("stopped by Ctrl-C" in said and not list(tmp_path.iterdir()))
     prepare_dataset(mms_raw, tmp_path / "out", MMS, workers=2)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_extreme_slices_are_prepared_and_trained_on(raw, tmp_path, mms_config, build_tiny):
+def test_extreme_slices_are_prepared_and_trained_on(raw, tmp_path, mms_config):
     """Constant and empty slices, 512 px and 24 px matrices: valid input all the way through a training."""
     constant, large, small = (folder_of(raw, number, "Training/Labeled/*") for number in range(3))
     rng = np.random.default_rng(0)
@@ -260,15 +230,13 @@ def test_extreme_slices_are_prepared_and_trained_on(raw, tmp_path, mms_config, b
             shape = (*plane, *array.shape[2:])
             rewrite(scan, lambda _, shape=shape: rng.integers(0, 900, shape).astype(np.int16))
             rewrite(mask, lambda _, shape=shape: rng.integers(0, 4, shape).astype(np.uint8))
-    prepare_dataset(raw, tmp_path / "out", MMS, workers=2)
-    data = PreparedData.open(tmp_path / "out", MMS)
+    data = prepared(raw, tmp_path / "out")
     assert np.isfinite(data.images).all() and np.isfinite(data.quantiles).all()
     rows = {folder: np.flatnonzero(data.index["patient"] == folder.name) for folder in shapes}
     assert data.images[rows[constant]].reshape(len(rows[constant]), -1).max(1).tolist().count(0) == 4  # 2 frames
     assert (data.images[rows[large]] > 0).mean() > 0.9 and (data.images[rows[small]] > 0).mean() < 0.05
-    cfg = replace(mms_config, data_root=str(tmp_path / "out"), cps_warmup=0, cps_ramp=0)
-    fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(torch.device("cpu")))
-    line = json.loads((Path(cfg.out_root) / "run/log.jsonl").read_text().splitlines()[-1])
+    run = train(mms_config, data_root=str(tmp_path / "out"), cps_warmup=0, cps_ramp=0)
+    line = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
     assert line["skipped_steps"] == 0 and np.isfinite(line["loss"])
 
 
@@ -282,8 +250,7 @@ def test_consensus_of_four_raters_by_hand(scgm_root):
 
 
 def test_scgm_faults_are_named_all_at_once(scgm_raw, tmp_path, capsys):
-    raw = tmp_path / "raw"
-    shutil.copytree(scgm_raw, raw)
+    raw = shutil.copytree(scgm_raw, tmp_path / "raw")
     train = raw / "train"
     (train / "site1-sc01-mask-r3.nii.gz").unlink()
     rewrite(train / "site2-sc01-mask-r1.nii.gz", lambda labels: labels[:-1])
@@ -333,13 +300,10 @@ def test_info_table_as_spreadsheets_write_it(raw, kind):
     (error,) = mms_dataloader.find_cases(raw).errors  # and nothing about every patient that is not in it
     assert "expected one info table" in error
     if kind == "xlsx":
-        book = openpyxl.Workbook()
-        for line in lines:
-            book.active.append([float(cell) if cell.replace(".0", "").isdigit() else cell for cell in line])
-        book.save(raw / "OpenDataset/Information.xlsx")
+        lines = [[float(cell) if cell.replace(".0", "").isdigit() else cell for cell in line] for line in lines]
+        write_table(raw / "OpenDataset/Information.xlsx", lines)
     else:
-        with open(raw / "OpenDataset/Information.csv", "w", newline="", encoding=kind) as file:
-            csv.writer(file, delimiter=";").writerows(lines)
+        write_table(raw / "OpenDataset/Information.csv", lines, encoding=kind, delimiter=";")
     assert mms_dataloader.find_cases(raw) == expected
     assert mms_dataloader.find_cases(raw / "OpenDataset").cases == expected.cases
     assert not any("nformation" in os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))
@@ -360,18 +324,12 @@ def test_a_scan_is_known_by_its_voxels(mms_root, raw, tmp_path):
     frame = np.asarray(image.dataobj)[..., 1].astype(np.float64)
     (tmp_path / "own").mkdir()
     nib.save(nib.Nifti1Image(np.stack([frame, 0 * frame], -1), image.affine), tmp_path / "own/other_0000.nii.gz")
-    prepare_dataset(raw, tmp_path / "out", with_unlabeled([tmp_path / "own"], MMS), workers=1)
-    again = PreparedData.open(tmp_path / "out", MMS)
+    again = prepared(raw, tmp_path / "out", with_unlabeled([tmp_path / "own"], MMS))
     known, (checksum, *more) = data.checksums([patient]), again.checksums(["other"])
     assert len(known) == 2 and known[checksum] == patient and not more
 
 
 # --- raw data as people have them
-
-
-def scans_of(raw):
-    masks = sorted(path for path in raw.rglob("*_sa_gt.nii.gz") if "Unlabeled" not in path.parts)
-    return [(path.with_name(path.name.replace("_gt", "")), path) for path in masks]
 
 
 def turn(path, axes):
@@ -382,24 +340,19 @@ def turn(path, axes):
     nib.save(image.as_reoriented(ornt), path)
 
 
-def prepared(raw, out, dataset):
-    prepare_dataset(raw, out, dataset, workers=1)
-    data = PreparedData.open(out, dataset)
-    truth = {path.name: nib.load(path) for path in sorted((out / "truth").iterdir())}
-    return data, truth
-
-
 @pytest.mark.parametrize("axes", ["LPI", "PLS", "SAR"])
 def test_turned_masks_are_prepared_as_if_they_were_not(raw, tmp_path, capsys, axes):
-    expected, truth = prepared(raw, tmp_path / "straight", MMS)
+    expected = prepared(raw, tmp_path / "straight")
     for _, mask in scans_of(raw):
         turn(mask, axes)
     capsys.readouterr()
-    data, turned_truth = prepared(raw, tmp_path / "turned", MMS)
+    data = prepared(raw, tmp_path / "turned")
     assert (data.masks == expected.masks).all() and data.info["content_hash"] == expected.info["content_hash"]
-    assert all((turned_truth[name].affine == truth[name].affine).all() for name in truth)
-    assert all((turned_truth[name].get_fdata() == truth[name].get_fdata()).all() for name in truth)
-    assert f"orientation {axes} against" in capsys.readouterr().out
+    for path in (tmp_path / "straight/truth").iterdir():
+        truth, turned = nib.load(path), nib.load(tmp_path / "turned/truth" / path.name)
+        assert (turned.affine == truth.affine).all() and (turned.get_fdata() == truth.get_fdata()).all()
+    out = capsys.readouterr().out
+    assert f"orientation {axes} against" in out and f"0 errors, {len(scans_of(raw))} warnings" in out
 
 
 def test_masks_that_lie_elsewhere_are_refused_with_both_orientations(raw, capsys):
@@ -432,7 +385,7 @@ def test_mask_in_grid_near_45_degrees(tmp_path):
 
 
 def test_labels_with_rounding_noise_are_rounded(raw, tmp_path, capsys):
-    expected, _ = prepared(raw, tmp_path / "exact", MMS)
+    expected = prepared(raw, tmp_path / "exact")
     rng = np.random.default_rng(0)
     for number, (_, mask) in enumerate(scans_of(raw)):
         image = nib.load(mask)
@@ -442,14 +395,14 @@ def test_labels_with_rounding_noise_are_rounded(raw, tmp_path, capsys):
         made.header.set_data_dtype(np.int16 if number % 2 == 0 else np.float32)
         nib.save(made, mask)
     assert read_volume(scans_of(raw)[0][1]).array.dtype.kind == "f"  # scaled by the header
-    assert (prepared(raw, tmp_path / "noisy", MMS)[0].masks == expected.masks).all()
+    assert (prepared(raw, tmp_path / "noisy").masks == expected.masks).all()
     capsys.readouterr()
     rewrite(scans_of(raw)[3][1], lambda array: np.where(array > 2.5, 2.5, array))
     assert not check_dataset(raw, MMS, workers=1)
     assert f"error: {scans_of(raw)[3][1]}: the value 2.5 is no label: resample by nearest" in capsys.readouterr().out
 
 
-def test_implausible_scans_are_named_per_patient(raw, capsys):
+def test_implausible_scans_and_phases_are_named_per_patient(raw, capsys):
     scans = [image for image, _ in scans_of(raw)[:7]]
 
     def exchange(number, axes, affine):
@@ -465,11 +418,20 @@ def test_implausible_scans_are_named_per_patient(raw, capsys):
     rewrite(scans[5], lambda array: -1 - np.abs(array))
     for path in scans_of(raw)[6]:  # the organ moves to the border of a large matrix
         rewrite(path, lambda array: np.pad(array, [(300, 0), (0, 0), (0, 0), (0, 0)]))
+    (_, exchanged), (image, late) = scans_of(raw)[7:9]
+    rewrite(exchanged, lambda labels: labels[..., ::-1])
+    rewrite(late, lambda labels: np.concatenate([0 * labels, labels], 3))  # as if the table counted from 1: no truth
+    rewrite(image, lambda voxels: np.concatenate([voxels, voxels], 3))
     assert not check_dataset(raw, MMS, workers=1)
     out = capsys.readouterr().out
     assert re.findall("warning: (.*): [0-9.]+ % of its labels lie outside", out) == [str(scans[6])]
     for number, text in enumerate(["the slices measure"] * 2 + ["voxels of "] * 2 + ["all voxels lie in "] * 2):
         assert f"error: {scans[number]}: {text}" in out
+    assert f"warning: {exchanged}: LV is larger at ES than at ED: are ED and ES exchanged?" in out
+    assert f"error: {late}: labels in frames [2, 3], in the table (from 0) " in out
+    rewrite(late, lambda labels: np.concatenate([labels[..., 2:]] * 2, 3))  # right, and in other frames, too
+    check_dataset(raw, MMS, workers=1)
+    assert f"warning: {late}: labels in frames [0, 1, 2, 3], in the table" in capsys.readouterr().out
 
 
 def test_unpacked_files_and_dot_files(raw, scgm_raw, tmp_path):
@@ -487,11 +449,9 @@ def test_unpacked_files_and_dot_files(raw, scgm_raw, tmp_path):
 
 def test_data_set_from_inside_or_linked_as_a_whole(raw, scgm_raw, tmp_path):
     """`check .` finds the table beside the folder, and a phantom stays one."""
-    command = [sys.executable, ROOT / "mms_dataloader.py", "check", "."]
-    done = subprocess.run(command, cwd=raw / "OpenDataset", capture_output=True, text=True)
+    done = run_python(ROOT / "mms_dataloader.py", "check", ".", cwd=raw / "OpenDataset")
     assert done.returncode == 0 and "0 errors, 0 warnings" in done.stdout
-    prepare_dataset(raw / "OpenDataset", tmp_path / "out", MMS, workers=1)
-    assert PreparedData.open(tmp_path / "out", MMS).info["phantom"]
+    assert prepared(raw / "OpenDataset", tmp_path / "out").info["phantom"]
     shutil.move(raw / "OpenDataset", tmp_path / "shared")
     (raw / "OpenDataset").symlink_to(tmp_path / "shared")
     cases, errors, _ = mms_dataloader.find_cases(raw)

@@ -1,6 +1,5 @@
 """Scans of one's own: pairs of every layout, labels, and unlabelled folders."""
 
-import csv
 import json
 from collections import Counter
 from dataclasses import replace
@@ -8,10 +7,8 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import openpyxl
 import pytest
-import torch
-from helpers import TinyNetwork
+from helpers import MMS, TinyNetwork, train, write_table
 
 import mms_dataloader
 import scgm_dataloader
@@ -21,17 +18,13 @@ from utils.data.prepared import PreparedData, split_patients
 from utils.data.user_scans import labeled, scan_name, with_unlabeled
 from utils.errors import UserError
 from utils.evaluation.commands import run_inference
-from utils.run.checkpoint import run_metadata, save_networks
 
-MMS, SCGM = mms_dataloader.DATASET, scgm_dataloader.DATASET
+SCGM = scgm_dataloader.DATASET
 
 
-def write(path, array, zooms=(1.5, 1.5, 8), description=b""):
+def write(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = nib.Nifti1Image(array, np.diag([*zooms, 1]))
-    image.header["descrip"] = description
-    nib.save(image, path)
-    return path
+    nib.save(nib.Nifti1Image(array, np.diag([1.5, 1.5, 8, 1])), path)
 
 
 def touch(folder, *names, shape=(4, 4, 2), label=1):
@@ -150,16 +143,10 @@ def test_table_of_pairs_as_people_edit_it(tmp_path, kind):
     lines = [["Image", "Truth", "patient", "phase", "group", "remark"],
              ["a/p_frame01.nii.gz", "b/x.nii.gz", "p", "ed", "3T", "a, b"],
              ["a/two.nii.gz", "b/y.nii.gz", "p", "ES", "3T", ""], [""] * 6, []]  # fmt: skip
+    lines = [[f" {cell} " for cell in line] for line in lines] if kind == "blanks" else lines
     table = tmp_path / f"cases.{'xlsx' if kind == 'xlsx' else 'csv'}"
-    if kind == "xlsx":
-        book = openpyxl.Workbook()
-        for line in lines:
-            book.active.append(line)
-        book.save(table)
-    else:
-        lines = [[f" {cell} " for cell in line] for line in lines] if kind == "blanks" else lines
-        with open(table, "w", newline="", encoding="utf-16" if kind == "utf-16" else "utf-8-sig") as file:
-            csv.writer(file, delimiter=";" if kind == "semicolons" else ",").writerows(lines)
+    encoding = "utf-16" if kind == "utf-16" else "utf-8-sig"
+    write_table(table, lines, encoding, delimiter=";" if kind == "semicolons" else ",")
     found = find([table])
     assert pairs(found) == [("p ED", "a/p_frame01", "b/x"), ("p ES", "a/two", "b/y")]
     (tmp_path / "b/x.nii.gz").unlink()
@@ -254,7 +241,7 @@ def test_unlabeled_folder_is_a_domain_of_every_training(mms_raw, tmp_path, capsy
 
 
 def test_public_acdc_layout_gives_the_figures_of_prepare_to_the_last_digit(
-    mms_raw, mms_root, tmp_path, monkeypatch, capsys
+    mms_raw, mms_config, tmp_path, monkeypatch, capsys
 ):
     """Vendor D of the phantom as ACDC: 3D frames, labels in the reverse order, Info.cfg."""
     reverse = np.array([0, 3, 2, 1], np.uint8)
@@ -273,14 +260,10 @@ def test_public_acdc_layout_gives_the_figures_of_prepare_to_the_last_digit(
                 nib.save(nib.Nifti1Image(array[..., frame], None, header), folder / f"{file}.nii.gz")
         phases = "".join(f"{phase}: {frame + 1}\n" for phase, frame in case.phases.items())
         (folder / "Info.cfg").write_text(f"{phases}Group: NOR\nNbFrame: 30\n")
-    settings = vars(replace(MMS_CONFIG, data_root=str(mms_root), image_size=32))
-    info = PreparedData.open(mms_root, MMS).info
-    metadata = run_metadata(MMS, settings, None, info, selection="none", step=1, cps_weight=3.0, seen={}, labeled={})
-    torch.manual_seed(0)
-    save_networks(tmp_path / "run" / "best.safetensors", [TinyNetwork(4), TinyNetwork(4)], metadata)
+    run = train(mms_config, max_steps=1)
 
     def inference(*arguments):
-        monkeypatch.setattr("sys.argv", ["x", "--run", str(tmp_path / "run"), "--device", "cpu", *map(str, arguments)])
+        monkeypatch.setattr("sys.argv", ["x", "--run", str(run), "--device", "cpu", *map(str, arguments)])
         run_inference(MMS, TinyNetwork)
 
     own = ["--input", tmp_path / "acdc", "--truth", tmp_path / "acdc", "--labels", "1=RV", "2=MYO", "3=LV"]

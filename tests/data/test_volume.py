@@ -192,17 +192,13 @@ SKEWED = OBLIQUE + np.array([[0, 0.3, 0, 0]] + [[0.0] * 4] * 3)  # columns that 
 
 @pytest.mark.parametrize("name", ["out.nii", "out.nii.gz"])
 @pytest.mark.parametrize("image", [nib.Nifti1Image, nib.Nifti2Image])
-@pytest.mark.parametrize(
-    ("affine", "codes"),
-    [
-        (OBLIQUE, {"qform": 1, "sform": 0}),
-        (OBLIQUE * [-1, 1, 1, 1], {"qform": 2, "sform": 0}),  # left-handed: qfac -1
-        (SKEWED, {"qform": 0, "sform": 2}),
-        (OBLIQUE, {"qform": 1, "sform": 1}),
-        (OBLIQUE, {"qform": 0, "sform": 0}),
-    ],
-    ids=["qform", "qform mirrored", "skewed sform", "both", "neither"],
-)
+@pytest.mark.parametrize(("affine", "codes"), [
+    (OBLIQUE, {"qform": 1, "sform": 0}),
+    (OBLIQUE * [-1, 1, 1, 1], {"qform": 2, "sform": 0}),  # left-handed: qfac -1
+    (SKEWED, {"qform": 0, "sform": 2}),
+    (OBLIQUE, {"qform": 1, "sform": 1}),
+    (OBLIQUE, {"qform": 0, "sform": 0}),
+], ids=["qform", "qform mirrored", "skewed sform", "both", "neither"])  # fmt: skip
 def test_written_volume_lies_in_the_grid_of_the_scan(tmp_path, name, image, affine, codes):
     """A label is written for a scaled 4D scan: geometry to the bit, values and type its own."""
     scan = np.stack([DATA, DATA], axis=3)

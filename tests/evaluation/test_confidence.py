@@ -9,16 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import MMS, load, train
 from scipy.stats import mannwhitneyu
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-import mms_dataloader
 from config import MMS_DEMO
 from utils.data.loaders import SliceDataset, build_loaders
 from utils.data.prepared import PreparedData, Split
-from utils.device import Process
-from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluation.confidence import (
     BINS,
@@ -31,11 +29,7 @@ from utils.evaluation.confidence import (
     risk_areas,
 )  # fmt: skip
 from utils.evaluation.predict import Predictor, ScanPrediction
-from utils.evaluation.runs import load_run
 from utils.method.augment import canvas_to_view
-
-MMS = mms_dataloader.DATASET
-CPU = torch.device("cpu")
 
 
 def slow_calibration(probability, truth):
@@ -72,7 +66,6 @@ def test_auroc_is_that_of_the_rank_sum_test_and_risk_lies_between_its_limits():
     # Risk by scores 3, 2, 1: risks 0, then the tied 1 and 0 (each 0.5), then 1.
     areas = risk_areas({"score": np.array([2, 3, 2, 1.0])}, np.array([1, 0, 0, 1.0]))
     assert areas["score"] == pytest.approx(np.mean([0, 1 / 4, 1 / 3, 1 / 2]))
-    rng = np.random.default_rng(0)
     risk = rng.random(30)
     areas = risk_areas({"oracle": -risk, "noise": rng.random(30), "worst": risk, "blind": np.zeros(30)}, risk)
     best = np.mean([np.sort(risk)[:n].mean() for n in range(1, 31)])
@@ -100,23 +93,22 @@ def test_uncertainty_gathers_slices_and_patients():
     assert summary["calibration"]["field of view"]["ece"] == pytest.approx(30, abs=1e-4)  # 0 and 60 points
 
 
-def trained(cfg, build_tiny):
+def trained(cfg, **changes):
     """What must be the same bit for bit, and the monitor's figures by epoch."""
-    fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
-    folder = Path(cfg.out_root) / cfg.run_name
+    folder = train(cfg, **changes)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     figures = [line.pop("pseudo_labels", None) for line in lines]
     state = torch.load(folder / "last.pt", weights_only=True)
     del state["metadata"]["config"]
-    best = load_run(folder, "best", MMS, build_tiny, CPU, autocast=nullcontext)
+    best = load(folder)
     nets = [net.state_dict() for net in best.predictor.nets]
     return tree_leaves([[{**line, "seconds": 0} for line in lines], state, nets, best.metadata["step"]]), figures
 
 
-def test_training_is_the_same_bit_for_bit_and_never_sees_the_hidden_masks(mms_config, mms_root, build_tiny, tmp_path):
-    without, nothing = trained(replace(mms_config, run_name="without"), build_tiny)
+def test_training_is_the_same_bit_for_bit_and_never_sees_the_hidden_masks(mms_config, mms_root, tmp_path):
+    without, nothing = trained(mms_config, run_name="without")
     watched = replace(mms_config, monitor_pseudo_labels=True, run_name="watched")
-    with_monitor, figures = trained(watched, build_tiny)
+    with_monitor, figures = trained(watched)
     # The same data, but other masks where patients are not labelled.
     other = tmp_path / "other"
     shutil.copytree(mms_root, other)
@@ -125,7 +117,7 @@ def test_training_is_the_same_bit_for_bit_and_never_sees_the_hidden_masks(mms_co
     masks = np.load(other / "masks.npy")
     masks[loaders.data.index["mask"][hidden]] = 3
     np.save(other / "masks.npy", masks)
-    scrambled, other_figures = trained(replace(watched, data_root=str(other), run_name="scrambled"), build_tiny)
+    scrambled, other_figures = trained(watched, data_root=str(other), run_name="scrambled")
     for leaves in (with_monitor, scrambled):
         for one, same in zip(without, leaves, strict=True):
             assert torch.equal(one, same) if isinstance(one, torch.Tensor) else one == same

@@ -2,47 +2,32 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import MMS, TinyNetwork, load, run_python, train
 from torch import nn
 
-import mms_dataloader
 from utils.data.loaders import build_loaders, scan_loader
 from utils.data.prepared import PreparedData
-from utils.device import Process
-from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluation.evaluate import SLICES_DRAWN, case_drawing, evaluate_run, to_native
 from utils.evaluation.predict import Predictor, mean_dice, predict_scans
-from utils.evaluation.runs import load_run, open_data, patients_to_evaluate
+from utils.evaluation.runs import open_data, patients_to_evaluate
 from utils.run.checkpoint import read_metadata, save_networks
-
-MMS = mms_dataloader.DATASET
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def trained(mms_config, build_tiny):
-    fit(replace(mms_config, max_steps=2), build_loaders(mms_config, MMS), build_tiny, Process(CPU))
-    return Path(mms_config.out_root) / "run"
+def trained(mms_config):
+    return train(mms_config, max_steps=2)
 
 
-def load(run, build_tiny, checkpoint="best"):
-    return load_run(run, checkpoint, MMS, build_tiny, CPU, autocast=nullcontext)
-
-
-def evaluate(run, build_tiny, checkpoint="best", out=None, **options):
-    trained = load(run, build_tiny, checkpoint)
+def evaluate(run, checkpoint="best", out=None, **options):
+    trained = load(run, checkpoint)
     data, _, title = open_data(trained, None, MMS)
     options |= {"domain": trained.config.test_domain, "title": title}
     return evaluate_run(trained, MMS, data, out or run / "results/D", **options)
@@ -63,7 +48,7 @@ class Oracle(nn.Module):
         return 20.0 * nn.functional.one_hot(torch.from_numpy(next(self.masks).astype(np.int64)), 4).movedim(-1, 1)
 
 
-def test_perfect_prediction_scores_perfectly_and_patients_average_over_slices(mms_config, build_tiny):
+def test_perfect_prediction_scores_perfectly_and_patients_average_over_slices(mms_config):
     """Truth on the canvas, through the whole evaluation, is 100 by the paper and nearly so in native space."""
     loaders = build_loaders(mms_config, MMS)
     data, index = loaders.data, loaders.data.index
@@ -86,7 +71,7 @@ def test_perfect_prediction_scores_perfectly_and_patients_average_over_slices(mm
         assert (drawing["truth"] == drawing["prediction"]).all() and drawing["truth"].max() == 3
         assert drawing["image"].size < 200**2 * SLICES_DRAWN  # of every scan it stays in memory
     # Patients' means against plain NumPy, at an image size that must be brought to the grid first.
-    nets, expected, pooled = [build_tiny(4).eval() for _ in range(2)], {}, np.zeros((3, 2))
+    nets, expected, pooled = [TinyNetwork(4).eval() for _ in range(2)], {}, np.zeros((3, 2))
     scans = list(predict_scans(Predictor(nets, None, mms_config, nullcontext), loader, data))
     for scan in scans:
         softmax = nn.functional.interpolate(scan.probability, size=288, mode="bilinear").numpy()
@@ -104,8 +89,8 @@ def test_perfect_prediction_scores_perfectly_and_patients_average_over_slices(mm
     assert (sum(scan.overlap for scan in scans) == pooled).all() and pooled.all()
 
 
-def test_evaluation_writes_everything_and_agrees_with_itself(trained, build_tiny, mms_root, capsys):
-    summary = evaluate(trained, build_tiny, save_predictions=True)
+def test_evaluation_writes_everything_and_agrees_with_itself(trained, mms_root, capsys):
+    summary = evaluate(trained, save_predictions=True)
     folder = trained / "results/D"
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert summary["patients"] == 4 and summary["test_domain"] == "D" and "never looked at" in summary["selection"]
@@ -145,61 +130,60 @@ def test_evaluation_writes_everything_and_agrees_with_itself(trained, build_tiny
     assert summary["clinical"]["MYO mass"]["bias"] == pytest.approx(np.mean(mass))
     assert summary["clinical"]["MYO mass"]["sd"] == pytest.approx(np.std(mass, ddof=1))
     # Deterministic, of the last checkpoint the same, as it has the same weights here; what is not made again goes.
-    again = evaluate(trained, build_tiny, checkpoint="last")
+    again = evaluate(trained, checkpoint="last")
     assert again["checkpoint"] == "last, step 2" and again["paper_protocol"] == summary["paper_protocol"]
     assert (folder / "report.html").is_file() and not (folder / "predictions").exists()
 
 
-def test_kept_epochs_are_evaluated(mms_config, build_tiny, tmp_path):
-    cfg = replace(mms_config, num_epoch=2, max_steps=None, batch_size=16, keep_epochs=9)
-    fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(CPU))
-    run = Path(cfg.out_root) / "run"
-    last, kept = (evaluate(run, build_tiny, name, tmp_path / name) for name in ("last", "epochs/epoch_002"))
+def test_kept_epochs_are_evaluated(mms_config, tmp_path):
+    run = train(mms_config, num_epoch=2, max_steps=None, batch_size=16, keep_epochs=9)
+    last, kept = (evaluate(run, name, tmp_path / name) for name in ("last", "epochs/epoch_002"))
     assert kept["paper_dice"] == last["paper_dice"] and kept["checkpoint"].startswith("epochs/epoch_002, step ")
     assert kept["selection"] == "none, a kept epoch"
     problem = r"epoch_007\.safetensors: no such file; --keep-epochs .*: epochs/epoch_001, epochs/epoch_002"
     with pytest.raises(UserError, match=problem):
-        load(run, build_tiny, "epochs/epoch_007")
+        load(run, "epochs/epoch_007")
 
 
-def test_unfinished_training_is_named(trained, build_tiny):
+def test_unfinished_training_is_named(trained):
     known = json.loads((trained / "config.json").read_text())
     (trained / "config.json").write_text(json.dumps(known | {"max_steps": None, "num_epoch": 9}))
     remark = "(training not finished: epoch 1 of 9)"
-    assert evaluate(trained, build_tiny)["checkpoint"] == f"best, step 2 {remark}"
+    assert evaluate(trained)["checkpoint"] == f"best, step 2 {remark}"
     assert remark in (trained / "results/D/summary.md").read_text()
     (trained / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is missing or damaged"):
-        evaluate(trained, build_tiny)
+        evaluate(trained)
     (trained / "log.jsonl").unlink()  # weights without a log: nothing is known
-    assert "not finished" not in evaluate(trained, build_tiny)["checkpoint"]
+    assert "not finished" not in evaluate(trained)["checkpoint"]
 
 
-def test_patients_that_the_training_has_seen_are_refused(trained, build_tiny, mms_config):
+def test_patients_that_the_training_has_seen_are_refused(trained, mms_config):
     """By their names or, under whatever name, by the voxels of a scan; who has seen only others is not."""
-    run, data = load(trained, build_tiny), build_loaders(mms_config, MMS).data
+    run, loaders = load(trained), build_loaders(mms_config, MMS)
+    data = loaders.data
     patients = patients_to_evaluate(run, data, "D")
     [(checksum, patient), *_] = data.checksums(patients).items()
     for seen, pair in (({"0" * 16: patient}, f"{patient} is {patient}"), ({checksum: "P7"}, f"{patient} is P7")):
         known = run._replace(metadata=run.metadata | {"seen": run.metadata["seen"] | seen})
         with pytest.raises(UserError, match=f"has seen 1 of the patients of .*: {pair} of the training"):
             patients_to_evaluate(known, data, "D")
-    assert {*run.metadata["seen"].values()} == {*build_loaders(mms_config, MMS).split.unlabeled}
+    assert {*run.metadata["seen"].values()} == {*loaders.split.unlabeled}
 
 
-def test_missing_and_foreign_runs_are_refused(trained, build_tiny, tmp_path):
+def test_missing_and_foreign_runs_are_refused(trained, tmp_path):
     metadata, path = read_metadata(trained / "best.safetensors"), tmp_path / "best.safetensors"
 
     def refused(problem, folder=tmp_path, checkpoint="best", nets=None, **changes):
         if nets:
             save_networks(path, nets, metadata | changes)
         with pytest.raises(UserError, match=problem):
-            load(folder, build_tiny, checkpoint)
+            load(folder, checkpoint)
 
     refused("no such run", tmp_path / "nowhere")
     refused("no such file; the run has not ended its first epoch")
     refused("no such file; the run has saved no state", checkpoint="last")
-    nets = [build_tiny(4), build_tiny(4)]
+    nets = [TinyNetwork(4), TinyNetwork(4)]
     refused(r"use inference_scgm\.py", nets=nets, dataset="scgm")
     for change in ({"cps_loss": "threshold"}, {"new_setting": 1}):
         config = metadata["config"] | change
@@ -209,23 +193,33 @@ def test_missing_and_foreign_runs_are_refused(trained, build_tiny, tmp_path):
     refused("damaged")
 
 
-@pytest.mark.parametrize("fault", ["data", "memory"])
-def test_faults_of_an_evaluation_are_named(trained, build_tiny, tmp_path, fault):
-    """The data elsewhere, seen from another directory; and a full memory."""
-    metadata = read_metadata(trained / "best.safetensors")
-    if fault == "data":
-        metadata["config"]["data_root"] = "data/mms"
-        save_networks(trained / "best.safetensors", [build_tiny(4), build_tiny(4)], metadata)
+def infer(run, before="", **options):
+    """The inference command with a small network, in a process of its own."""
     code = (
-        "import sys, torch, helpers; from mms_dataloader import DATASET; from utils.evaluation import commands\n"
-        "def full(*args, **options): raise torch.OutOfMemoryError('CUDA out of memory')\n"
-        f"if {fault == 'memory'}: commands.evaluate_run = full\n"
-        "commands.run_inference(DATASET, helpers.TinyNetwork)"
+        "import torch, helpers; from utils.evaluation import commands\n"
+        f"{before}\n"
+        "commands.run_inference(helpers.MMS, helpers.TinyNetwork)"
     )
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, "-c", code, "--run", trained, "--device", "cpu"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    expected = {"memory": f"error: {trained}: out of memory: try --device cpu"}
-    expected["data"] = f"data/mms, which is not there (seen from {tmp_path}): name their folder by --data-root"
-    assert done.returncode == 1 and expected[fault] in done.stderr
+    return run_python("-c", code, "--run", run, "--device", "cpu", **options)
+
+
+def test_faults_of_an_evaluation_are_named(trained, tmp_path):
+    """A full memory; and the data elsewhere, seen from another directory."""
+    full = "def full(*_, **__): raise torch.OutOfMemoryError('CUDA out of memory')\ncommands.evaluate_run = full"
+    done = infer(trained, full)
+    assert done.returncode == 1 and f"error: {trained}: out of memory: try --device cpu" in done.stderr
+    metadata = read_metadata(trained / "best.safetensors")
+    metadata["config"]["data_root"] = "data/mms"
+    save_networks(trained / "best.safetensors", [TinyNetwork(4), TinyNetwork(4)], metadata)
+    done = infer(trained, cwd=tmp_path)
+    expected = f"data/mms, which is not there (seen from {tmp_path}): name their folder by --data-root"
+    assert done.returncode == 1 and expected in done.stderr
     assert "ub.edu" not in done.stderr  # nobody needs to register
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_output_that_is_not_utf_8_loses_no_work(trained, encoding):
+    """An evaluation prints a ±."""
+    done = infer(trained, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0, done.stderr
+    assert "±" in (trained / "results/D/summary.md").read_text(encoding="utf-8")

@@ -10,12 +10,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from helpers import CPU, MMS
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from torch import nn
 
-import mms_dataloader
-from config import MMS
+from config import MMS as MMS_CONFIG
 from utils.data.volume import PlaneMap, Volume
 from utils.device import autocast_context
 from utils.errors import UserError
@@ -23,7 +23,6 @@ from utils.evaluation.predict import Predictor
 from utils.evaluation.runs import TrainedRun
 from utils.evaluation.segment import NOTE, clinical_figures, segment_files, segment_volume, structure_quality
 
-DATASET = mms_dataloader.DATASET
 BOX = np.diag([2, 2, 8, 1])  # mm
 
 
@@ -38,16 +37,30 @@ class Brightness(nn.Module):
         return -80 * (image - self.levels[None, :, None, None]).abs()
 
 
-def trained(net=None, metadata=None, tta=False, **changes):
+class Failing(Brightness):
+    """Raises an error where `fails` says so, by the number of the call and that of the slices."""
+
+    def __init__(self, error, fails=lambda call, slices: slices > 2):
+        super().__init__()
+        self.error, self.fails, self.calls = error, fails, 0
+
+    def forward(self, image):
+        self.calls += 1
+        if self.fails(self.calls, len(image)):
+            raise self.error
+        return super().forward(image)
+
+
+def trained(net=None, tta=False, **changes):
     """A run of one network twice, with MMS settings at 288 px; changes are of its config."""
-    config, autocast = replace(MMS, **changes), partial(autocast_context, torch.device("cpu"), "fp32")
+    config, autocast = replace(MMS_CONFIG, **changes), partial(autocast_context, CPU, "fp32")
     predictor = Predictor([net or Brightness()] * 2, None, config, autocast, tta)
-    return TrainedRun(Path(), "best", predictor, config, metadata or {})
+    return TrainedRun(Path(), "best", predictor, config, {})
 
 
-def segment(inputs, output, run=None, dataset=DATASET, **options):
+def segment(inputs, output, run=None, **options):
     inputs = [inputs] if isinstance(inputs, Path) else inputs
-    segment_files(run or trained(), dataset, inputs, output, **options)
+    segment_files(run or trained(), MMS, inputs, output, **options)
 
 
 def phantom(shape, zooms, center_mm=(0, 0)):
@@ -164,7 +177,7 @@ def test_confidence_is_the_variance_between_the_views(build_tiny):
     def confidence(slices, ratio):
         volume = Volume(slices, None, np.eye(4), (1.5, 1.5, 8.0))
         run = trained(net, fourier_ratio=ratio)
-        maps, _ = segment_volume(volume, run.predictor, DATASET, confidence=True)
+        maps, _ = segment_volume(volume, run.predictor, MMS, confidence=True)
         assert np.allclose(maps["agreement"][inside], 1, atol=1e-5)
         return maps["confidence"][inside]
 
@@ -186,7 +199,7 @@ def test_bad_outputs_are_said_before_the_work(tmp_path):
     assert (tmp_path / "scan_seg.nii.gz").read_bytes() == by_hand
     for output in (scan, Path("/proc")):
         with pytest.raises(UserError, match=f"{output} cannot be written .*: choose another --output"):
-            segment(scan, output, trained(Full(AssertionError())))
+            segment(scan, output, trained(Failing(AssertionError(), lambda *_: True)))
 
 
 def test_an_interrupted_command_goes_on(tmp_path, capsys):
@@ -194,18 +207,9 @@ def test_an_interrupted_command_goes_on(tmp_path, capsys):
     scans, out = tmp_path / "scans", tmp_path / "out"
     for name in "abc":
         write(scans / f"{name}.nii.gz")
-
-    class Stopped(Brightness):
-        calls = 0
-
-        def forward(self, image):
-            self.calls += 1
-            if self.calls > 4:  # two networks a scan
-                raise KeyboardInterrupt
-            return super().forward(image)
-
+    stopped = Failing(KeyboardInterrupt(), lambda call, slices: call > 4)  # two networks a scan
     with pytest.raises(KeyboardInterrupt):
-        segment(scans, out, trained(Stopped()), volumes=True)
+        segment(scans, out, trained(stopped), volumes=True)
     assert maps_in(out) == {"a_seg.nii.gz", "b_seg.nii.gz"}
     corrected = write(tmp_path / "corrected.nii.gz", np.ones((60, 60, 2))).read_bytes()  # all is LV
     for name in "ab":
@@ -274,19 +278,6 @@ def test_no_scan_is_refused_and_the_others_go_on(tmp_path, array, zooms, options
     assert "scan_seg.nii.gz" in maps_in(tmp_path / "out")
 
 
-class Full(Brightness):
-    """Fails as a machine does whose memory is full, at scans of more than 2 slices."""
-
-    def __init__(self, error):
-        super().__init__()
-        self.error = error
-
-    def forward(self, image):
-        if len(image) > 2:
-            raise self.error
-        return super().forward(image)
-
-
 @pytest.mark.parametrize("error", [
     MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried"),
@@ -295,10 +286,10 @@ def test_full_memory_is_the_problem_of_one_scan(tmp_path, error):
     for name, depth in (("large", 3), ("small", 2)):
         write(tmp_path / f"{name}.nii.gz", phantom((60, 60, depth), (2, 2, 8)))
     with pytest.raises(UserError, match=r"1 of 2 scans failed:\n  .*large.*out of memory: .*--batch-size \(now 8\)"):
-        segment(tmp_path, tmp_path / "out", trained(Full(error)))
+        segment(tmp_path, tmp_path / "out", trained(Failing(error)))
     assert maps_in(tmp_path / "out") == {"small_seg.nii.gz"}
     with pytest.raises(RuntimeError, match="shapes"):  # other errors are not hidden
-        segment(tmp_path / "large.nii.gz", tmp_path / "out", trained(Full(RuntimeError("shapes do not fit"))))
+        segment(tmp_path / "large.nii.gz", tmp_path / "out", trained(Failing(RuntimeError("shapes do not fit"))))
 
 
 @pytest.mark.parametrize("moved_mm", [(127, 0), (-90, 90), (0, 0)])
@@ -325,7 +316,7 @@ def test_measures_of_known_defects():
     labels[4:6, 2:6, 2:6] = 1
     labels[1, 15, 15] = 2
     agreement = rng.random(labels.shape).astype(np.float32)
-    first, second, third = structure_quality(labels, {"agreement": agreement}, DATASET.class_names, 0.5)
+    first, second, third = structure_quality(labels, {"agreement": agreement}, MMS.class_names, 0.5)
     assert (first["structure"], first["volume_ml"]) == ("LV", 32.0)
     assert first["components"] == ndimage.label(labels == 1, np.ones((3, 3, 3)))[1] == 2
     assert first["gaps"] == pytest.approx(2 / 6) and second["gaps"] == 0
@@ -373,9 +364,9 @@ def test_clinical_quantities_of_a_new_scan(tmp_path):
     ml = {
         (phase, name): (seg[..., frame] == label).sum() * 1.5 * 1.5 * 8 / 1000
         for phase, frame in (("ED", 1), ("ES", 3))
-        for label, name in enumerate(DATASET.class_names)
+        for label, name in enumerate(MMS.class_names)
     }
-    for name, (value, unit) in mms_dataloader.cardiac_metrics(ml).items():
+    for name, (value, unit) in MMS.clinical(ml).items():
         assert float(row[f"{name} ({unit})"]) == pytest.approx(value)
 
 
@@ -385,6 +376,6 @@ def test_clinical_quantities_of_a_new_scan(tmp_path):
     (cine(60)[..., 0], (None, None), "fewer than two frames .* no clinical figures"),
 ])  # fmt: skip
 def test_frames_that_are_none_have_no_clinical_quantities(labels, phases, remark):
-    figures, said = clinical_figures(Volume(labels, None, np.eye(4), (1.5, 1.5, 8.0)), labels, DATASET)
+    figures, said = clinical_figures(Volume(labels, None, np.eye(4), (1.5, 1.5, 8.0)), labels, MMS)
     assert (figures["ED"], figures["ES"]) == phases and re.search(remark, said)
     assert (figures["LV EF (%)"] is None) == (phases[0] is None)

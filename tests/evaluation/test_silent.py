@@ -9,35 +9,31 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
+from helpers import TinyNetwork, tiny_trainer, train
 
 import mms_dataloader
 import scgm_dataloader
-from utils.data.loaders import build_loaders
 from utils.data.prepare import prepare_dataset
 from utils.data.user_scans import labeled, scan_name, with_unlabeled
-from utils.device import Process
-from utils.engine import fit
 from utils.errors import UserError
 from utils.evaluation.commands import run_inference
-from utils.trainer import Trainer
 
 MMS, SCGM = mms_dataloader.DATASET, scgm_dataloader.DATASET
 IN_MASK = ["--labels", "200=LV", "500=MYO", "600=RV"]
 
 
 @pytest.fixture
-def infer(mms_config, build_tiny, monkeypatch, capsys):
+def infer(mms_config, monkeypatch, capsys):
     """Train for a step, and return what runs the inference command: its words, or the error it exits with."""
     cfg = replace(mms_config, max_steps=1)
-    fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(torch.device("cpu")))
+    train(cfg)
 
     def run(*flags, folder=cfg.folder):
         capsys.readouterr()
         monkeypatch.setattr("sys.argv", ["x", "--device", "cpu", "--run", *map(str, [folder, *flags])])
         error = ""
         try:
-            run_inference(MMS, build_tiny)
+            run_inference(MMS, TinyNetwork)
         except SystemExit as stop:
             error = str(stop.code)
         return capsys.readouterr().out + error
@@ -164,7 +160,7 @@ def test_names_tell_what_a_file_is(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["label map", "both", "held out"])
-def test_unlabeled_scans_that_are_none(mms_raw, tmp_path, mms_config, build_tiny, capsys, fault):
+def test_unlabeled_scans_that_are_none(mms_raw, tmp_path, mms_config, capsys, fault):
     """Label maps without a name that says so, files of both endings, and scans of the held-out domain."""
     like, images, masks = frames(mms_raw, next(mms_raw.glob("OpenDataset/Testing/*")).name)
     save(tmp_path / "ours/scan.nii.gz", masks if fault == "label map" else images, like)
@@ -177,16 +173,15 @@ def test_unlabeled_scans_that_are_none(mms_raw, tmp_path, mms_config, build_tiny
         prepare_dataset(raw, tmp_path / "data", with_unlabeled([tmp_path / "ours"], MMS), workers=1)
         for domain in "ABCD":  # that of the scan among them
             cfg = replace(mms_config, data_root=str(tmp_path / "data"), test_domain=domain)
-            Trainer(cfg, build_loaders(cfg, MMS), build_tiny, Process(torch.device("cpu")))
+            tiny_trainer(cfg)
     said = {"label map": "hold only [0, 1, 2, 3]: is it a label map?", "both": "_sa.nii, too: remove one"}
     assert said.get(fault, "") in capsys.readouterr().out
 
 
-def test_a_finished_run_without_its_state_is_not_overwritten(infer, mms_config, build_tiny):
+def test_a_finished_run_without_its_state_is_not_overwritten(infer, mms_config):
     (infer.folder / "last.pt").unlink()
-    cfg = replace(mms_config, max_steps=1)
     with pytest.raises(UserError, match=r"a finished run without last\.pt: use another --run-name"):
-        fit(cfg, build_loaders(cfg, MMS), build_tiny, Process(torch.device("cpu")))
+        train(mms_config, max_steps=1)
 
 
 def test_volumes_are_those_of_the_corrected_map(infer, mms_raw, tmp_path):

@@ -128,25 +128,18 @@ def test_pretrained_file_fits_a_network_of_three_channels(tmp_path, pretrained_s
     assert torch.equal(network.backbone.state_dict()[STEM], pretrained_state[STEM])
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        (lambda s: s | {"conv1.weight": torch.zeros(64, 3, 7, 7)}, "unexpected conv1.weight"),  # the stem of v1b
-        (lambda s: {k: v for k, v in s.items() if not k.startswith("conv1.3")}, "missing conv1.3.weight"),
-        (lambda s: {k: v for k, v in s.items() if k != "bn1.running_var"}, "missing bn1.running_var"),
-        (lambda s: s | {"conv1.3.weight": torch.zeros(32, 32, 3, 3)}, r"conv1.3.weight has shape \(32, 32, 3, 3\)"),
-        (lambda s: s | {STEM: torch.zeros(64, 4, 3, 3)}, r"conv1.0.weight has shape \(64, 4, 3, 3\)"),
-    ],
-    ids=["other stem", "missing layer", "missing key", "misshapen", "four channels"],
-)
+@pytest.mark.parametrize(("change", "named"), [
+    (lambda s: s | {"conv1.weight": torch.zeros(64, 3, 7, 7)}, "unexpected conv1.weight"),  # the stem of v1b
+    (lambda s: {k: v for k, v in s.items() if not k.startswith("conv1.3")}, "missing conv1.3.weight"),
+    (lambda s: {k: v for k, v in s.items() if k != "bn1.running_var"}, "missing bn1.running_var"),
+    (lambda s: s | {"conv1.3.weight": torch.zeros(32, 32, 3, 3)}, r"conv1.3.weight has shape \(32, 32, 3, 3\)"),
+    (lambda s: s | {STEM: torch.zeros(64, 4, 3, 3)}, r"conv1.0.weight has shape \(64, 4, 3, 3\)"),
+], ids=["other stem", "missing layer", "missing key", "misshapen", "four channels"])  # fmt: skip
 def test_pretrained_weights_that_do_not_fit_are_refused(tmp_path, pretrained_state, change, named):
     path = save(tmp_path / "other.pth", change(pretrained_state))
     with pytest.raises(UserError, match=named) as error:
         build_network(2, pretrained=path)
     assert path in str(error.value)
-
-
-def test_pretrained_path_that_does_not_exist(tmp_path):
     with pytest.raises(UserError, match=r"absent\.pth: no such file"):
         build_network(2, pretrained=str(tmp_path / "absent.pth"))
 

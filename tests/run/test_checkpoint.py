@@ -1,5 +1,6 @@
 """Checkpoints: damaged ones are noticed, hostile ones never executed, and a failed write costs nothing."""
 
+import io
 import os
 import pickle
 import subprocess
@@ -32,73 +33,60 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_last_and_previous_are_kept(folder):
-    assert load_checkpoint(folder)["step"] == 2
-    assert torch.load(folder / "previous.pt", weights_only=True)["step"] == 1
-    assert sorted(os.listdir(folder)) == ["last.pt", "previous.pt"]
-    save_checkpoint(folder, state(3))
-    assert load_checkpoint(folder)["step"] == 3
-    assert torch.load(folder / "previous.pt", weights_only=True)["step"] == 2
-
-
-def test_folder_without_checkpoint(tmp_path):
+def test_last_and_previous_are_kept_whatever_a_killed_save_left(tmp_path):
     assert load_checkpoint(tmp_path) is None
+    for step in (1, 2, 3):
+        (tmp_path / ".tmp-last.pt").write_bytes(b"half a checkpoint")
+        save_checkpoint(tmp_path, state(step))
+        assert load_checkpoint(tmp_path)["step"] == step
+        if step > 1:
+            assert torch.load(tmp_path / "previous.pt", weights_only=True)["step"] == step - 1
+            assert sorted(os.listdir(tmp_path)) == ["last.pt", "previous.pt"]
+    (tmp_path / ".tmp-last.pt").write_bytes(b"half a checkpoint")
+    assert load_checkpoint(tmp_path)["step"] == 3
 
 
-def damage_truncate(path):
-    path.write_bytes(path.read_bytes()[:-500])
+def hostile(content):
+    evil = type("Evil", (), {"__reduce__": lambda self: (os.system, ("touch executed",))})
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"step": evil()}, protocol=2))
+        archive.writestr("archive/version", "3")
+        archive.writestr("archive/byteorder", "little")
+    return file.getvalue()
 
 
-def damage_flip(path):
-    """One bit of the weights, which PyTorch alone would load without a word."""
-    content = bytearray(path.read_bytes())
-    position = content.index(torch.full((1000,), 2.0).numpy().tobytes()) + 1234
-    content[position] ^= 4
-    path.write_bytes(content)
-    assert not torch.equal(torch.load(path, weights_only=True)["networks"][0]["weight"], torch.full((1000,), 2.0))
+def flipped(content, mark, offset, bit):
+    content = bytearray(content)
+    content[content.index(mark) + offset] ^= bit
+    return content
 
 
-def damage_empty(path):
-    path.write_bytes(b"")
+WEIGHT = torch.full((1000,), 2.0)
+DAMAGES = {
+    "truncated": lambda content: content[:-500],
+    "empty": lambda content: b"",
+    "hostile": hostile,
+    # A bit of the weights, which PyTorch alone would load without a word.
+    "weights": lambda content: flipped(content, WEIGHT.numpy().tobytes(), 1234, 4),
+    # An offset in the archive's directory, which no checksum of ZIP covers: PyTorch would load other values.
+    "directory": lambda content: flipped(content, b"PK\x01\x02", 42, 16),
+}
 
 
-class Hostile:
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
-def damage_hostile(path):
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("archive/data.pkl", pickle.dumps({"step": Hostile()}, protocol=2))
-        file.writestr("archive/version", "3")
-        file.writestr("archive/byteorder", "little")
-
-
-def damage_directory(path):
-    """A byte of the archive's directory, which no checksum of ZIP covers: PyTorch would load other values."""
-    content = bytearray(path.read_bytes())
-    content[content.index(b"PK\x01\x02") + 42] ^= 16  # offset of the first member
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_directory, damage_empty, damage_hostile])
-def test_damaged_last_falls_back_to_previous(folder, damage, capsys, monkeypatch):
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_last_falls_back_to_previous(folder, kind, capsys, monkeypatch):
     monkeypatch.chdir(folder)
-    damage(folder / "last.pt")
+    (folder / "last.pt").write_bytes(DAMAGES[kind]((folder / "last.pt").read_bytes()))
+    if kind == "weights":
+        assert not torch.equal(torch.load("last.pt", weights_only=True)["networks"][0]["weight"], WEIGHT)
     assert load_checkpoint(folder)["step"] == 1
     out = capsys.readouterr().out
     assert f"{folder / 'last.pt'} is damaged" in out and f"resuming from {folder / 'previous.pt'}" in out
-    damage_empty(folder / "previous.pt")
+    (folder / "previous.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"last\.pt is damaged.*previous\.pt is damaged.*--restart"):
         load_checkpoint(folder)
     assert not (folder / "executed").exists()
-
-
-def test_leftovers_of_a_killed_save_are_ignored(folder):
-    (folder / ".tmp-last.pt").write_bytes(b"half a checkpoint")
-    assert load_checkpoint(folder)["step"] == 2
-    save_checkpoint(folder, state(3))
-    assert sorted(os.listdir(folder)) == ["last.pt", "previous.pt"]
 
 
 def test_full_disk_leaves_the_earlier_state(small_disk):
@@ -148,29 +136,19 @@ def test_networks_come_back(tmp_path):
             assert torch.equal(value, other.state_dict()[key])
 
 
-def test_flipped_bit_of_the_networks_is_noticed(tmp_path):
-    path = tmp_path / "best.safetensors"
-    save_networks(path, [nn.Linear(100, 10), nn.Linear(100, 10)], {})
-    content = bytearray(path.read_bytes())
-    content[-50] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="its checksum is wrong"):
-        load_networks(path, [nn.Linear(100, 10), nn.Linear(100, 10)])
-
-
-def test_flipped_byte_of_the_header_is_noticed(tmp_path):
-    """Names, types, shapes and metadata (the voxel size, say): every byte of the header, three bits each."""
-    path = tmp_path / "best.safetensors"
-    save_networks(path, [nn.Linear(3, 2), nn.Linear(3, 2)], {"spacing_mm": 1.1, "config": {"image_size": 288}})
+def test_flipped_bits_of_the_networks_are_noticed(tmp_path):
+    """Names, types, shapes, metadata (the voxel size, say) and weights: every byte of the file, three bits each."""
+    path, nets = tmp_path / "best.safetensors", [nn.Linear(3, 2), nn.Linear(3, 2)]
+    save_networks(path, nets, {"spacing_mm": 1.1, "config": {"image_size": 288}})
     content = path.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
-    for position in range(header):
+    for position in range(len(content)):
         for bit in (1, 4, 32):
             changed = bytearray(content)
             changed[position] ^= bit
             path.write_bytes(changed)
-            with pytest.raises(UserError):
-                load_networks(path, [nn.Linear(3, 2), nn.Linear(3, 2)])
+            with pytest.raises(UserError, match="." if position < header else "its checksum is wrong"):
+                load_networks(path, nets)
     path.write_bytes(content.replace(b"1.1", b"1.3"))
     with pytest.raises(UserError, match="its checksum is wrong"):
         read_metadata(path)
@@ -204,12 +182,9 @@ def test_weights_of_another_user_are_not_called_damaged(tmp_path, monkeypatch):
         read_metadata(tmp_path / "best.safetensors")
 
 
-def test_provenance_without_git(monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    assert provenance()["git_commit"] is None
-
-
-def test_provenance_names_code_and_packages():
+def test_provenance_names_packages_and_code_if_there_is_git(monkeypatch):
     found = provenance()
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert set(found) == {"git_commit", "versions"}
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert provenance()["git_commit"] is None

@@ -1,36 +1,25 @@
 """A run that is killed at random moments, over and over, ends as the run that was left alone.
 
-KILLS=50 python -m pytest -s tests/test_kill_loop.py     # more than the 5 of an ordinary run
+KILLS=50 python -m pytest -s tests/run/test_kill_loop.py     # more than the 5 of an ordinary run
 """
 
 import os
 import random
 import signal
 from dataclasses import replace
-from pathlib import Path
 
-import torch
-from helpers import build_tiny_network, start_process
+from helpers import start_process, train
 from test_engine import assert_same, run
 
-import mms_dataloader
-from utils.data.loaders import build_loaders
-from utils.device import Process
-from utils.engine import fit
 from utils.run.checkpoint import load_checkpoint
 
 
-def train(cfg):
-    fit(cfg, build_loaders(cfg, mms_dataloader.DATASET), build_tiny_network, Process(torch.device("cpu")))
-
-
-def test_killed_over_and_over(mms_config, build_tiny):
+def test_killed_over_and_over(mms_config):
     kills, chance = int(os.environ.get("KILLS", "5")), random.Random(0)
     cfg = replace(mms_config, max_steps=20 + 4 * kills, save_every=3, num_epoch=20, run_name="whole")
     start_process(train, cfg).join()
-    whole = run(cfg, build_tiny)  # finished by now: reads it only
+    whole = run(cfg)  # finished by now: reads it only
     cfg = replace(cfg, run_name="killed")
-    folder = Path(cfg.out_root) / "killed"
     unreadable, done, steps, patience = 0, 0, [], 1.5
     while done < kills:
         child = start_process(train, cfg)
@@ -39,19 +28,16 @@ def test_killed_over_and_over(mms_config, build_tiny):
         child.join()
         if child.exitcode != -signal.SIGKILL:  # it was done before the signal: begin the run anew, and go on killing
             assert child.exitcode == 0
-            assert_same(whole, run(cfg, build_tiny))
+            assert_same(whole, run(cfg))
             cfg = replace(cfg, run_name=f"killed{done}")
-            folder = Path(cfg.out_root) / cfg.run_name
             continue
         done += 1
-        if (folder / "last.pt").exists() or (folder / "previous.pt").exists():
-            unreadable += load_checkpoint(folder) is None
-            steps.append(load_checkpoint(folder)["step"])
+        if (cfg.folder / "last.pt").exists() or (cfg.folder / "previous.pt").exists():
+            unreadable += load_checkpoint(cfg.folder) is None
+            steps.append(load_checkpoint(cfg.folder)["step"])
             # An epoch's end (evaluation, pictures) takes long: a run that is stuck there is given more time.
             patience = patience + 1 if steps[-2:-1] == steps[-1:] else 1.5
     start_process(train, cfg).join()
-    assert_same(whole, run(cfg, build_tiny))  # 0 differing tensors, 0 differing log lines
+    assert_same(whole, run(cfg))  # 0 differing tensors, 0 differing log lines
     assert unreadable == 0
-    print(
-        f"\n{done} kills, at checkpoints of steps {steps}: 0 tensors differ, 0 log lines lost, 0 checkpoints unreadable"
-    )
+    print(f"\n{done} kills, at checkpoints of steps {steps}: no tensor differs, no log line or checkpoint is lost")

@@ -2,11 +2,9 @@
 
 import json
 import signal
-import subprocess
-import sys
 
 import pytest
-from helpers import ROOT
+from helpers import run_python
 
 from utils.files import OutputFolder
 from utils.run.logger import Logger, read_log
@@ -31,15 +29,7 @@ def test_damaged_line_costs_no_other(tmp_path, capsys):
     (tmp_path / "log.jsonl").write_text("\n".join(lines), encoding="latin-1")
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 3, 5]
     printed = capsys.readouterr().out
-    assert [f"line {number} is damaged" in printed for number in range(1, 8)] == [
-        False,
-        True,
-        False,
-        True,
-        True,
-        False,
-        False,
-    ]
+    assert [number for number in range(1, 8) if f"line {number} is damaged" in printed] == [2, 4, 5]
 
 
 @pytest.fixture
@@ -64,12 +54,10 @@ def test_wandb_without_account_writes_into_the_run_folder(tmp_path, no_account):
 
 
 def test_wandb_that_fails_does_not_cost_the_run(tmp_path, no_account, monkeypatch, capsys):
-    import wandb
-
     def broken(*args, **kwargs):
         raise RuntimeError("no service")
 
-    monkeypatch.setattr(wandb, "init", broken)
+    monkeypatch.setattr("wandb.init", broken)
     with Logger(OutputFolder(tmp_path), since=0, total=9, use_wandb=True, config={}) as logger:
         logger.log({"step": 1})
     assert "warning: wandb failed (no service)" in capsys.readouterr().out and len(logger.lines) == 1
@@ -97,7 +85,7 @@ if {int(number)} != 9:
     os.kill(service, 9)
 print("the end")
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run_python("-c", code, timeout=120)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert done.stdout.count("warning: wandb failed") == 1 and "the end" in done.stdout
     assert [line["step"] for line in read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 4]
