@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What the surroundings refuse: full disk, quota, read-only file system, missing rights, a file where a folder is due,
-# limits on open files and file sizes, and a disk or network file system that fails.
+# Full disk, quota, missing rights, wrong kind of file, limits on files, failing disk.
 REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 REFUSED |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EIO, errno.ESTALE}
 
@@ -20,7 +19,7 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """Return what an exception of a library says, on one line; its kind where it says nothing."""
+    """Return what a library's exception says, on one line; its kind where it says nothing."""
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -40,21 +39,22 @@ def clear_errors() -> Iterator[None]:
     except UserError as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
+        reason = first_line(error)
         if is_full_gpu(error):
             sys.exit(
-                f"error: out of GPU memory ({first_line(error)})\n"
+                f"error: out of GPU memory ({reason})\n"
                 "Use --checkpoint-activations, --precision bf16, or a smaller --image-size or --batch-size (with "
                 "--accumulate the step stays as large)."
             )
         if type(error).__name__ == "InductorError":  # of torch.compile, for instance without Python.h
-            sys.exit(f"error: --compile failed: leave it out, or mend the compiler ({first_line(error)})")
+            sys.exit(f"error: --compile failed: leave it out, or mend the compiler ({reason})")
         if not str(error).startswith("DataLoader"):  # PyTorch has no class for it
             raise
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch reports the workers
         for worker in multiprocessing.active_children():  # Python would wait for a stalled one
             worker.kill()
         sys.exit(
-            f"error: a process that reads the data stalled or died ({first_line(error)}). Check the disk of the data "
+            f"error: a process that reads the data stalled or died ({reason}). Check the disk of the data "
             "and the memory, or use --workers 0; what was saved before is intact"
         )
     except OSError as error:
@@ -72,8 +72,7 @@ def memory_errors(name: Path, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, MemoryError) or is_full_gpu(error)
-        if not full and "can't allocate memory" not in str(error):
+        if not (isinstance(error, MemoryError) or is_full_gpu(error) or "can't allocate memory" in str(error)):
             raise
         raise UserError(f"{name}: out of memory: try --device cpu, --precision bf16{remedy}") from error
 
