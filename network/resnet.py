@@ -21,14 +21,12 @@ class AtrousConv2d(nn.Conv2d):
     (docs/benchmark.md). GPUs, not measured, do so only where the outer taps read nothing else.
     """
 
-    cpu_reach = 2  # maps up to so many times the rate are computed tap by tap on CPUs
-
     def __init__(self, in_channels: int, out_channels: int, rate: int):
         super().__init__(in_channels, out_channels, 3, padding=rate, dilation=rate, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         (height, width), rate = x.shape[-2:], self.dilation[0]
-        if max(height, width) > rate * (self.cpu_reach if x.device.type == "cpu" else 1):
+        if max(height, width) > rate * (2 if x.device.type == "cpu" else 1):
             return super().forward(x)
         image = x.movedim(1, -1)  # (B, H, W, C)
         total = x.new_zeros(1, dtype=torch.float32)  # in bf16 each of nine sums would be rounded

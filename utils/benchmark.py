@@ -7,12 +7,12 @@ python -m utils.benchmark --image-size 128 --batch-size 4 --baseline --precision
 import resource
 import statistics
 import tempfile
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
@@ -85,7 +85,7 @@ def measure(column: str, cfg: Config, process: Process, steps: int) -> dict[str,
     step = median(lambda: trainer.train_step(batches), device, steps, "step")
     read = trainer.loaders.training_batches(cfg.accumulate, 0, WARM_UP + steps)
     loading = median(lambda: trainer.train_step(next(read)), device, steps, "step with loading")
-    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # since the start; Linux counts KiB
+    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts KiB
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
     image = trainer.unlabeled_views(batches[0][1]).plain[0]
     with trainer.evaluating() as predictor:
@@ -100,16 +100,12 @@ def measure(column: str, cfg: Config, process: Process, steps: int) -> dict[str,
     }
 
 
-def median(call: Callable[[], Any], device: torch.device, repeats: int, name: str) -> float:
+def median(call: Callable, device: torch.device, repeats: int, name: str) -> float:
     """Return the median seconds of a call, the device synchronised before and after."""
-    seconds, synchronize = [], torch.get_device_module(device).synchronize
-    for _ in tqdm(range(WARM_UP + repeats), desc=name, leave=False):
-        synchronize()
-        began = time.perf_counter()
-        call()
-        synchronize()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[WARM_UP:])
+    synchronize = torch.get_device_module(device).synchronize
+    timer = timeit.Timer(lambda: (call(), synchronize()), synchronize)
+    calls = tqdm(range(WARM_UP + repeats), desc=name, leave=False)
+    return statistics.median([timer.timeit(1) for _ in calls][WARM_UP:])
 
 
 if __name__ == "__main__":

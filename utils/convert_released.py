@@ -2,10 +2,11 @@
 
 python -m utils.convert_released L.pt R.pt --out runs/released_D --dataset mms --test-domain D --data data/mms
 
-A pickle is a program: it is read only if it names nothing but what a released network holds.
+A pickle is a program: it is read only if it names nothing but networks' classes and their values.
 """
 
 import pickletools
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,15 +27,7 @@ from utils.run.checkpoint import run_metadata, save_networks
 
 # What a released network names, as "module name": classes, each read as a StandIn, and what
 # torch.load makes itself. It would make more, and whatever libraries have allowed it.
-CLASSES = {f"network.{name}" for name in (
-    "deeplabv3p SingleNetwork", "deeplabv3p Head", "deeplabv3p ASPP", "deeplabv3p Normalize",
-    "resnet ResNet", "resnet Bottleneck",
-)} | {f"torch.nn.{name}" for name in (
-    "modules.activation LeakyReLU", "modules.activation ReLU", "modules.batchnorm BatchNorm2d",
-    "modules.batchnorm SyncBatchNorm", "modules.container ModuleList", "modules.container Sequential",
-    "modules.conv Conv2d", "modules.dropout Dropout2d", "modules.loss CrossEntropyLoss",
-    "modules.pooling MaxPool2d", "parallel.data_parallel DataParallel",
-)}  # fmt: skip
+CLASS = re.compile(r"(network|torch\.nn\.modules|torch\.nn\.parallel)\.\w+ [A-Z]\w+", re.ASCII)
 VALUES = {
     "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch FloatStorage", "torch HalfStorage",
     "torch LongStorage", "torch Size", "torch device", "collections OrderedDict", "__builtin__ set",
@@ -52,9 +45,10 @@ def read_released(path: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.PyTorchFileReader(str(path)).get_record("data.pkl")  # as torch.load
         names = {value for opcode, value, _ in pickletools.genops(content) if opcode.name == "GLOBAL"}
-        if others := names - CLASSES - VALUES:
+        classes = set(filter(CLASS.fullmatch, names))
+        if others := names - classes - VALUES:
             raise ValueError(f"it names {min(others).replace(' ', '.')}")
-        with torch.serialization.safe_globals([(StandIn, name.replace(" ", ".")) for name in CLASSES]):
+        with torch.serialization.safe_globals([(StandIn, name.replace(" ", ".")) for name in classes]):
             root = torch.load(path, map_location="cpu", weights_only=True)
         state = root if isinstance(root, dict) else dict(_named_tensors(root))
         tensors = {key.removeprefix("module."): value.detach() for key, value in state.items()}  # by DataParallel
@@ -68,7 +62,6 @@ def read_released(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _named_tensors(module: StandIn, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the parameters and buffers below a stand-in, by dotted name."""
     for kind in ("_parameters", "_buffers", "_modules"):
         for name, value in vars(module)[kind].items():
             if isinstance(value, StandIn):
@@ -90,7 +83,7 @@ def convert_released(
         dataset: data set of their training.
         test_domain: domain that their training never saw.
         ratio: share of the patients that was labelled; by default 0.02 (mms) or 0.2 (scgm).
-        data: prepared folder, for the source domains' quantile curve; without it histogram matching is off.
+        data: prepared folder, for the source domains' quantile curve; without, histogram matching is off.
     """
     base, info = (MMS, mms_dataloader.DATASET) if dataset == "mms" else (SCGM, scgm_dataloader.DATASET)
     if test_domain not in info.domains:

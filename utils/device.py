@@ -28,7 +28,7 @@ class Process(NamedTuple):
         return self.rank == 0
 
     def say(self, text: str) -> None:
-        """Print in the main process alone."""
+        """Print in the main process."""
         if self.is_main:
             print(text)
 

@@ -23,30 +23,24 @@ def first_line(error: Exception) -> str:
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def is_full_gpu(error: Exception) -> bool:
-    """Return True for torch.OutOfMemoryError, known by name: `--help` shall not wait for torch."""
-    return type(error).__name__ == "OutOfMemoryError"
-
-
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn a user's mistake, a refusing disk, a full GPU or Ctrl-C into a message and an exit."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # for terminals that cannot show a character
+        if isinstance(stream, io.TextIOWrapper):  # not every terminal shows every character
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
-        reason = first_line(error)
-        if is_full_gpu(error):
+        kind, reason = type(error).__name__, first_line(error)  # `--help` shall not wait for torch
+        if kind == "OutOfMemoryError":
             sys.exit(
-                f"error: out of GPU memory ({reason})\n"
-                "Use --checkpoint-activations, --precision bf16, or a smaller --image-size or --batch-size (with "
-                "--accumulate the step stays as large)."
+                f"error: out of GPU memory ({reason})\nUse --checkpoint-activations, --precision bf16, or a "
+                "smaller --image-size or --batch-size (with --accumulate the step stays as large)."
             )
-        if type(error).__name__ == "InductorError":  # of torch.compile, for instance without Python.h
+        if kind == "InductorError":  # for instance without Python.h
             sys.exit(f"error: --compile failed: leave it out, or mend the compiler ({reason})")
         if not str(error).startswith("DataLoader"):  # PyTorch has no class for it
             raise
@@ -68,11 +62,12 @@ def clear_errors() -> Iterator[None]:
 
 @contextmanager
 def memory_errors(name: Path, remedy: str = "") -> Iterator[None]:
-    """Turn a full memory, of machine or GPU, into a UserError that names a file or folder."""
+    """Turn a full memory, of machine or GPU, into a UserError that names a path."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or is_full_gpu(error) or "can't allocate memory" in str(error)):
+        full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not full and "can't allocate memory" not in str(error):
             raise
         raise UserError(f"{name}: out of memory: try --device cpu, --precision bf16{remedy}") from error
 

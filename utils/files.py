@@ -20,7 +20,7 @@ from utils.errors import UserError, first_line, naming
 
 NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 LOCK = ".lock"  # file in a folder that a process works in
-RECORD = ".semidg-files"  # the files that this program made in a folder, a relative path a line
+RECORD = ".semidg-files"  # the files that this program made in a folder, one a line
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def require_space(folder: Path, need: int, content: str = "checkpoints") -> None:
-    """Raise UserError when fewer than the `need` bytes of a content are free where `folder` is."""
+    """Raise UserError when fewer than the `need` bytes of a content are free at `folder`."""
     if (free := shutil.disk_usage(folder).free) < need:
         raise UserError(f"{folder}: {content} take {need / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free there")
 
@@ -96,14 +96,14 @@ class OutputFolder:
         self.claimed: set[str] = set()
 
     def require_free(self, *names: str) -> None:
-        """Raise UserError when a file of a name is there and this program did not make it."""
+        """Raise UserError when a file of a name is there that this program did not make."""
         for path in (self.folder / name for name in names if name not in self.made):
             if path.exists() or path.is_symlink():
                 unknown = f"{self.record} does not say that this program made it: it is not overwritten"
                 raise UserError(f"{path} is there, and {unknown}. Move it away, or choose another folder")
 
     def claim(self, name: str) -> Path:
-        """Return the path for `name`, noted as made by this program; raises as `require_free`."""
+        """Return the path for `name`, noted as made here; raises as `require_free`."""
         self.require_free(name)
         path = self.folder / name
         if name not in self.made:
@@ -115,7 +115,7 @@ class OutputFolder:
         return path
 
     def remove_stale(self) -> None:
-        """Delete what an earlier use of the folder made and this one has not claimed."""
+        """Delete what an earlier use of the folder made and this one did not claim."""
         for name in self.made - self.claimed:
             (self.folder / name).unlink(missing_ok=True)
         for subfolder in {(self.folder / name).parent for name in self.made} - {self.folder}:

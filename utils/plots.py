@@ -103,9 +103,8 @@ def plot_preview(path, *, images, masks, fourier, mixed, letters, spacing, title
         for column, image in ((0, images[n]), (1, images[n]), (2, fourier[n]), (4, mixed[n])):
             _show(row[column], image)
         _orient(row[0], letters[n], spacing)
-        # LV last: its edge is also the inner edge of MYO, which has an outer one, too.
-        for label, _, colour in reversed(structures_of(class_names)):
-            _contour(row[1], masks[n] == label, colour)
+        for label in (3, 2, 1):  # LV last: it shares its edge with MYO, which has an outer one, too
+            _contour(row[1], masks[n] == label, STRUCTURE_COLOURS[label - 1])
         difference_map = _show(row[3], difference[n], cmap="RdBu_r", limits=(-limit, limit))
     figure.colorbar(difference_map, ax=axes, shrink=0.6, label="Fourier − plain")
     _save(figure, path, title, _fills(class_names, "truth", 1))
@@ -123,18 +122,13 @@ def plot_case(path, *, image, truth, prediction, agreement, slices, letters, spa
         for ax in column[:2]:
             _show(ax, image[s], limits=limits)
         _fill_structures(column[1], prediction[s])
-        for label, *_ in structures_of(class_names):
+        for label in (1, 2, 3):
             _contour(column[1], truth[s] == label, "white", CASING)
         agreement_map = _show(column[2], agreement[s], cmap="viridis")
     _orient(axes[0, 0], letters, spacing)
     figure.colorbar(agreement_map, ax=axes, shrink=0.6, label="networks' agreement exp(−KL)")
     truth_line = Line2D([], [], color="white", path_effects=CASING, label="truth")
     _save(figure, path, title, [*_fills(class_names, "prediction"), truth_line])
-
-
-def structures_of(class_names):
-    """Return (label, name, colour) of every structure."""
-    return [*zip((1, 2, 3), class_names, STRUCTURE_COLOURS, strict=False)]
 
 
 def _show(ax, image, cmap="gray", limits=(0, 1), **style):
@@ -159,18 +153,18 @@ def _orient(ax, letters, spacing) -> None:
 
 def _fill_structures(ax, labels) -> None:
     style = {"alpha": FILL_ALPHA, "interpolation": "nearest"}
-    _show(ax, np.ma.masked_equal(labels, 0), ListedColormap(STRUCTURE_COLOURS), (1, 3), **style)
+    _show(ax, np.ma.masked_outside(labels, 1, 3), ListedColormap(STRUCTURE_COLOURS), (1, 3), **style)
 
 
 def _fills(class_names, meaning, alpha=FILL_ALPHA):
-    return [Patch(color=c, alpha=alpha, label=f"{name} {meaning}") for _, name, c in structures_of(class_names)]
+    pairs = zip(class_names, STRUCTURE_COLOURS, strict=False)
+    return [Patch(color=colour, alpha=alpha, label=f"{name} {meaning}") for name, colour in pairs]
 
 
 def _grid(num_rows, column_titles, row_titles=()):
     figure = Figure((1.65 * len(column_titles) + 1, 1.65 * num_rows + 1), layout="compressed")
-    axes = figure.subplots(num_rows, len(column_titles), squeeze=False)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
+    bare = {"xticks": [], "yticks": []}
+    axes = figure.subplots(num_rows, len(column_titles), squeeze=False, subplot_kw=bare)
     for ax, text in zip(axes[0], column_titles, strict=True):
         ax.set_title(text, fontsize=9)
     for ax, text in zip(axes[:, 0], row_titles, strict=False):
@@ -209,6 +203,6 @@ def edge_letters(like) -> str:
 
 
 def _axis_codes(like) -> tuple[str, ...]:
-    """Return where a scan's first two axes point, such as ("L", "P"), or ()."""
+    """Return where the first two axes point, such as ("L", "P"), or ()."""
     known = like.header["sform_code"] or like.header["qform_code"]
     return nib.aff2axcodes(like.affine)[:2] if known else ()

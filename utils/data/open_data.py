@@ -1,7 +1,6 @@
 """Real cord scans (CC0) in the raw SCGM layout: python scgm_dataloader.py open-data RAW"""
 
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -52,11 +51,11 @@ def write_open_data(
             if not source or source.is_file():
                 extract_archive(source or archive, tree)
         files = {path.name: path for path in (tree if tree.exists() else source).rglob("sub-*") if path.is_file()}
-        counts = Counter()
+        counts = dict.fromkeys(SESSIONS, 0)
         for site, sessions in SESSIONS.items():
             for number, session in enumerate(sessions, start=1):
                 counts[site] += _write_session(files, session, f"site{site}-sc", number, new, seed)
-        if not counts.total():
+        if not any(counts.values()):
             raise UserError(f"{source or URL}: no session of the data set, such as sub-9418, in it")
         (new / OPEN_NOTE).write_text(SOURCE)
         new.rename(raw)

@@ -76,7 +76,7 @@ def paint(image: np.ndarray, edge: float, inside: np.ndarray, value) -> None:
 
 
 def smooth_field(shape, zooms, rng, size: float) -> np.ndarray:
-    """Draw a Gaussian random field (X, Y, Z) of mean 0 and variance 1, blobs of about `size` mm."""
+    """Draw a Gaussian random field (X, Y, Z), mean 0, variance 1, blobs of about `size` mm."""
     weights = []
     for n, zoom in zip(shape, zooms, strict=True):
         knots = np.arange(-1, n * zoom / size * 2 + 2)
@@ -103,7 +103,7 @@ def scan_grid(scanner: Scanner, tilt: float, rng):
 
 
 def middle(shape, reach: float) -> tuple[slice, slice]:
-    """Return the in-plane pixels at most `reach` pixels from the image centre."""
+    """Return the in-plane pixels at most `reach` from the image centre."""
     return tuple(slice(max(0, n // 2 - int(reach)), n // 2 + int(reach)) for n in shape[:2])
 
 
@@ -190,7 +190,7 @@ def heart(position, scanner, contraction, field, rng) -> tuple[np.ndarray, np.nd
 
 
 def begin(out: Path, enough: bool, seed: int) -> None:
-    """Mark the folder `out`, which must be empty or absent, as that of a phantom."""
+    """Mark the folder `out`, which must be empty or absent, as a phantom's."""
     if not enough or seed < 0:
         raise UserError("a phantom needs at least 1 patient and 2 frames, and a seed from 0")
     if out.exists() and any(out.iterdir()):
@@ -261,7 +261,7 @@ def neck(x, y, scanner, field) -> np.ndarray:
 
 
 def cord(x, y, size: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the signed distances (mm) to the grey matter and to the cord, of a relative `size`."""
+    """Return the signed distances (mm) to grey matter and cord, of a relative `size`."""
     x, y = np.abs(x) / size, y / size
     front = stroke(x, y, (1.9, -0.3), (2.4, -1.4), (0.9, 1.15))
     back = stroke(x, y, (1.8, -0.3), (3.0, 2.6), (0.9, 0.55))

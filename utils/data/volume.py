@@ -1,4 +1,4 @@
-"""NIfTI volumes: reading that validates, writing, and the way between native grid and canvas."""
+"""NIfTI volumes: checked reading, writing, and the way between native grid and canvas."""
 
 import gzip
 import io
@@ -31,7 +31,7 @@ class Volume(NamedTuple):
 
 
 def read_volume(path: Path, max_ndim: int = 4) -> Volume:
-    """Read a .nii or .nii.gz file whole; 3 to `max_ndim` dimensions, without trailing ones of length 1.
+    """Read a .nii or .nii.gz file whole: 3 to `max_ndim` dimensions, trailing ones of length 1 dropped.
 
     Raises UserError, also for damage that nibabel accepts in silence.
     """
@@ -60,7 +60,6 @@ def read_header(path: Path) -> tuple[nib.Nifti1Header, tuple[int, ...]]:
 
 
 def _read(path: Path, size: int = -1) -> bytes:
-    """Return the first `size` bytes of a file, or all; gzip's content is unpacked."""
     damage = (OSError, EOFError, zlib.error)
     with naming(path, "cannot be read whole", errors=damage, remedy=AGAIN), open(path, "rb") as file:
         packed = file.peek(2).startswith(b"\x1f\x8b")
@@ -68,7 +67,7 @@ def _read(path: Path, size: int = -1) -> bytes:
 
 
 def _parse_header(path: Path, head: bytes, max_ndim: int) -> tuple[nib.Nifti1Header, tuple[int, ...], int]:
-    """Check the header; return it, and the shape and the length of the file that it gives."""
+    """Check the header; return it, and the shape and file length that it gives."""
     sizes = {int.from_bytes(head[:4], order) for order in ("little", "big")}
     kind = next((kind for kind in (nib.Nifti1Header, nib.Nifti2Header) if kind.sizeof_hdr in sizes), None)
     if kind is None or len(head) < kind.sizeof_hdr:

@@ -86,7 +86,7 @@ class Uncertainty:
 
 
 def hidden_rows(data: PreparedData, split: Split) -> np.ndarray:
-    """Return rows of a sample of source slices whose masks neither loss nor selection sees."""
+    """Return sampled rows of source slices whose masks neither loss nor selection sees."""
     rows = data.rows(sorted(set(split.unlabeled) - set(split.labeled)), with_mask=True)
     if len(rows) < 2:
         lack = f"{data.root} has no masks of unlabelled source patients"

@@ -30,7 +30,7 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     with atomic_write(last) as temporary:
         problem = f"cannot be written, with {shutil.disk_usage(folder).free / 1e9:.1f} GB free"
         remedy = "; the earlier state is intact. Make room, and the same command goes on from there"
-        with naming(last, problem, errors=RuntimeError, remedy=remedy):  # PyTorch's, on a full disk
+        with naming(last, problem, errors=RuntimeError, remedy=remedy):  # by a full disk
             torch.save(state, temporary)
         _seal(temporary)
         if last.exists():
@@ -50,7 +50,6 @@ def _seal(path: Path) -> None:
 
 
 def _check_seal(path: Path) -> None:
-    """Raise ValueError when the file is not as it was sealed."""
     content = np.memmap(path, np.uint8, "r")
     if hashlib.sha256(content[:-DIGEST_SIZE]).digest() != content[-DIGEST_SIZE:].tobytes():
         raise ValueError("its checksum is wrong")
@@ -111,7 +110,6 @@ def load_networks(path: Path, nets: list[nn.Module]) -> None:
 
 
 def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of a text and of the tensors' names, types, shapes and values."""
     digest = hashlib.sha256(text.encode())
     for key in sorted(tensors):
         digest.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}".encode())
@@ -131,12 +129,10 @@ def provenance() -> dict:
 def run_metadata(dataset: Any, config: dict, reference: torch.Tensor | None, data_info: dict, **facts: Any) -> dict:
     """Return what is saved beside the weights of a run.
 
-    Args:
-        dataset: its DatasetInfo.
-        reference: (256,) quantile curve that histograms are matched to.
-        data_info: of the prepared data, or {} where they are unknown.
-        facts: "selection" (the rule that chose the weights), their "step", beta then ("cps_weight"), and "seen": the
-            patients that they have learnt from, by checksum of a frame; and "labeled": the domain of each labelled one.
+    `dataset` is its DatasetInfo, `reference` the (256,) quantile curve that histograms are matched to,
+    `data_info` of the prepared data, {} where unknown. Facts are "selection" (the rule that chose the
+    weights), their "step", beta then ("cps_weight"), "seen" (the patients that they have learnt from, by
+    checksum of a frame) and "labeled" (the domain of each labelled one).
     """
     return {
         "dataset": dataset.key,

@@ -5,6 +5,7 @@ import os
 import secrets
 import threading
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -36,14 +37,13 @@ class Logger:
         self.outputs, self.folder = outputs, outputs.folder
         self.lines, self.points = (JsonLines(self.folder / f"{name}.jsonl", since) for name in ("log", "steps"))
         self.progress = tqdm(total=total, initial=since, unit="step", desc="train", smoothing=0.1)
+        self.say = self.progress.write  # above the bar
+        self.save_best = partial(save_networks, self.folder / "best.safetensors")
+        self.save_checkpoint = partial(save_checkpoint, self.folder)
         self.wandb_run = self._guarded(lambda: _start_wandb(self.folder, config)) if use_wandb else None
 
-    def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
-        self.progress.write(text)
-
     def point(self, point: dict) -> None:
-        """Write a point of the curves, and show its losses beside the progress bar."""
+        """Write a point of the curves, and show its losses beside the bar."""
         self.points.append(point)
         self.progress.set_postfix({name: f"{point[name]:.3f}" for name in ("loss", "cps")})
 
@@ -53,7 +53,7 @@ class Logger:
         self._to_wandb(line)
 
     def picture(self, name: str, draw: Callable[[Path], None]) -> None:
-        """Let `draw` write a picture; one that fails is a warning, as no picture is worth a run."""
+        """Let `draw` write a picture; one that fails is a warning: no picture is worth a run."""
         path = self.outputs.claim(name)
         try:
             draw(path)
@@ -63,18 +63,12 @@ class Logger:
             if self.wandb_run:
                 self._to_wandb({path.stem.split("_")[0]: import_module("wandb").Image(str(path))})
 
-    def save_best(self, nets: list[nn.Module], metadata: dict) -> None:
-        save_networks(self.folder / "best.safetensors", nets, metadata)
-
     def keep_epoch(self, epoch: int, count: int, nets: list[nn.Module], metadata: dict) -> None:
         """Keep the networks of the last `count` epochs, this one among them."""
         name = "epochs/epoch_{:03d}.safetensors".format
         save_networks(self.outputs.claim(name(epoch)), nets, metadata)
         for old in {*map(name, range(epoch - count + 1))} & self.outputs.made:
             (self.folder / old).unlink(missing_ok=True)
-
-    def save_checkpoint(self, state: dict) -> None:
-        save_checkpoint(self.folder, state)
 
     def finish(self, text: str) -> None:
         """Print the last line, and delete what only an unfinished run needs."""
@@ -150,7 +144,7 @@ def _within(seconds: float, call: Callable) -> Any:
 
 
 def _start_wandb(folder: Path, config: dict) -> Any:
-    """Start or continue the folder's wandb run: online with an account, else offline; no prompt."""
+    """Start or continue the folder's wandb run: online with an account, else offline."""
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes"):
         return None
     import wandb  # imported here: it takes seconds
