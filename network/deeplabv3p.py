@@ -63,7 +63,7 @@ class Head(nn.Module):
 
 
 class DeepLabV3Plus(nn.Module):
-    """The whole network: image (B, C, H, W) -> logits (B, num_classes, H, W)."""
+    """The whole network, from the image to the logits."""
 
     def __init__(self, num_classes: int, in_channels: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Turn the method's released checkpoints, pickled modules, into a run folder for inference.
+"""The method's released checkpoints, pickled modules, as a run folder.
 
 python -m utils.convert_released L.pt R.pt --out runs/released_D --dataset mms --test-domain D --data data/mms
 
@@ -61,7 +61,7 @@ def read_released(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _named_tensors(module: StandIn, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+def _named_tensors(module: StandIn, prefix: str = "") -> Iterator:
     for kind in ("_parameters", "_buffers", "_modules"):
         for name, value in vars(module)[kind].items():
             if isinstance(value, StandIn):

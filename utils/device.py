@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +70,7 @@ def choose_device(name: str, number: int = 0) -> torch.device:
     return device
 
 
-def autocast_context(device: torch.device, precision: str) -> AbstractContextManager:
+def autocast_context(device: torch.device, precision: str) -> torch.autocast:
     """Return a context of bf16, or of float32; "auto" is bf16 where it is faster."""
     enabled = precision == "bf16" or (precision == "auto" and bf16_is_faster(device.type))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

@@ -72,12 +72,12 @@ def unlabeled_batches(count: int, cfg: Config, *, rank: int = 0, world_size: int
     apart = min(size * world_size, count // 2)  # at least
 
     @lru_cache(maxsize=1)
-    def epoch_order(epoch: int) -> tuple[np.ndarray, ...]:
+    def epoch_order(epoch):
         rng = np.random.default_rng([cfg.seed, 2, epoch])
         order = rng.permutation(count)
         return (order, np.roll(order, rng.integers(apart, count - apart + 1))) if cfg.cutmix else (order,)
 
-    def batch_of_number(number: int) -> np.ndarray:
+    def batch_of_number(number):
         epoch, position = divmod(number, batches)
         first = (position * world_size + rank) * size
         return np.concatenate([order[first : first + size] for order in epoch_order(epoch)])

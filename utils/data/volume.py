@@ -66,7 +66,7 @@ def _read(path: Path, size: int = -1) -> bytes:
         return (gzip.GzipFile(fileobj=file) if packed else file).read(size)  # with its checksum
 
 
-def _parse_header(path: Path, head: bytes, max_ndim: int) -> tuple[nib.Nifti1Header, tuple[int, ...], int]:
+def _parse_header(path: Path, head: bytes, max_ndim: int) -> tuple:
     """Check the header; return it, and the shape and file length that it gives."""
     sizes = {int.from_bytes(head[:4], order) for order in ("little", "big")}
     kind = next((kind for kind in (nib.Nifti1Header, nib.Nifti2Header) if kind.sizeof_hdr in sizes), None)

@@ -8,7 +8,6 @@ import subprocess
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +125,7 @@ def provenance() -> dict:
     return {"git_commit": commit, "versions": {name: version(name) for name in PACKAGES}}
 
 
-def run_metadata(dataset: Any, config: dict, reference: torch.Tensor | None, data_info: dict, **facts: Any) -> dict:
+def run_metadata(dataset, config: dict, reference: torch.Tensor | None, data_info: dict, **facts) -> dict:
     """Return what is saved beside the weights of a run.
 
     `dataset` is its DatasetInfo, `reference` the (256,) quantile curve that histograms are matched to,

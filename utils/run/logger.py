@@ -8,7 +8,6 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -26,7 +25,7 @@ class NullLogger:
     def __getattr__(self, _name: str) -> "NullLogger":
         return self
 
-    def __call__(self, *_args: Any, **_options: Any) -> None: ...
+    def __call__(self, *_, **__) -> None: ...
 
 
 class Logger:
@@ -78,7 +77,7 @@ class Logger:
     def __enter__(self) -> "Logger":
         return self
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         self.progress.close()
         if self.wandb_run:
             self._guarded(lambda: self.wandb_run.finish(exit_code=0 if kind is None else 1))
@@ -87,7 +86,7 @@ class Logger:
         if self.wandb_run:
             self._guarded(lambda: self.wandb_run.log(content, step=self.lines[-1]["step"]))
 
-    def _guarded(self, call: Callable) -> Any:
+    def _guarded(self, call: Callable):
         """Return what `call` returns; when it fails or hangs, warn and go on without wandb."""
         outcome = _within(WANDB_PATIENCE, call)
         if isinstance(outcome, Exception):
@@ -127,9 +126,9 @@ def read_log(path: Path) -> list[dict]:
     return lines
 
 
-def _within(seconds: float, call: Callable) -> Any:
+def _within(seconds: float, call: Callable):
     """Return what `call` returns or raises; a TimeoutError when it takes longer."""
-    outcome: list[Any] = [TimeoutError(f"no answer within {seconds:g} s")]
+    outcome = [TimeoutError(f"no answer within {seconds:g} s")]
 
     def run() -> None:
         try:
@@ -143,7 +142,7 @@ def _within(seconds: float, call: Callable) -> Any:
     return outcome[-1]
 
 
-def _start_wandb(folder: Path, config: dict) -> Any:
+def _start_wandb(folder: Path, config: dict):
     """Start or continue the folder's wandb run: online with an account, else offline."""
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes"):
         return None
