@@ -31,7 +31,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
         temporary.touch()
-        mode = temporary.stat().st_mode  # by the user's umask, which not every library follows
+        mode = temporary.stat().st_mode  # by the umask, which not every library follows
         yield temporary
         temporary.chmod(mode)
         with open(temporary, "rb+") as file:

@@ -176,8 +176,8 @@ def _save(figure, path, title, handles=()) -> None:
     """Write the PNG file; no text is read as a formula."""
     if handles:
         columns = min(len(handles), 2 * figure.axes[0].get_gridspec().ncols + 1)
-        style = {"loc": "outside lower center", "facecolor": "dimgrey", "labelcolor": "white"}
-        figure.legend(handles=handles, ncols=columns, fontsize=8, **style)
+        place = {"loc": "outside lower center", "ncols": columns}
+        figure.legend(handles=handles, fontsize=8, facecolor="dimgrey", labelcolor="white", **place)
     figure.suptitle(title, fontsize=10)
     for text in figure.findobj(Text):
         text.set_parse_math(False)

@@ -22,7 +22,7 @@ from utils.errors import UserError
 
 Batch = dict[str, torch.Tensor]  # of a SliceDataset
 Pairs = list[tuple[Batch, Batch | None]]  # labelled and unlabelled batches of a step
-SHARED_MEMORY = Path("/dev/shm")  # workers hand over their batches through it, on Linux
+SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over batches, on Linux
 PREFETCH = 2  # batches that each worker reads ahead
 STALL_S = 300  # seconds without a batch after which a worker counts as stalled
 
@@ -38,7 +38,7 @@ class SliceDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, positions: list[int]) -> Batch:
+    def __getitem__(self, positions: list[int] | slice) -> Batch:
         rows = self.rows[positions]
         batch = {"image": self.data.images[rows][:, None], "quantiles": self.data.quantiles[rows], "row": rows}
         if self.with_mask:
@@ -151,7 +151,7 @@ class BatchLoader(DataLoader):
     def __iter__(self) -> Iterator:
         try:
             yield from super().__iter__()
-        except (ConnectionError, EOFError) as error:  # a worker died while it handed over a batch
+        except (ConnectionError, EOFError) as error:  # while it handed over a batch
             raise RuntimeError(f"DataLoader worker died: {error!r}") from error
 
 

@@ -14,8 +14,8 @@ import numpy as np
 from utils.errors import UserError, naming
 from utils.files import atomic_write
 
-PROGRAM = "SemiDG-Seg"  # begins the description of every map that is written with one
-LARGEST = 1e30  # absolute value of a voxel: differences and products stay within float32
+PROGRAM = "SemiDG-Seg"  # begins the description of a written map
+LARGEST = 1e30  # absolute value of a voxel: products stay within float32
 DENSEST = 1032  # bytes that zlib can pack into one
 AGAIN = "; copy or download it again"
 
@@ -124,7 +124,7 @@ def implausible(volume: Volume, *, any_thickness: bool = False) -> list[str]:
 
 
 def whole_numbers(mask: Volume) -> Volume:
-    """Return a mask rounded by up to 1e-3; beyond, raise a UserError that names no file."""
+    """Return a mask rounded by up to 1e-3; beyond, raise a UserError without a file's name."""
     if mask.array.dtype.kind != "f":
         return mask
     rounded = np.rint(mask.array)
@@ -227,7 +227,7 @@ def _sample(array: np.ndarray, position: np.ndarray, axis: int) -> np.ndarray:
 
 
 def save_scan(path: Path, array: np.ndarray, affine: np.ndarray, frame_s: float = 1.0) -> None:
-    """Write a 3D or 4D NIfTI whose zooms, qform and sform agree, `frame_s` seconds a frame."""
+    """Write a 3D or 4D NIfTI whose zooms, qform and sform agree; a frame takes `frame_s` seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm", "sec")

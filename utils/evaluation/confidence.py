@@ -105,7 +105,7 @@ def monitor_pseudo_labels(predictor: Predictor, data: PreparedData, split: Split
     score, of all pixels and of the foreground.
     """
     cfg, rows = predictor.config, hidden_rows(data, split)
-    batch = SliceDataset(data, rows, with_mask=True)[list(range(len(rows)))]
+    batch = SliceDataset(data, rows, with_mask=True)[:]
     image, mask, curve = (batch[name].to(predictor.device) for name in ("image", "mask", "quantiles"))
     views = [predictor.view(image, curve)]
     if cfg.fourier_aug:
