@@ -120,26 +120,26 @@ def chest(x, y, depth, scanner, field, rng) -> np.ndarray:
     """Paint the signal (X, Y, Z) around a heart at the origin; `depth` (Z,) is 0 at its base."""
     blood, muscle, fat, lung, liver, bone = scanner.signal
     image = np.full(x.shape, 0.02, np.float32)
-    draw = partial(paint, image, scanner.spacing)
+    draw, oval = partial(paint, image, scanner.spacing), partial(ellipse, x, y)
     front, sink = rng.uniform(14, 30), rng.uniform(-8, 8)  # fat in front; height of the diaphragm
-    trunk = ellipse(x, y, (-15, 15 + front / 3), (150 - front / 2, 122 - front / 2), 0.1)
-    draw(ellipse(x, y, (-15, 15), (150, 125)), fat)
+    trunk = oval((-15, 15 + front / 3), (150 - front / 2, 122 - front / 2), 0.1)
+    draw(oval((-15, 15), (150, 125)), fat)
     draw(trunk, muscle)
     draw(trunk - 6 - 2 * field(30), fat * 0.7)
     thorax = trunk - 10
     draw(thorax, lung)
     draw(np.minimum(trunk - 18, 3 * (field(9) - 2.2)), 0.55 * blood)  # vessels
-    draw(ellipse(x, y, (-25, 62 + sink), (42, 60), 0.5), 0.4 * (muscle + fat))
-    stomach = ellipse(x, y, (62, 90 + sink - 15 * depth), (38, 36))
-    draw(np.minimum(thorax, ellipse(x, y, (-75, 88 + sink - 25 * depth), (75, 52), 0.25)), liver)
+    draw(oval((-25, 62 + sink), (42, 60), 0.5), 0.4 * (muscle + fat))
+    stomach = oval((62, 90 + sink - 15 * depth), (38, 36))
+    draw(np.minimum(thorax, oval((-75, 88 + sink - 25 * depth), (75, 52), 0.25)), liver)
     draw(np.minimum(thorax, stomach), 0.85 * liver)
     draw(np.minimum(thorax, stomach - 9 - 3 * field(40)), muscle)
     for x0, y0, radius, value in ((-25, 104, 22, bone), (-25, 130, 8, blood), (2, 80, 13, muscle), (2, 80, 11, blood)):
-        draw(ellipse(x, y, (x0, y0), (radius, radius)), value)  # spine, then aorta
+        draw(oval((x0, y0), (radius, radius)), value)  # spine, then aorta
     above = np.where(depth < 0, 0, 1e3).astype(np.float32)  # fat with the great vessels, unlabelled
-    draw(ellipse(x, y, (-4, 6), (38, 27), 0.5) - above, 0.6 * fat)
+    draw(oval((-4, 6), (38, 27), 0.5) - above, 0.6 * fat)
     for centre in ((-16, 0), (10, 8)):
-        draw(ellipse(x, y, centre, (10, 9)) - above, blood)
+        draw(oval(centre, (10, 9)) - above, blood)
     return image
 
 
@@ -166,13 +166,12 @@ def heart(position, scanner, contraction, field, rng) -> tuple[np.ndarray, np.nd
     right = rng.uniform(28, 34) * (1 - 0.38 * beat) * np.sqrt(np.clip(1 - (level / 0.88) ** 2, 0, 1))
 
     inside = middle(x.shape, 80 / scanner.spacing)  # all else stands still
-    x, y, moving = x[inside][..., None], y[inside][..., None], image[inside]
-    shape = partial(ellipse, x, y)
+    moving, oval = image[inside], partial(ellipse, x[inside][..., None], y[inside][..., None])
     left = -14 * towards
     right_centre = [c + t * (0.4 * outer + 0.5 * right) for c, t in zip(left, towards, strict=True)]
-    left_outer = shape(left, (1.03 * outer, 0.97 * outer), angle + 0.8) - absent
-    left_inner = shape(left, (1.04 * inner, 0.96 * inner), angle + 0.4) - absent
-    right_inner = shape(right_centre, (0.6 * outer + 0.5 * right, 0.75 * outer + 0.4 * right), angle) - absent
+    left_outer = oval(left, (1.03 * outer, 0.97 * outer), angle + 0.8) - absent
+    left_inner = oval(left, (1.04 * inner, 0.96 * inner), angle + 0.4) - absent
+    right_inner = oval(right_centre, (0.6 * outer + 0.5 * right, 0.75 * outer + 0.4 * right), angle) - absent
     whole = np.maximum(left_outer, right_inner)
     labels[inside] = np.select([left_inner > 0, left_outer > 0, right_inner > 0], [1, 2, 3])
 
@@ -185,7 +184,7 @@ def heart(position, scanner, contraction, field, rng) -> tuple[np.ndarray, np.nd
     for around in (angle + 1.9, angle + 3.9):  # papillary muscles: cavity in the truth
         centre = left[0] + 0.62 * inner * np.cos(around), left[1] + 0.62 * inner * np.sin(around)
         outside = absent + 1e3 * ((level < 0.2) | (level > 0.75))
-        draw(shape(centre, (5.0, 3.8), around) - outside.astype(np.float32), muscle)
+        draw(oval(centre, (5.0, 3.8), around) - outside.astype(np.float32), muscle)
     return image, labels
 
 
@@ -242,21 +241,21 @@ def neck(x, y, scanner, field) -> np.ndarray:
     """Paint the signal (X, Y, Z) of a neck around the canal at the origin."""
     fluid, _, _, muscle, fat, bone, blood = scanner.signal
     image = np.full(x.shape, 0.02, np.float32)
-    draw = partial(paint, image, scanner.spacing)
-    skin, side = ellipse(x, y, (0, -8), (66, 58)), np.abs(x)
+    draw, oval = partial(paint, image, scanner.spacing), partial(ellipse, x, y)
+    skin, side = oval((0, -8), (66, 58)), np.abs(x)
     draw(skin, fat)
     draw(skin - 6, muscle * (1 + 0.12 * field(15) + 0.1 * field(4)))
     for belly in (((11, 30), (8, 14), 0.3), ((27, 22), (9, 17), 0.5), ((43, -5), (7, 20), -0.2)):
         fascia = 0.5 - np.abs(ellipse(side, y, *belly) + field(15))
         draw(fascia, 0.5 * (fat + muscle))
-    draw(ellipse(x, y, (0, -46), (12, 9)), 0.03)  # windpipe
+    draw(oval((0, -46), (12, 9)), 0.03)  # windpipe
     for centre, radius in (((16.5, -9), 2.0), ((27, -30), 3.6), ((33, -24), 4.5)):  # arteries, a vein
         draw(ellipse(side, y, centre, (radius, radius)), blood)
-    draw(ellipse(x, y, (0, -18), (13, 9)), bone * 1.8)
+    draw(oval((0, -18), (13, 9)), bone * 1.8)
     draw(stroke(side, y, (15, -4), (0, 12), (3.0, 3.0)), bone)  # the arch, then its spine
     draw(stroke(x, y, (0, 9), (0, 30), (3.0, 3.5)), bone)
-    draw(ellipse(x, y, (0, -0.3), (11.7, 9.0)), bone)
-    draw(ellipse(x, y, (0, -0.3), (10.5, 7.8)), fluid * (0.95 + 0.05 * field(6)))
+    draw(oval((0, -0.3), (11.7, 9.0)), bone)
+    draw(oval((0, -0.3), (10.5, 7.8)), fluid * (0.95 + 0.05 * field(6)))
     return image
 
 
