@@ -1,38 +1,24 @@
-"""DeepLabv3+ head (ASPP and decoder) and the whole network; keys equal the method's released checkpoints."""
+"""DeepLabv3+: head and whole network; keys equal the method's released checkpoints."""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import Conv2dNormActivation
 
 from network.resnet import AtrousConv2d, ResNet, load_pretrained
 
 
 def build_network(num_classes: int, in_channels: int = 1, pretrained: str = "none") -> nn.Module:
-    """Build one of the two networks.
+    """Build one of the two networks: (B, in_channels, H, W) -> logits (B, num_classes, H, W).
 
-    Args:
-        num_classes: classes including the background, in the order of the label values.
-        in_channels: channels of the input image.
-        pretrained: "none", "timm" (ImageNet weights by timm) or the path of a `resnet50_v1c.pth`.
-
-    Returns:
-        A module, (B, in_channels, H, W) -> logits (B, num_classes, H, W); 40.47 M parameters with 4 classes.
-
-    Raises:
-        UserError: the pretrained weights cannot be had or do not fit.
+    Classes are in the order of the label values, with the background; with 4 it has 40.47 M parameters.
+    `pretrained` is "none", "timm" (ImageNet weights by timm) or the path of a `resnet50_v1c.pth`. Raises
+    UserError when the weights cannot be had or do not fit.
     """
     network = DeepLabV3Plus(num_classes, in_channels)
     if pretrained != "none":
         load_pretrained(network.backbone, pretrained)
     return network
-
-
-def _conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-    ]
 
 
 def _resize(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -42,17 +28,16 @@ def _resize(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling: (B, 2048, h, w) -> (B, 256, h, w)."""
 
-    def __init__(self, in_channels: int = 2048, channels: int = 256, rates: tuple[int, ...] = (6, 12, 18)):
+    def __init__(self):
         super().__init__()
-        branches = [nn.Conv2d(in_channels, channels, 1, bias=False)]
-        branches += [AtrousConv2d(in_channels, channels, rate) for rate in rates]
-        self.map_convs = nn.ModuleList(branches)
-        self.map_bn = nn.BatchNorm2d(channels * len(branches))
-        self.global_pooling_conv = nn.Conv2d(in_channels, channels, 1, bias=False)
-        self.global_pooling_bn = nn.BatchNorm2d(channels)
-        self.red_conv = nn.Conv2d(channels * len(branches), channels, 1, bias=False)
-        self.pool_red_conv = nn.Conv2d(channels, channels, 1, bias=False)
-        self.red_bn = nn.BatchNorm2d(channels)
+        self.map_convs = nn.ModuleList([nn.Conv2d(2048, 256, 1, bias=False)])
+        self.map_convs.extend(AtrousConv2d(2048, 256, rate) for rate in (6, 12, 18))
+        self.map_bn = nn.BatchNorm2d(1024)
+        self.global_pooling_conv = nn.Conv2d(2048, 256, 1, bias=False)
+        self.global_pooling_bn = nn.BatchNorm2d(256)
+        self.red_conv = nn.Conv2d(1024, 256, 1, bias=False)
+        self.pool_red_conv = nn.Conv2d(256, 256, 1, bias=False)
+        self.red_bn = nn.BatchNorm2d(256)
         self.activation = nn.LeakyReLU(0.01)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,13 +48,14 @@ class ASPP(nn.Module):
 
 
 class Head(nn.Module):
-    """ASPP and decoder: stage 1 (B, 256, H/4, W/4), stage 4 (B, 2048, H/16, W/16) -> (B, 256, H/4, W/4)."""
+    """ASPP and decoder: (B, 256, H/4, W/4), (B, 2048, H/16, W/16) -> (B, 256, H/4, W/4)."""
 
     def __init__(self):
         super().__init__()
         self.aspp = ASPP()
-        self.reduce = nn.Sequential(*_conv_bn_relu(256, 48, 1))
-        self.last_conv = nn.Sequential(*_conv_bn_relu(304, 256, 3), nn.Dropout2d(0.1), *_conv_bn_relu(256, 256, 3))
+        self.reduce = nn.Sequential(*Conv2dNormActivation(256, 48, 1))
+        first, second = (Conv2dNormActivation(channels, 256) for channels in (304, 256))
+        self.last_conv = nn.Sequential(*first, nn.Dropout2d(0.1), *second)
 
     def forward(self, stage1: torch.Tensor, stage4: torch.Tensor) -> torch.Tensor:
         reduced = self.reduce(stage1)
@@ -77,17 +63,16 @@ class Head(nn.Module):
 
 
 class DeepLabV3Plus(nn.Module):
-    """The whole network: image (B, C, H, W) -> logits (B, num_classes, H, W)."""
+    """The whole network, from the image to the logits."""
 
     def __init__(self, num_classes: int, in_channels: int):
         super().__init__()
         self.backbone = ResNet(in_channels)
         self.head = Head()
         self.classifier = nn.Conv2d(256, num_classes, 1)
-        for part in (self.head, self.classifier):
-            for module in part.modules():
-                if isinstance(module, nn.Conv2d):
-                    nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
+        for module in (*self.head.modules(), self.classifier):
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return _resize(self.classifier(self.head(*self.backbone(image))), like=image)

@@ -1,18 +1,17 @@
-"""How fast this machine trains, on phantoms and with the very engine of a training.
+"""How fast this machine trains, on phantoms and with the engine of a training.
 
-python -m utils.benchmark                                                      # the paper's batch
 python -m utils.benchmark --image-size 128 --batch-size 4 --baseline --precision fp32 auto --steps 5
 """
 
 import resource
 import statistics
 import tempfile
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import tyro
@@ -45,9 +44,9 @@ def benchmark(
         image_size: side of the images, px.
         batch_size: labelled images per batch; twice as many unlabelled ones.
         accumulate: batches per step.
-        precision: one column of the table each; "auto" is bf16 where it is faster.
-        baseline: a column before the others: float32 with the weights in PyTorch's own layout, not channels_last.
-        compile: compile the networks with torch.compile.
+        precision: a column each; "auto" is bf16 where it is faster.
+        baseline: one more column: float32, and the weights in PyTorch's layout, not channels_last.
+        compile: compile the networks.
         checkpoint_activations: recompute activations in the backward pass.
         workers: processes of each loader.
         steps: timed calls behind each median.
@@ -62,8 +61,7 @@ def benchmark(
         cfg = replace(MMS, data_root=f"{folder}/data", pretrained="none", **settings)
         DATASET.write_phantom(Path(folder, "raw"), patients=4, frames=2 + batch_size * accumulate // 64)
         prepare_dataset(Path(folder, "raw"), Path(cfg.data_root), DATASET, workers=2)
-        names = ("baseline",) * baseline + precision
-        columns = {name: measure(name, cfg, process, steps) for name in names}
+        columns = {name: measure(name, cfg, process, steps) for name in ("baseline",) * baseline + precision}
     on_gpu = process.device.type == "cuda"
     machine = torch.cuda.get_device_name(process.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     title = f"{machine}, torch {torch.__version__}: {image_size} px, steps of {batch_size} x {accumulate} images"
@@ -74,7 +72,7 @@ def benchmark(
 
 
 def measure(column: str, cfg: Config, process: Process, steps: int) -> dict[str, float]:
-    """Return the figures of a column ("baseline" or a precision) by name with unit."""
+    """Return the figures of a column ("baseline" or a precision)."""
     cfg = replace(cfg, precision="fp32" if column == "baseline" else column)
     device, trainer = process.device, Trainer(cfg, build_loaders(cfg, DATASET), build_network, process)
     if column == "baseline":
@@ -86,7 +84,7 @@ def measure(column: str, cfg: Config, process: Process, steps: int) -> dict[str,
     step = median(lambda: trainer.train_step(batches), device, steps, "step")
     read = trainer.loaders.training_batches(cfg.accumulate, 0, WARM_UP + steps)
     loading = median(lambda: trainer.train_step(next(read)), device, steps, "step with loading")
-    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # since the start; Linux counts KiB
+    resident = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts KiB
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
     image = trainer.unlabeled_views(batches[0][1]).plain[0]
     with trainer.evaluating() as predictor:
@@ -101,16 +99,12 @@ def measure(column: str, cfg: Config, process: Process, steps: int) -> dict[str,
     }
 
 
-def median(call: Callable[[], Any], device: torch.device, repeats: int, name: str) -> float:
+def median(call: Callable, device: torch.device, repeats: int, name: str) -> float:
     """Return the median seconds of a call, the device synchronised before and after."""
-    seconds, synchronize = [], torch.get_device_module(device).synchronize
-    for _ in tqdm(range(WARM_UP + repeats), desc=name, leave=False):
-        synchronize()
-        began = time.perf_counter()
-        call()
-        synchronize()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[WARM_UP:])
+    synchronize = torch.get_device_module(device).synchronize
+    timer = timeit.Timer(lambda: (call(), synchronize()), synchronize)
+    calls = tqdm(range(WARM_UP + repeats), desc=name, leave=False)
+    return statistics.median([timer.timeit(1) for _ in calls][WARM_UP:])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Turn the method's released checkpoints, whole pickled modules, into a run folder that inference accepts.
+"""The method's released checkpoints, pickled modules, as a run folder.
 
 python -m utils.convert_released L.pt R.pt --out runs/released_D --dataset mms --test-domain D --data data/mms
 
-A pickle is a program. `torch.load(weights_only=True)` reads one only if it names nothing but what a released network
-holds, and every class among these names becomes a stand-in that only keeps its attributes.
+A pickle is a program: it is read only if it names nothing but networks' classes and their values.
 """
 
 import pickletools
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Literal
 
 import torch
 import tyro
-from torch import nn
 from tyro.conf import Positional
 
 import mms_dataloader
@@ -26,17 +25,9 @@ from utils.errors import UserError, clear_errors, first_line
 from utils.files import OutputFolder, write_json
 from utils.run.checkpoint import run_metadata, save_networks
 
-# Names that a released network holds, as "module name": of classes, each of which becomes a StandIn, and of what
-# torch.load makes itself. It would make more, and so would whatever the imported libraries have allowed it.
-CLASSES = {
-    "network.deeplabv3p SingleNetwork", "network.deeplabv3p Head", "network.deeplabv3p ASPP",
-    "network.deeplabv3p Normalize", "network.resnet ResNet", "network.resnet Bottleneck",
-    "torch.nn.modules.activation LeakyReLU", "torch.nn.modules.activation ReLU",
-    "torch.nn.modules.batchnorm BatchNorm2d", "torch.nn.modules.batchnorm SyncBatchNorm",
-    "torch.nn.modules.container ModuleList", "torch.nn.modules.container Sequential",
-    "torch.nn.modules.conv Conv2d", "torch.nn.modules.dropout Dropout2d", "torch.nn.modules.loss CrossEntropyLoss",
-    "torch.nn.modules.pooling MaxPool2d", "torch.nn.parallel.data_parallel DataParallel",
-}  # fmt: skip
+# What a released network names, as "module name": classes, each read as a StandIn, and what
+# torch.load makes itself. It would make more, and whatever libraries have allowed it.
+CLASS = re.compile(r"(network|torch\.nn\.modules|torch\.nn\.parallel)\.\w+ [A-Z]\w+", re.ASCII)
 VALUES = {
     "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch FloatStorage", "torch HalfStorage",
     "torch LongStorage", "torch Size", "torch device", "collections OrderedDict", "__builtin__ set",
@@ -44,54 +35,39 @@ VALUES = {
 
 
 class StandIn:
-    """Stands for every class: takes no arguments, keeps its attributes and does nothing."""
+    """Stands for every class: takes no arguments, keeps its attributes, does nothing."""
 
 
 def read_released(path: Path) -> dict[str, torch.Tensor]:
-    """Return the parameters and buffers, by name and on the CPU, of a pickled module or of a plain state dict.
-
-    Raises UserError when the file is missing, damaged or anything else. Nothing in it is ever executed.
-    """
+    """Return a pickled module's or state dict's tensors by name, on the CPU; else raise UserError."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give both networks of a release, l_NAME.pt and r_NAME.pt")
     try:
-        content = torch.PyTorchFileReader(str(path)).get_record("data.pkl")  # by the reader of torch.load
+        content = torch.PyTorchFileReader(str(path)).get_record("data.pkl")  # as torch.load
         names = {value for opcode, value, _ in pickletools.genops(content) if opcode.name == "GLOBAL"}
-        if others := names - CLASSES - VALUES:
+        classes = set(filter(CLASS.fullmatch, names))
+        if others := names - classes - VALUES:
             raise ValueError(f"it names {min(others).replace(' ', '.')}")
-        with torch.serialization.safe_globals([(StandIn, name.replace(" ", ".")) for name in CLASSES]):
+        with torch.serialization.safe_globals([(StandIn, name.replace(" ", ".")) for name in classes]):
             root = torch.load(path, map_location="cpu", weights_only=True)
         state = root if isinstance(root, dict) else dict(_named_tensors(root))
         tensors = {key.removeprefix("module."): value.detach() for key, value in state.items()}  # by DataParallel
         if not tensors or not all(key.isprintable() for key in tensors):
             raise ValueError("it does not map names to tensors")
     except Exception as error:  # damaged files raise a dozen kinds
-        # One sentence, as the next may advise weights_only=False; in ASCII, as the file could steer the terminal.
+        # One sentence: the next may advise weights_only=False. ASCII: the file could steer the terminal.
         reason = f"{type(error).__name__}: {first_line(error).split('. ')[0][:200]!a}"
         raise UserError(f"{path}: refused, damaged or no released network ({reason}); nothing in it was run") from error
     return tensors
 
 
-def _named_tensors(module: StandIn, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the parameters and buffers below a stand-in for a module, by dotted name."""
+def _named_tensors(module: StandIn, prefix: str = "") -> Iterator:
     for kind in ("_parameters", "_buffers", "_modules"):
         for name, value in vars(module)[kind].items():
             if isinstance(value, StandIn):
                 yield from _named_tensors(value, f"{prefix}{name}.")
             elif value is not None:
                 yield f"{prefix}{name}", value
-
-
-def load_released(net: nn.Module, path: Path) -> None:
-    """Load a released file into `net`; UserError, naming the keys, when it does not fit."""
-    try:
-        net.load_state_dict(read_released(path))
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit the network; is --dataset right?\n{str(error)[:2000]}") from error
-    if not all(value.isfinite().all() for value in net.state_dict().values()):
-        raise UserError(f"{path} is damaged: its weights are not all finite numbers")
-    for parameter in net.classifier.parameters():
-        parameter.data = parameter.data.roll(1, 0)  # the background comes last there, and first here
 
 
 def convert_released(
@@ -104,10 +80,10 @@ def convert_released(
         left: file of one network.
         right: file of the other.
         out: run folder to make.
-        dataset: data set that they were trained on.
-        test_domain: the domain that their training never saw.
+        dataset: data set of their training.
+        test_domain: domain that their training never saw.
         ratio: share of the patients that was labelled; by default 0.02 (mms) or 0.2 (scgm).
-        data: prepared folder for the source domains' quantile curve; without it histogram matching is off.
+        data: prepared folder, for the source domains' quantile curve; without, histogram matching is off.
     """
     base, info = (MMS, mms_dataloader.DATASET) if dataset == "mms" else (SCGM, scgm_dataloader.DATASET)
     if test_domain not in info.domains:
@@ -116,11 +92,18 @@ def convert_released(
         raise UserError(f"{out} holds a run: choose another --out")
     cfg = replace(base, test_domain=test_domain, ratio=base.ratio if ratio is None else ratio)
     cfg = replace(cfg, data_root=str(data or base.data_root), histogram_matching=bool(data and base.histogram_matching))
-    # The smallest batch, as none is read: also a small folder has one.
+    # No batch is read; even a small folder has one of this size.
     loaders = build_loaders(replace(cfg, batch_size=2, workers=0), info) if data else None
     nets = [build_network(len(info.class_names)) for _ in range(2)]
     for net, path in zip(nets, (left, right), strict=True):
-        load_released(net, path)
+        try:
+            net.load_state_dict(read_released(path))
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit the network; is --dataset right?\n{str(error)[:2000]}") from error
+        if not all(value.isfinite().all() for value in net.state_dict().values()):
+            raise UserError(f"{path} is damaged: its weights are not all finite numbers")
+        for parameter in net.classifier.parameters():
+            parameter.data = parameter.data.roll(1, 0)  # the background comes last there
     config = asdict(cfg) | {"run_name": out.name, "out_root": str(out.parent)}
     reference = torch.from_numpy(loaders.reference).mean(0) if cfg.histogram_matching else None
     selection = "the method's released weights, converted: neither trained nor selected here"
@@ -130,7 +113,7 @@ def convert_released(
     save_networks(outputs.claim("best.safetensors"), nets, metadata)
     write_json(outputs.claim("config.json"), config)
     if base.histogram_matching and data is None:
-        print("histogram matching is off: it needs the quantile curve of the source data, give their folder by --data")
+        print("histogram matching is off: it needs the source data's quantile curve, give their folder by --data")
     print(f"{out}: python inference_{dataset}.py --run {out} --data-root {cfg.data_root}")
 
 

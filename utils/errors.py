@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What the surroundings refuse: full disk, quota, read-only file system, missing rights, a file where a folder is due,
-# limits on open files and file sizes, and a disk or network file system that fails.
+# Full disk, quota, missing rights, wrong kind of file, limits on files, failing disk.
 REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 REFUSED |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EIO, errno.ESTALE}
 
@@ -20,41 +19,36 @@ class UserError(Exception):
 
 
 def first_line(error: Exception) -> str:
-    """Return what an exception of a library says, on one line; its kind where it says nothing."""
+    """Return what a library's exception says, on one line; its kind where it says nothing."""
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def is_full_gpu(error: Exception) -> bool:
-    """Return True for torch.OutOfMemoryError, known by name: `--help` shall not wait for torch."""
-    return type(error).__name__ == "OutOfMemoryError"
 
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn a user's mistake, a refusing disk, a full GPU or Ctrl-C into a message and an exit."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # for terminals that cannot show a character
+        if isinstance(stream, io.TextIOWrapper):  # not every terminal shows every character
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
-        if is_full_gpu(error):
+        kind, reason = type(error).__name__, first_line(error)  # `--help` shall not wait for torch
+        if kind == "OutOfMemoryError":
             sys.exit(
-                f"error: out of GPU memory ({first_line(error)})\n"
-                "Use --checkpoint-activations, --precision bf16, or a smaller --image-size or --batch-size (with "
-                "--accumulate the step stays as large)."
+                f"error: out of GPU memory ({reason})\nUse --checkpoint-activations, --precision bf16, or a "
+                "smaller --image-size or --batch-size (with --accumulate the step stays as large)."
             )
-        if type(error).__name__ == "InductorError":  # of torch.compile, for instance without Python.h
-            sys.exit(f"error: --compile failed: leave it out, or mend the compiler ({first_line(error)})")
+        if kind == "InductorError":  # for instance without Python.h
+            sys.exit(f"error: --compile failed: leave it out, or mend the compiler ({reason})")
         if not str(error).startswith("DataLoader"):  # PyTorch has no class for it
             raise
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else PyTorch reports the workers
         for worker in multiprocessing.active_children():  # Python would wait for a stalled one
             worker.kill()
         sys.exit(
-            f"error: a process that reads the data stalled or died ({first_line(error)}). Check the disk of the data "
+            f"error: a process that reads the data stalled or died ({reason}). Check the disk of the data "
             "and the memory, or use --workers 0; what was saved before is intact"
         )
     except OSError as error:
@@ -68,11 +62,11 @@ def clear_errors() -> Iterator[None]:
 
 @contextmanager
 def memory_errors(name: Path, remedy: str = "") -> Iterator[None]:
-    """Turn a full memory, of machine or GPU, into a UserError that names a file or folder."""
+    """Turn a full memory, of machine or GPU, into a UserError that names a path."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, MemoryError) or is_full_gpu(error)
+        full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
         if not full and "can't allocate memory" not in str(error):
             raise
         raise UserError(f"{name}: out of memory: try --device cpu, --precision bf16{remedy}") from error

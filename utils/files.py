@@ -14,13 +14,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from utils.errors import UserError, first_line, naming
 
 NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 LOCK = ".lock"  # file in a folder that a process works in
-RECORD = ".semidg-files"  # the files that this program made in a folder, a relative path a line
+RECORD = ".semidg-files"  # the files that this program made in a folder, one a line
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
         temporary.touch()
-        mode = temporary.stat().st_mode  # by the user's umask, which not every library follows
+        mode = temporary.stat().st_mode  # by the umask, which not every library follows
         yield temporary
         temporary.chmod(mode)
         with open(temporary, "rb+") as file:
@@ -44,13 +44,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content) -> None:
     """Write `content` as indented JSON, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict:
     """Read what `write_json` wrote; UserError when it is missing, damaged or no dictionary."""
     with naming(path, "is missing or damaged"):
         return dict(json.loads(path.read_text()))
@@ -74,9 +74,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 
 def require_space(folder: Path, need: int, content: str = "checkpoints") -> None:
-    """Raise UserError when fewer than the `need` bytes of a content are free where `folder` is."""
-    free = shutil.disk_usage(folder).free
-    if free < need:
+    """Raise UserError when fewer than the `need` bytes of a content are free at `folder`."""
+    if (free := shutil.disk_usage(folder).free) < need:
         raise UserError(f"{folder}: {content} take {need / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free there")
 
 
@@ -88,7 +87,7 @@ def require_writable(folder: Path, choice: str) -> None:
 
 
 class OutputFolder:
-    """A folder of results, with a record of the files that this program made in it."""
+    """A folder of results, with a record of what this program made in it."""
 
     def __init__(self, folder: Path):
         self.folder, self.record = folder, folder / RECORD
@@ -97,26 +96,26 @@ class OutputFolder:
         self.claimed: set[str] = set()
 
     def require_free(self, *names: str) -> None:
-        """Raise UserError when a file of that name is there and this program did not make it."""
+        """Raise UserError when a file of a name is there that this program did not make."""
         for path in (self.folder / name for name in names if name not in self.made):
             if path.exists() or path.is_symlink():
-                raise UserError(f"{path} is there, and {self.record} does not say that this program made it: it is not "
-                                "overwritten. Move it away, or choose another folder")  # fmt: skip
+                unknown = f"{self.record} does not say that this program made it: it is not overwritten"
+                raise UserError(f"{path} is there, and {unknown}. Move it away, or choose another folder")
 
     def claim(self, name: str) -> Path:
-        """Return the path for `name`, noted as made by this program; raises as `require_free`."""
+        """Return the path for `name`, noted as made here; raises as `require_free`."""
         self.require_free(name)
         path = self.folder / name
         if name not in self.made:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.record, "a") as file:  # first, so that a kill leaves none unclaimed
+            with open(self.record, "a") as file:  # first: a kill leaves none unclaimed
                 file.write(name + "\n")
         self.made.add(name)
         self.claimed.add(name)
         return path
 
     def remove_stale(self) -> None:
-        """Delete what an earlier use of the folder made and this one has not claimed."""
+        """Delete what an earlier use of the folder made and this one did not claim."""
         for name in self.made - self.claimed:
             (self.folder / name).unlink(missing_ok=True)
         for subfolder in {(self.folder / name).parent for name in self.made} - {self.folder}:
@@ -131,11 +130,13 @@ def nifti_files(paths: Sequence[Path], *, deep: bool = False) -> list[Path]:
     """Return the files among `paths`, and the NIfTI files in folders, with `deep` in all below."""
     files = []
     for path in paths:
-        if not path.exists():
+        if path.is_dir():
+            inside = sorted(path.rglob("*") if deep else path.iterdir())
+            files += [p for p in inside if NIFTI.search(p.name) and "/." not in f"/{p.relative_to(path)}"]
+        elif path.exists():
+            files.append(path)
+        else:
             raise UserError(f"{path}: no such file or folder")
-        inside = sorted(path.rglob("*") if deep else path.iterdir()) if path.is_dir() else []
-        shown = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        files += [p for p in shown if NIFTI.search(p.name)] if path.is_dir() else [path]
     return list(dict.fromkeys(files))
 
 
@@ -145,37 +146,32 @@ def file_stem(path: Path) -> str:
 
 
 class Table(NamedTuple):
-    """Content of a CSV or XLSX file, without blanks around the cells and without empty rows."""
+    """Content of a CSV or XLSX file, less blanks around the cells and empty rows."""
 
     columns: list[str]  # as they are written
     rows: list[dict[str, str]]  # cells by lower-case column name; "" where one is missing
 
 
 def read_table(path: Path) -> Table:
-    """Read a CSV or XLSX file as people edit it, in any spreadsheet's delimiter and encoding."""
+    """Read a CSV or XLSX file, in any spreadsheet's delimiter and encoding."""
     with naming(path, "cannot be read as a table"):  # openpyxl raises what zip and XML raise
         if path.suffix.lower() == ".xlsx":
-            import openpyxl  # here alone: it is slow to import
+            import openpyxl  # slow to import
 
-            with open(path, "rb") as file:  # opened here, or a read-only workbook keeps it open
+            with open(path, "rb") as file:  # a read-only workbook would keep it open
                 lines = list(openpyxl.load_workbook(file, read_only=True, data_only=True).active.values)
         else:
-            text = _decode(path.read_bytes())
+            content = path.read_bytes()
+            try:
+                text = content.decode("utf-8-sig")
+            except UnicodeDecodeError:
+                wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+                text = content.decode("utf-16") if wide else content.decode("cp1252", errors="replace")
             delimiter = max(",;\t", key=text.split("\n")[0].count)
             lines = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
     # Spreadsheets turn 3 into 3.0.
     texts = [[re.sub(r"^(\d+)\.0+$", r"\1", str("" if c is None else c).strip()) for c in line] for line in lines]
-    header, *rows = [line for line in texts if any(line)] or [[]]
+    header, *rows = [*filter(any, texts)] or [[]]
     columns = [" ".join(name.split()) for name in header]
     names = [name.casefold() for name in columns]
     return Table(columns, [defaultdict(str, zip(names, row, strict=False)) for row in rows])
-
-
-def _decode(content: bytes) -> str:
-    """Decode what spreadsheets save: UTF-8, UTF-16 with a byte-order mark, or else cp1252."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return content.decode("utf-16")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("cp1252", errors="replace")

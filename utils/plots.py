@@ -1,7 +1,7 @@
 """Pictures of a run and of its evaluation, as PNG; no display is needed.
 
-Images are arrays as stored, (H, W), drawn with axis 0 from left to right; `class_names` names the
-labels 1 to K; the truth is a line, a prediction a translucent fill.
+Images are arrays as stored, (H, W), drawn with axis 0 from left to right; `class_names` are of the
+labels from 1. The truth is a line, a prediction a translucent fill.
 """
 
 from pathlib import Path
@@ -12,30 +12,27 @@ import numpy as np
 
 # A notebook's backend, which its scripts inherit, is refused outside of it.
 with patch.dict("os.environ", MPLBACKEND="agg"):
-    from matplotlib.colors import to_rgb
+    from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
     from matplotlib.patheffects import withStroke
     from matplotlib.text import Text
 
-# Of labels 1, 2, 3: to colour-blind eyes, too, they differ as fills on any grey.
-STRUCTURE_COLOURS = ("#D55E00", "#56B4E9", "#7A3CFF")  # M&Ms: LV, MYO, RV; SCGM: GM
+# Of labels 1, 2, 3: as fills on any grey they differ to colour-blind eyes, too.
+STRUCTURE_COLOURS = ("#D55E00", "#56B4E9", "#7A3CFF")
 LINE_STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#000000", "-."))  # told apart without colour
 FILL_ALPHA = 0.5
 MOST_POINTS = 200  # of a curve; more would hide each other
 CASING = [withStroke(linewidth=2.4, foreground="black")]  # shows white on white
-DARK = {"facecolor": "dimgrey", "labelcolor": "white"}  # of a legend
 
 
 def plot_curves(path, *, points, epochs, validated, title, selected_step=None) -> None:
     """Draw losses, Dice and, once there is pseudo supervision, its variance and confidence.
 
-    Args:
-        points: dicts of `step`, loss, supervised and variance (mean KL), where a missing or NaN
-            value is a gap. Of many points, the means of neighbours are drawn.
-        epochs: dicts of `step` and `val_dice` (percent), of the images that `validated` names.
-        selected_step: the step whose weights were kept.
+    Points are dicts of step, loss, supervised and variance (mean KL); a missing or NaN value is a gap,
+    and of many, the means of neighbours are drawn. Epochs are dicts of step and val_dice (percent), of
+    the images that `validated` names; `selected_step` is that of the kept weights.
     """
 
     def column(key):
@@ -56,15 +53,13 @@ def plot_curves(path, *, points, epochs, validated, title, selected_step=None) -
     figure = Figure((9, 3 * (len(panels) // 2) + 0.6), layout="constrained")
     axes = figure.subplots(len(panels) // 2, 2, sharex=True).flatten()
     if selected_step is not None:
-        label = f"kept: step {selected_step}"
-        axes[1].axvline(selected_step, color="grey", linestyle="--", label=label)
+        axes[1].axvline(selected_step, color="grey", ls="--", label=f"kept: step {selected_step}")
     for ax, (name, (x, curves)) in zip(axes, panels.items(), strict=True):
         ax.set_title(name, fontsize=10)
         ax.grid(alpha=0.3)
-        for (label, values), (colour, style) in zip(curves.items(), LINE_STYLES, strict=False):
-            # Markers keep a lone point, such as one between two gaps, visible.
-            marker = {"marker": "o", "markersize": 3 if len(values) <= 50 else 1}
-            ax.plot(x, values, color=colour, linestyle=style, label=label, **marker)
+        for (label, values), (colour, line) in zip(curves.items(), LINE_STYLES, strict=False):
+            size = 3 if len(values) <= 50 else 1  # of markers, which show a lone point
+            ax.plot(x, values, color=colour, ls=line, label=label, marker="o", markersize=size)
         ax.legend(fontsize=8)
     axes[0].set_xlim(0, None)
     figure.supxlabel("step", fontsize=10)
@@ -74,10 +69,10 @@ def plot_curves(path, *, points, epochs, validated, title, selected_step=None) -
 def plot_training_samples(
     path, *, plain, fourier, mixed, mask_box, pseudo_labels, confidence, class_names, title
 ) -> None:
-    """Draw what one unlabelled training step works with, a row per image (the first 4).
+    """Draw what one unlabelled training step works with, a row for each of the first 4 images.
 
-    Plain, fourier and (after CutMix) mixed are (N, H, W) in about [0, 1]; mask_box (N, H, W) is 1 where
-    the other image was pasted; pseudo_labels and confidence exp(-V) of both networks (2, N, H, W).
+    Plain, fourier and (after CutMix) mixed are (N, H, W) in about [0, 1], mask_box (N, H, W) is 1 where
+    another image was pasted; (2, N, H, W) pseudo_labels and confidence exp(-V) are of both networks.
     """
     name = "CutMix image" if mask_box.any() else "plain image"  # which is pseudo-labelled
     titles = ["plain image", "Fourier view", name]
@@ -88,18 +83,17 @@ def plot_training_samples(
             _show(ax, images[n])
         _contour(row[2], mask_box[n], "white")
         for network in range(2):
-            _fill_structures(row[3 + network], pseudo_labels[network, n], class_names)
+            _fill_structures(row[3 + network], pseudo_labels[network, n])
             confidence_map = _show(row[5 + network], confidence[network, n], cmap="viridis")
     figure.colorbar(confidence_map, ax=axes, shrink=0.6, label="confidence exp(−V)")
     box = Line2D([], [], color="white", label="edge of pasted region")
-    _save(figure, path, title, [*_fills(class_names, "pseudo label"), box], **DARK)
+    _save(figure, path, title, [*_fills(class_names, "pseudo label"), box])
 
 
 def plot_preview(path, *, images, masks, fourier, mixed, letters, spacing, titles, class_names, title) -> None:
-    """Draw what the networks see, a row per image.
+    """Draw what the networks see, a row per image: N titles, `edge_letters` and maps (H, W).
 
-    Images, fourier, mixed are (N, H, W) in about [0, 1], masks N label maps (H, W), letters and
-    titles N `edge_letters` and names, spacing mm per px.
+    Images, fourier and mixed lie in about [0, 1], masks hold labels; spacing is in mm per px.
     """
     difference = np.asarray(fourier, dtype=float) - images
     limit = max(np.abs(difference).max(), 1e-6)
@@ -109,19 +103,17 @@ def plot_preview(path, *, images, masks, fourier, mixed, letters, spacing, title
         for column, image in ((0, images[n]), (1, images[n]), (2, fourier[n]), (4, mixed[n])):
             _show(row[column], image)
         _orient(row[0], letters[n], spacing)
-        # LV last: its edge is also the inner edge of MYO, which has an outer one, too.
-        for label, _, colour in reversed(structures_of(class_names)):
-            _contour(row[1], masks[n] == label, colour)
+        for label in (3, 2, 1):  # LV last: it shares its edge with MYO, which has an outer one, too
+            _contour(row[1], masks[n] == label, STRUCTURE_COLOURS[label - 1])
         difference_map = _show(row[3], difference[n], cmap="RdBu_r", limits=(-limit, limit))
     figure.colorbar(difference_map, ax=axes, shrink=0.6, label="Fourier − plain")
-    _save(figure, path, title, _fills(class_names, "truth", 1), **DARK)
+    _save(figure, path, title, _fills(class_names, "truth", 1))
 
 
 def plot_case(path, *, image, truth, prediction, agreement, slices, letters, spacing, class_names, title) -> None:
-    """Draw one held-out scan, a column per slice of the S numbers `slices`.
+    """Draw one held-out scan with its `edge_letters`, a column per slice of the S numbers `slices`.
 
-    Image, truth, prediction and agreement are (S, H, W): of any scale, int, int, in [0, 1]; letters
-    `edge_letters`, spacing mm per px.
+    Image (any scale), truth, prediction (labels), agreement (0 to 1) are (S, H, W); spacing in mm per px.
     """
     limits = np.percentile(image.astype(float), (1, 99))  # one grey scale, to compare slices
     rows = ["image", "prediction, truth", "agreement"]
@@ -129,23 +121,18 @@ def plot_case(path, *, image, truth, prediction, agreement, slices, letters, spa
     for s, column in enumerate(axes.T):
         for ax in column[:2]:
             _show(ax, image[s], limits=limits)
-        _fill_structures(column[1], prediction[s], class_names)
-        for label, *_ in structures_of(class_names):
+        _fill_structures(column[1], prediction[s])
+        for label in (1, 2, 3):
             _contour(column[1], truth[s] == label, "white", CASING)
         agreement_map = _show(column[2], agreement[s], cmap="viridis")
     _orient(axes[0, 0], letters, spacing)
     figure.colorbar(agreement_map, ax=axes, shrink=0.6, label="networks' agreement exp(−KL)")
     truth_line = Line2D([], [], color="white", path_effects=CASING, label="truth")
-    _save(figure, path, title, [*_fills(class_names, "prediction"), truth_line], **DARK)
+    _save(figure, path, title, [*_fills(class_names, "prediction"), truth_line])
 
 
-def structures_of(class_names):
-    """Return (label, name, colour) of every structure."""
-    return [*zip((1, 2, 3), class_names, STRUCTURE_COLOURS, strict=False)]
-
-
-def _show(ax, image, cmap="gray", limits=(0, 1)):
-    return ax.imshow(image.T, cmap=cmap, vmin=limits[0], vmax=limits[1], origin="upper")
+def _show(ax, image, cmap="gray", limits=(0, 1), **style):
+    return ax.imshow(image.T, cmap=cmap, vmin=limits[0], vmax=limits[1], origin="upper", **style)
 
 
 def _contour(ax, mask, colour, path_effects=None) -> None:
@@ -164,23 +151,20 @@ def _orient(ax, letters, spacing) -> None:
     ax.text(0.05, 0.08, f"{length} mm", fontsize=7, **style)
 
 
-def _fill_structures(ax, labels, class_names) -> None:
-    overlay = np.zeros((*labels.shape, 4))
-    for label, _, colour in structures_of(class_names):
-        overlay[labels == label] = (*to_rgb(colour), FILL_ALPHA)
-    ax.imshow(overlay.swapaxes(0, 1), origin="upper")
+def _fill_structures(ax, labels) -> None:
+    style = {"alpha": FILL_ALPHA, "interpolation": "nearest"}
+    _show(ax, np.ma.masked_outside(labels, 1, 3), ListedColormap(STRUCTURE_COLOURS), (1, 3), **style)
 
 
 def _fills(class_names, meaning, alpha=FILL_ALPHA):
-    structures = structures_of(class_names)
-    return [Patch(color=c, alpha=alpha, label=f"{name} {meaning}") for _, name, c in structures]
+    pairs = zip(class_names, STRUCTURE_COLOURS, strict=False)
+    return [Patch(color=colour, alpha=alpha, label=f"{name} {meaning}") for name, colour in pairs]
 
 
 def _grid(num_rows, column_titles, row_titles=()):
     figure = Figure((1.65 * len(column_titles) + 1, 1.65 * num_rows + 1), layout="compressed")
-    axes = figure.subplots(num_rows, len(column_titles), squeeze=False)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
+    bare = {"xticks": [], "yticks": []}
+    axes = figure.subplots(num_rows, len(column_titles), squeeze=False, subplot_kw=bare)
     for ax, text in zip(axes[0], column_titles, strict=True):
         ax.set_title(text, fontsize=9)
     for ax, text in zip(axes[:, 0], row_titles, strict=False):
@@ -188,11 +172,12 @@ def _grid(num_rows, column_titles, row_titles=()):
     return figure, axes
 
 
-def _save(figure, path, title, handles=(), **style) -> None:
+def _save(figure, path, title, handles=()) -> None:
     """Write the PNG file; no text is read as a formula."""
     if handles:
-        style |= {"ncols": min(len(handles), 2 * figure.axes[0].get_gridspec().ncols + 1)}
-        figure.legend(handles=handles, loc="outside lower center", fontsize=8, **style)
+        columns = min(len(handles), 2 * figure.axes[0].get_gridspec().ncols + 1)
+        place = {"loc": "outside lower center", "ncols": columns}
+        figure.legend(handles=handles, fontsize=8, facecolor="dimgrey", labelcolor="white", **place)
     figure.suptitle(title, fontsize=10)
     for text in figure.findobj(Text):
         text.set_parse_math(False)
@@ -201,7 +186,7 @@ def _save(figure, path, title, handles=(), **style) -> None:
 
 
 def radiological(array: np.ndarray, like) -> np.ndarray:
-    """Turn slices (..., X, Y) of a scan that says how its axes lie, as a radiologist looks at them.
+    """Turn slices (..., X, Y) as radiologists see them, where the scan tells how its axes lie.
 
     X then runs from right to left (or front to back), Y from front to back (or head to feet).
     """
@@ -218,6 +203,6 @@ def edge_letters(like) -> str:
 
 
 def _axis_codes(like) -> tuple[str, ...]:
-    """Return where a scan's first two axes point, such as ("L", "P"), or ()."""
+    """Return where the first two axes point, such as ("L", "P"), or ()."""
     known = like.header["sform_code"] or like.header["qform_code"]
     return nib.aff2axcodes(like.affine)[:2] if known else ()

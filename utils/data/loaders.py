@@ -20,11 +20,11 @@ from utils.data.dataset import DatasetInfo
 from utils.data.prepared import PreparedData, Split, split_patients
 from utils.errors import UserError
 
-Batch = dict[str, torch.Tensor]  # as SliceDataset gives it
-Pairs = list[tuple[Batch, Batch | None]]  # a labelled and an unlabelled batch for each micro-step of a step
-SHARED_MEMORY = Path("/dev/shm")  # workers hand over their batches through it, on Linux
+Batch = dict[str, torch.Tensor]  # of a SliceDataset
+Pairs = list[tuple[Batch, Batch | None]]  # labelled and unlabelled batches of a step
+SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over batches, on Linux
 PREFETCH = 2  # batches that each worker reads ahead
-STALL_S = 300  # seconds without a batch after which the workers count as stalled
+STALL_S = 300  # seconds without a batch after which a worker counts as stalled
 
 
 class SliceDataset(Dataset):
@@ -38,7 +38,7 @@ class SliceDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, positions: list[int]) -> Batch:
+    def __getitem__(self, positions: list[int] | slice) -> Batch:
         rows = self.rows[positions]
         batch = {"image": self.data.images[rows][:, None], "quantiles": self.data.quantiles[rows], "row": rows}
         if self.with_mask:
@@ -47,7 +47,7 @@ class SliceDataset(Dataset):
 
 
 class BatchSampler:
-    """Batches from number `start` to `stop` of the run; iterating does not change the sampler."""
+    """Batches number `start` to `stop` of the run; iterating does not change the sampler."""
 
     def __init__(self, batch_of_number: Callable[[int], np.ndarray]):
         self.batch_of_number, self.start, self.stop = batch_of_number, 0, 0
@@ -64,20 +64,20 @@ def labeled_batches(count: int, cfg: Config, *, rank: int = 0) -> BatchSampler:
 def unlabeled_batches(count: int, cfg: Config, *, rank: int = 0, world_size: int = 1) -> BatchSampler:
     """Return batches of unlabelled positions: an epoch is a permutation, cut into whole steps.
 
-    With CutMix a batch is u0 and its partners u1: the same permutation, rotated by a random
-    distance. So every image is used once in each, and never as its own partner.
+    With CutMix a batch is u0 and its partners u1, the permutation rotated by a random distance: each
+    image is used once in both, and never as its own partner.
     """
     size = cfg.batch_size
     batches = count // (size * world_size * cfg.accumulate) * cfg.accumulate  # in an epoch
-    apart = min(size * world_size, count // 2)  # the least distance
+    apart = min(size * world_size, count // 2)  # at least
 
     @lru_cache(maxsize=1)
-    def epoch_order(epoch: int) -> tuple[np.ndarray, ...]:
+    def epoch_order(epoch):
         rng = np.random.default_rng([cfg.seed, 2, epoch])
         order = rng.permutation(count)
         return (order, np.roll(order, rng.integers(apart, count - apart + 1))) if cfg.cutmix else (order,)
 
-    def batch_of_number(number: int) -> np.ndarray:
+    def batch_of_number(number):
         epoch, position = divmod(number, batches)
         first = (position * world_size + rank) * size
         return np.concatenate([order[first : first + size] for order in epoch_order(epoch)])
@@ -86,7 +86,7 @@ def unlabeled_batches(count: int, cfg: Config, *, rank: int = 0, world_size: int
 
 
 class Loaders(NamedTuple):
-    """Batches that a run reads, and the data they come from."""
+    """Batches that a run reads, and their data."""
 
     labeled: DataLoader
     unlabeled: DataLoader
@@ -110,7 +110,7 @@ class Loaders(NamedTuple):
 
 
 def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_size: int = 1) -> Loaders:
-    """Open the prepared data, split the patients, and return the loaders of one process."""
+    """Open the prepared data, split the patients, return the loaders of one process."""
     data = PreparedData.open(cfg.data_root, dataset)
     split = split_patients(data, dataset, cfg)
     labeled = SliceDataset(data, data.rows(split.labeled, with_mask=True), with_mask=True)
@@ -127,9 +127,9 @@ def build_loaders(cfg: Config, dataset: DatasetInfo, *, rank: int = 0, world_siz
     reference = data.quantiles[unlabeled.rows[domain == min({*domain} & {*dataset.domains})]]
     reference = reference[reference[:, 0] < reference[:, -1]]  # matched to an empty slice, all is black
     workers = min(cfg.workers, usable_cores())  # more only slow each other down
-    size = cfg.batch_size * (PREFETCH + 1) * workers * world_size  # one more batch is being used
-    image_bytes = [sum(tensor.nbytes for tensor in part[[0]].values()) for part in (labeled, unlabeled)]
-    need = size * (image_bytes[0] + image_bytes[1] * (1 + cfg.cutmix))
+    parts = (labeled, unlabeled) + (unlabeled,) * cfg.cutmix
+    pair_bytes = cfg.batch_size * sum(tensor.nbytes for part in parts for tensor in part[[0]].values())
+    need = pair_bytes * (PREFETCH + 1) * workers * world_size  # one more is being used
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else need
     if need > free:  # a worker would wait for ever, or die of a bus error
         workers = 0
@@ -151,25 +151,25 @@ class BatchLoader(DataLoader):
     def __iter__(self) -> Iterator:
         try:
             yield from super().__iter__()
-        except (ConnectionError, EOFError) as error:  # a worker died while it handed over a batch
+        except (ConnectionError, EOFError) as error:  # while it handed over a batch
             raise RuntimeError(f"DataLoader worker died: {error!r}") from error
 
 
 def batch_loader(dataset: SliceDataset, batches: Iterable[np.ndarray], workers: int) -> DataLoader:
-    """Return a loader of whole batches: each element of `batches`, positions, is one request."""
-    parallel = {"num_workers": workers, "timeout": STALL_S, "prefetch_factor": PREFETCH} if workers else {}
-    options = {"batch_size": None, "pin_memory": torch.cuda.is_available(), "worker_init_fn": ignore_signals}
-    return BatchLoader(dataset, sampler=batches, **options, **parallel)
+    """Return a loader of whole batches: the positions of each are an element of `batches`."""
+    options = {"num_workers": workers, "timeout": STALL_S, "prefetch_factor": PREFETCH} if workers else {}
+    options |= {"pin_memory": torch.cuda.is_available(), "worker_init_fn": ignore_signals}
+    return BatchLoader(dataset, batch_size=None, sampler=batches, **options)
 
 
-def ignore_signals(_worker: int = 0) -> None:
-    """Leave signals to the training: it saves its state, then ends its workers."""
+def ignore_signals(_worker: int) -> None:
+    """Leave signals to the training, which saves its state and ends its workers."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def scan_loader(data: PreparedData, patients: Sequence[str], *, rank: int = 0, world_size: int = 1) -> DataLoader:
-    """Return a loader of the scans with masks of `patients`, a batch each; a process reads its share."""
+    """Return a loader of a process's share of the scans with masks of `patients`, a batch each."""
     dataset = SliceDataset(data, data.rows(list(patients), with_mask=True), with_mask=True)
     scans = defaultdict(list)  # positions by patient and phase, in the order of the slices
     for position, row in enumerate(dataset.rows):
@@ -178,5 +178,5 @@ def scan_loader(data: PreparedData, patients: Sequence[str], *, rank: int = 0, w
 
 
 def usable_cores() -> int:
-    """Return the number of cores that this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,7 +1,6 @@
-"""Real cord scans, free for all (CC0), in the raw SCGM layout: python scgm_dataloader.py open-data RAW"""
+"""Real cord scans (CC0) in the raw SCGM layout: python scgm_dataloader.py open-data RAW"""
 
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +21,7 @@ SESSIONS = {
 }
 OPEN_NOTE = "OPEN_DATA.txt"  # marks the raw folder: its scans are not the challenge's
 SIDE_MM = 80  # of the cut images
-OFFSET_MM = 5  # the cord lies up to so far from the centre, as in the challenge's images
+OFFSET_MM = 5  # the cord lies up to so far from their centre, as in the challenge's images
 SOURCE = f"""Spinal cord grey matter imaging challenge 2018, acquisition data, CC0 1.0, from {URL}
 A session is a subject; run 1 lies in train, where it has masks, run 2 in test. Cut around the cord.
 The one manual mask stands for all four raters: 1 grey matter, 2 the rest of the cord.
@@ -36,10 +35,10 @@ def write_open_data(
 
     Args:
         raw: folder to write; must not be there.
-        source: a copy of the data, or of a part, folder or zip file, instead of the download.
+        source: folder or zip file with a copy of the data, or of a part, instead of the download.
         seed: seed of the cord's distance from the centre of the images, from 0.
     """
-    from torchvision.datasets.utils import download_url, extract_archive  # slow to import, and for this alone
+    from torchvision.datasets.utils import download_url, extract_archive  # slow to import
 
     if raw.exists():
         raise UserError(f"{raw} exists already: remove it, or choose another folder")
@@ -52,11 +51,11 @@ def write_open_data(
             if not source or source.is_file():
                 extract_archive(source or archive, tree)
         files = {path.name: path for path in (tree if tree.exists() else source).rglob("sub-*") if path.is_file()}
-        counts = Counter()
+        counts = dict.fromkeys(SESSIONS, 0)
         for site, sessions in SESSIONS.items():
             for number, session in enumerate(sessions, start=1):
                 counts[site] += _write_session(files, session, f"site{site}-sc", number, new, seed)
-        if not counts.total():
+        if not any(counts.values()):
             raise UserError(f"{source or URL}: no session of the data set, such as sub-9418, in it")
         (new / OPEN_NOTE).write_text(SOURCE)
         new.rename(raw)
@@ -65,22 +64,22 @@ def write_open_data(
 
 def _write_session(files: dict[str, Path], session: str, prefix: str, number: int, raw: Path, seed: int) -> bool:
     """Write both runs of a session; return False where it is not in this copy."""
-    name = f"{session}_run-1_T2starw"
-    if f"{name}.nii.gz" not in files:
+    scan = f"{session}_run-{{}}_T2starw{{}}.nii.gz".format
+    if scan(1, "") not in files:
         return False
-    runs = [files[file] for run in (1, 2) if (file := f"{session}_run-{run}_T2starw.nii.gz") in files]
-    masks = [files[file] for kind in ("gmseg", "seg") if (file := f"{name}_{kind}-manual.nii.gz") in files]
+    runs = [files[name] for name in (scan(1, ""), scan(2, "")) if name in files]
+    masks = [files[name] for kind in ("gmseg", "seg") if (name := scan(1, f"_{kind}-manual")) in files]
     for path in (*runs, *masks):
         if path.stat().st_size < 1000:
             raise UserError(f"{path}: only a pointer of git-annex or git-lfs: get the file itself")
-    rng, first = np.random.default_rng([seed, *session.encode()]), read_volume(runs[0], 3)
+    rng, volumes = np.random.default_rng([seed, *session.encode()]), [read_volume(path, 3) for path in runs]
+    first = volumes[0]
     middle = first.affine @ [*(np.array(first.array.shape) - 1) / 2, 1]  # mm
     if labeled := len(masks) == 2:
         grey, cord = (mask_in_grid(whole_numbers(read_volume(mask, 3)), first).array > 0 for mask in masks)
         middle = first.affine @ [*np.argwhere(cord).mean(0), 1]
         label = np.where(grey, 1, np.where(cord, 2, 0)).astype(np.uint8)
-    for run, path in enumerate(runs):
-        volume = read_volume(path, 3)
+    for run, volume in enumerate(volumes):
         shape, zooms = np.array(volume.array.shape[:2]), np.array(volume.zooms[:2])
         center = (np.linalg.inv(volume.affine) @ middle)[:2] + rng.uniform(-OFFSET_MM, OFFSET_MM, 2) / zooms
         half = np.minimum(SIDE_MM / 2 / zooms, np.minimum(center, shape - 1 - center)).astype(int)

@@ -1,8 +1,7 @@
-"""NIfTI volumes: reading that validates, writing, and the way between native grid and canvas."""
+"""NIfTI volumes: checked reading, writing, and the way between native grid and canvas."""
 
 import gzip
 import io
-import itertools
 import math
 import zlib
 from dataclasses import dataclass
@@ -15,10 +14,9 @@ import numpy as np
 from utils.errors import UserError, naming
 from utils.files import atomic_write
 
-PROGRAM = "SemiDG-Seg"  # begins the description of every map that is written with one
-LARGEST = 1e30  # absolute value of a voxel: differences and products of such stay within float32
-MAX_DEFLATE_RATIO = 1032  # zlib's densest compression: a file cannot hold more data
-UNREADABLE = (OSError, EOFError, zlib.error)
+PROGRAM = "SemiDG-Seg"  # begins the description of a written map
+LARGEST = 1e30  # absolute value of a voxel: products stay within float32
+DENSEST = 1032  # bytes that zlib can pack into one
 AGAIN = "; copy or download it again"
 
 
@@ -33,16 +31,15 @@ class Volume(NamedTuple):
 
 
 def read_volume(path: Path, max_ndim: int = 4) -> Volume:
-    """Read a .nii or .nii.gz file whole, checksum included, and drop trailing axes of length 1.
+    """Read a .nii or .nii.gz file whole: 3 to `max_ndim` dimensions, trailing ones of length 1 dropped.
 
-    nibabel accepts many damaged files in silence, so header, length and values are checked here.
-    Raises UserError, also for fewer than 3 or more than `max_ndim` dimensions.
+    Raises UserError, also for damage that nibabel accepts in silence.
     """
     content = _read(path)
     header, shape, size = _parse_header(path, content, max_ndim)
     if len(content) < size:
         raise UserError(f"{path}: {len(content)} bytes, but its header promises {size}{AGAIN}")
-    with naming(path, "is not a valid NIfTI file"):  # nibabel raises a dozen kinds here
+    with naming(path, "is not a valid NIfTI file"):
         array = header.data_from_fileobj(io.BytesIO(content)).reshape(shape)
         affine = header.get_best_affine()
     if array.dtype.kind not in "biuf":
@@ -52,25 +49,25 @@ def read_volume(path: Path, max_ndim: int = 4) -> Volume:
         raise UserError(f"{path}: {bad} voxels are NaN, infinite or above {LARGEST:g} (scaled by {slope})")
     if not (np.abs(affine) < 1e6).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise UserError(f"{path}: the affine (sform or qform) is NaN, beyond 1 km or singular")
-    norms, zooms = np.linalg.norm(affine[:3, :3], axis=0), tuple(map(float, header.get_zooms()[:3]))
+    norms, zooms = nib.affines.voxel_sizes(affine), tuple(map(float, header.get_zooms()[:3]))
     differ = f"voxel size {zooms} in the header, but {np.round(norms, 3).tolist()} by the affine"
     return Volume(array, header, affine, zooms, "" if np.allclose(norms, zooms, rtol=0.01) else differ)
 
 
 def read_header(path: Path) -> tuple[nib.Nifti1Header, tuple[int, ...]]:
-    """Return the header and the shape that it gives; raise UserError as `read_volume`."""
+    """Return the header and the shape that it gives; raises as `read_volume`."""
     return _parse_header(path, _read(path, nib.Nifti2Header.sizeof_hdr), 4)[:2]
 
 
 def _read(path: Path, size: int = -1) -> bytes:
-    """Return the first `size` bytes of a file, or all; unpacked if its content is gzip's."""
-    with naming(path, "cannot be read whole", errors=UNREADABLE, remedy=AGAIN), open(path, "rb") as file:
+    damage = (OSError, EOFError, zlib.error)
+    with naming(path, "cannot be read whole", errors=damage, remedy=AGAIN), open(path, "rb") as file:
         packed = file.peek(2).startswith(b"\x1f\x8b")
-        return (gzip.GzipFile(fileobj=file) if packed else file).read(size)  # the checksum comes last
+        return (gzip.GzipFile(fileobj=file) if packed else file).read(size)  # with its checksum
 
 
-def _parse_header(path: Path, head: bytes, max_ndim: int) -> tuple[nib.Nifti1Header, tuple[int, ...], int]:
-    """Check the header; return it, and the shape and the bytes of the file that it describes."""
+def _parse_header(path: Path, head: bytes, max_ndim: int) -> tuple:
+    """Check the header; return it, and the shape and file length that it gives."""
     sizes = {int.from_bytes(head[:4], order) for order in ("little", "big")}
     kind = next((kind for kind in (nib.Nifti1Header, nib.Nifti2Header) if kind.sizeof_hdr in sizes), None)
     if kind is None or len(head) < kind.sizeof_hdr:
@@ -89,7 +86,7 @@ def _parse_header(path: Path, head: bytes, max_ndim: int) -> tuple[nib.Nifti1Hea
         problem = f"impossible dimensions {dim} in the header"
     elif not (np.isfinite(voxel_mm) & (voxel_mm > 0)).all():
         problem = f"voxel size {voxel_mm.tolist()} mm in the header; must be positive"
-    elif not kind.sizeof_hdr <= offset <= size <= path.stat().st_size * MAX_DEFLATE_RATIO + 1024:  # NaN is not
+    elif not kind.sizeof_hdr <= offset <= size <= path.stat().st_size * DENSEST + 1024:  # NaN is not
         problem = f"the header claims data at bytes {offset:g} to {size:.3g}, where the file has none"
     elif not 3 <= len(shape) <= max_ndim:
         problem = f"{len(shape)}D image of shape {shape}, expected at least 3D, at most {max_ndim}D"
@@ -100,7 +97,7 @@ def _parse_header(path: Path, head: bytes, max_ndim: int) -> tuple[nib.Nifti1Hea
 
 def frame_count(volume: Volume) -> int:
     """Return the number of frames of a 4D volume; 1 for a 3D volume."""
-    return volume.array.shape[3] if volume.array.ndim == 4 else 1
+    return (*volume.array.shape, 1)[3]
 
 
 def frame_slices(volume: Volume, frame: int) -> np.ndarray:
@@ -127,7 +124,7 @@ def implausible(volume: Volume, *, any_thickness: bool = False) -> list[str]:
 
 
 def whole_numbers(mask: Volume) -> Volume:
-    """Return a mask with values rounded by up to 1e-3; beyond, a UserError that names no file."""
+    """Return a mask rounded by up to 1e-3; beyond, raise a UserError without a file's name."""
     if mask.array.dtype.kind != "f":
         return mask
     rounded = np.rint(mask.array)
@@ -139,10 +136,10 @@ def whole_numbers(mask: Volume) -> Volume:
 def mask_in_grid(mask: Volume, image: Volume) -> Volume:
     """Return a mask in the voxel grid of its image, turned as the affines say, with a `warning`.
 
-    Where an affine is lost (identity or none), a mask is taken as it is stored. Raises UserError,
-    which names no file, for another shape or affines over half a voxel apart.
+    Where an affine is lost (identity or none), it is taken as stored. Raises UserError, which names no
+    file, for another shape or affines over half a voxel apart.
     """
-    array, warnings, shift, volumes = mask.array, [mask.warning], np.zeros((3, 8)), (mask, image)
+    array, warnings, shift, volumes = mask.array, [mask.warning], 0, (mask, image)
     codes = " against ".join("".join(map(str, nib.aff2axcodes(volume.affine))) for volume in volumes)
     placed = all(volume.header["sform_code"] or volume.header["qform_code"] for volume in volumes)
     identity = any(np.array_equal(np.abs(volume.affine), np.eye(4)) for volume in volumes)
@@ -155,9 +152,9 @@ def mask_in_grid(mask: Volume, image: Volume) -> Volume:
         axes = nib.orientations.axcodes2ornt("RAS") if np.isnan(axes).any() else axes
         array = nib.apply_orientation(array, axes)
         moved = to_image @ nib.orientations.inv_ornt_aff(axes, mask.array.shape[:3]) - np.eye(4)
-        corners = np.array([*itertools.product(*((0, n - 1) for n in array.shape[:3]), [1])]).T
-        shift = (moved @ corners)[:3]  # voxels, of the 8 corners
-        shift_mm = np.linalg.norm(image.affine[:3, :3] @ shift, axis=0).max()
+        corners = np.array([*np.ndindex(2, 2, 2)]) * np.subtract(array.shape[:3], 1)
+        shift = nib.affines.apply_affine(moved, corners)  # voxels
+        shift_mm = np.linalg.norm(shift @ image.affine[:3, :3].T, axis=1).max()
         codes += f", corners {shift_mm:.2g} mm apart"
         warnings.append(f"its affine differs from the image's: orientation {codes}, turned into its grid")
     if array.shape != image.array.shape:
@@ -168,24 +165,22 @@ def mask_in_grid(mask: Volume, image: Volume) -> Volume:
 
 
 def write_volume(path: Path, array: np.ndarray, like: Volume, description: str = "") -> None:
-    """Write `array` in the voxel grid of `like`, with a description of up to 79 characters."""
+    """Write `array` in the voxel grid of `like`, with a description (up to 79 characters)."""
     header = like.header.copy()
     header.set_data_dtype(array.dtype)
     header.set_slope_inter(1, 0)
+    # No display window; no extensions and texts, which may hold a patient's name.
+    for field in {"cal_min", "cal_max", "vox_offset", "db_name", "aux_file", "intent_name"} & set(header):
+        header[field] = np.zeros_like(header[field])
     header["descrip"] = description[:79].encode()
-    header["cal_min"] = header["cal_max"] = 0  # the scan's display window
-    header["vox_offset"] = 0  # without the scan's extensions, which may hold a patient's name
-    for field in {"db_name", "aux_file", "intent_name"} & set(header):
-        header[field] = b""
     image_class = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    image = image_class(array, None, header)  # None: qform and sform stay to the bit
     with atomic_write(path) as temporary:
-        nib.save(image, temporary)
+        nib.save(image_class(array, None, header), temporary)  # None: qform and sform stay to the bit
 
 
 @dataclass(frozen=True)
 class PlaneMap:
-    """Resampling between a scan's slices and a square canvas, axis by axis; outside is 0."""
+    """Resampling between a scan's slices and a square canvas; 0 outside."""
 
     shape: tuple[int, int]  # of a slice, voxels
     zooms: tuple[float, float]  # mm per voxel
@@ -226,12 +221,13 @@ def _sample(array: np.ndarray, position: np.ndarray, axis: int) -> np.ndarray:
         return array.take(np.floor(position + 0.5).astype(int).clip(0, last), axis) * inside
     low = np.floor(position).astype(int)
     weight = (position - low).astype(np.float32).reshape(inside.shape)
-    lower, upper = (array.take(n, axis).astype(np.float32, copy=False) for n in (low, np.minimum(low + 1, last)))
+    ends = low, np.minimum(low + 1, last)
+    lower, upper = (array.take(n, axis).astype(np.float32, copy=False) for n in ends)
     return (lower * (1 - weight) + upper * weight) * inside
 
 
 def save_scan(path: Path, array: np.ndarray, affine: np.ndarray, frame_s: float = 1.0) -> None:
-    """Write a 3D or 4D NIfTI whose zooms, qform and sform agree, `frame_s` seconds a frame."""
+    """Write a 3D or 4D NIfTI whose zooms, qform and sform agree; a frame takes `frame_s` seconds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(array, affine)
     image.header.set_xyzt_units("mm", "sec")

@@ -2,15 +2,14 @@
 
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import subprocess
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -24,13 +23,13 @@ NOT_OURS = "is damaged or not of this project"
 PACKAGES = ("torch", "torchvision", "timm", "monai", "numpy", "nibabel", "scikit-image")
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+def save_checkpoint(folder: Path, state: dict) -> None:
     """Save `state` as last.pt; the checkpoint before it stays as previous.pt."""
     last, previous = folder / "last.pt", folder / "previous.pt"
     with atomic_write(last) as temporary:
-        free = f"cannot be written, with {shutil.disk_usage(folder).free / 1e9:.1f} GB free"
+        problem = f"cannot be written, with {shutil.disk_usage(folder).free / 1e9:.1f} GB free"
         remedy = "; the earlier state is intact. Make room, and the same command goes on from there"
-        with naming(last, free, errors=RuntimeError, remedy=remedy):  # PyTorch's zip writer on a full disk
+        with naming(last, problem, errors=RuntimeError, remedy=remedy):  # by a full disk
             torch.save(state, temporary)
         _seal(temporary)
         if last.exists():
@@ -38,70 +37,54 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
 
 
 def _seal(path: Path) -> None:
-    """Append its SHA-256 to a file of torch.save, as the comment of the ZIP archive that it is.
+    """Append its SHA-256 to a file of torch.save, as the comment of that ZIP archive.
 
-    PyTorch verifies no checksums, and those of ZIP do not cover an archive's directory.
+    PyTorch verifies no checksums, and ZIP's do not cover the directory.
     """
     with open(path, "rb+") as file:
         file.seek(-2, os.SEEK_END)
         file.write(DIGEST_SIZE.to_bytes(2, "little"))  # length of the comment
         file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").digest()
-        file.write(digest)
+        file.write(hashlib.file_digest(file, "sha256").digest())
 
 
 def _check_seal(path: Path) -> None:
-    """Raise ValueError when the file is not as it was sealed."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        with memoryview(content) as view, view[:-DIGEST_SIZE] as sealed:
-            digest = hashlib.sha256(sealed).digest()
-        if digest != content[-DIGEST_SIZE:]:
-            raise ValueError("its checksum is wrong")
+    content = np.memmap(path, np.uint8, "r")
+    if hashlib.sha256(content[:-DIGEST_SIZE]).digest() != content[-DIGEST_SIZE:].tobytes():
+        raise ValueError("its checksum is wrong")
 
 
-def load_checkpoint(folder: Path) -> dict[str, Any] | None:
-    """Load last.pt, or previous.pt when it is missing or damaged; None when there is neither.
-
-    Raises:
-        UserError: there are checkpoints, but none can be read.
-    """
+def load_checkpoint(folder: Path) -> dict | None:
+    """Load last.pt, or else previous.pt; None without both, UserError when none can be read."""
     problems = []
     for path in filter(Path.exists, (folder / "last.pt", folder / "previous.pt")):
         try:
-            with naming(path, "is damaged or no checkpoint"):  # damaged files raise a dozen kinds
+            with naming(path, "is damaged or no checkpoint"):
                 _check_seal(path)
                 state = torch.load(path, map_location="cpu", weights_only=True)
         except UserError as error:
             if isinstance(error.__cause__, PermissionError):  # not damaged
                 raise
             problems.append(str(error))
-            continue
-        for problem in problems:
-            print(f"warning: {problem}; resuming from {path}")
-        return state
+        else:
+            for problem in problems:
+                print(f"warning: {problem}; resuming from {path}")
+            return state
     if problems:
         raise UserError("; ".join(problems) + ". Begin anew with --restart")
     return None
 
 
-def save_networks(path: Path, nets: list[nn.Module], metadata: dict[str, Any]) -> None:
+def save_networks(path: Path, nets: list[nn.Module], metadata: dict) -> None:
     """Save both networks' weights, keys prefixed "0." and "1.", with `metadata` as JSON."""
-    tensors = {
-        f"{i}.{key}": value.detach().cpu().contiguous()
-        for i, net in enumerate(nets)
-        for key, value in net.state_dict().items()
-    }
+    tensors = {key: value.cpu().contiguous() for key, value in nn.ModuleList(nets).state_dict().items()}
     text = json.dumps(metadata)
     with atomic_write(path) as temporary, naming(path, "cannot be written", errors=SafetensorError):
         save_file(tensors, temporary, metadata={"semidg": text, "sha256": _digest(text, tensors)})
 
 
-def read_networks(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return the metadata and the tensors that `save_networks` wrote.
-
-    Raises:
-        UserError: the file is missing, damaged or not ours.
-    """
+def read_networks(path: Path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Return metadata and tensors of `save_networks`; UserError if missing, damaged or not ours."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; the run has not ended its first epoch, or the folder is no run's")
     with naming(path, NOT_OURS):
@@ -113,21 +96,19 @@ def read_networks(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         return json.loads(metadata["semidg"]), tensors
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict:
     """Return what was saved beside the weights; raises as `read_networks`."""
     return read_networks(path)[0]
 
 
 def load_networks(path: Path, nets: list[nn.Module]) -> None:
-    """Load what `save_networks` wrote; raises as `read_networks`, and for other networks."""
-    _, tensors = read_networks(path)
+    """Load what `save_networks` wrote; raises as `read_networks`, also for other networks."""
+    tensors = read_networks(path)[1]
     with naming(path, NOT_OURS):
-        for i, net in enumerate(nets):
-            net.load_state_dict({key[2:]: value for key, value in tensors.items() if key.startswith(f"{i}.")})
+        nn.ModuleList(nets).load_state_dict(tensors)
 
 
 def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of a text and of the tensors' names, types, shapes and values."""
     digest = hashlib.sha256(text.encode())
     for key in sorted(tensors):
         digest.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}".encode())
@@ -135,26 +116,22 @@ def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def provenance() -> dict[str, Any]:
+def provenance() -> dict:
     """Return the code's git commit ("+" where it was changed since) and the packages' versions."""
-    describe = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+"]
-    commit = None
+    describe, commit = ["git", "describe", "--always", "--dirty=+"], None
     with suppress(OSError, subprocess.CalledProcessError):  # no git here, or no repository
-        commit = subprocess.check_output(describe, text=True, stderr=subprocess.DEVNULL).strip()
+        here = {"cwd": Path(__file__).resolve().parent, "stderr": subprocess.DEVNULL}
+        commit = subprocess.check_output(describe, text=True, **here).strip()
     return {"git_commit": commit, "versions": {name: version(name) for name in PACKAGES}}
 
 
-def run_metadata(
-    dataset: Any, config: dict[str, Any], reference: torch.Tensor | None, data_info: dict[str, Any], **facts: Any
-) -> dict[str, Any]:
+def run_metadata(dataset, config: dict, reference: torch.Tensor | None, data_info: dict, **facts) -> dict:
     """Return what is saved beside the weights of a run.
 
-    Args:
-        dataset: its DatasetInfo.
-        reference: (256,) quantile curve that histograms are matched to, or None.
-        data_info: of the prepared data, or {} where they are unknown.
-        facts: "selection" (the rule that chose the weights), their "step", beta then ("cps_weight"), and "seen": the
-            patients that they have learnt from, by checksum of a frame; and "labeled": the domain of each labelled one.
+    `dataset` is its DatasetInfo, `reference` the (256,) quantile curve that histograms are matched to,
+    `data_info` of the prepared data, {} where unknown. Facts are "selection" (the rule that chose the
+    weights), their "step", beta then ("cps_weight"), "seen" (the patients that they have learnt from, by
+    checksum of a frame) and "labeled" (the domain of each labelled one).
     """
     return {
         "dataset": dataset.key,

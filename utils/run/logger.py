@@ -5,10 +5,9 @@ import os
 import secrets
 import threading
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
-from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -17,7 +16,7 @@ from utils.errors import first_line
 from utils.files import OutputFolder, atomic_write
 from utils.run.checkpoint import save_checkpoint, save_networks
 
-WANDB_PATIENCE = 60  # seconds that a run waits for wandb, whose service may be stopped or dead
+WANDB_PATIENCE = 60  # seconds that a run waits for wandb, whose service may be dead
 
 
 class NullLogger:
@@ -26,87 +25,80 @@ class NullLogger:
     def __getattr__(self, _name: str) -> "NullLogger":
         return self
 
-    def __call__(self, *_args: Any, **_options: Any) -> None: ...
+    def __call__(self, *_, **__) -> None: ...
 
 
 class Logger:
-    """Writes into the folder of a run: log.jsonl, a line an epoch, steps.jsonl, weights, pictures."""
+    """Writes a run's folder: log.jsonl, a line an epoch, steps.jsonl, weights, pictures."""
 
-    def __init__(self, outputs: OutputFolder, *, since: int, total: int, use_wandb: bool, config: dict[str, Any]):
-        """Go on after step `since` of `total`; later lines of the logs are cut off."""
+    def __init__(self, outputs: OutputFolder, *, since: int, total: int, use_wandb: bool, config: dict):
+        """Go on after step `since` of `total`."""
         self.outputs, self.folder = outputs, outputs.folder
         self.lines, self.points = (JsonLines(self.folder / f"{name}.jsonl", since) for name in ("log", "steps"))
         self.progress = tqdm(total=total, initial=since, unit="step", desc="train", smoothing=0.1)
+        self.say = self.progress.write  # above the bar
+        self.save_best = partial(save_networks, self.folder / "best.safetensors")
+        self.save_checkpoint = partial(save_checkpoint, self.folder)
         self.wandb_run = self._guarded(lambda: _start_wandb(self.folder, config)) if use_wandb else None
 
-    def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
-        self.progress.write(text)
-
-    def point(self, point: dict[str, Any]) -> None:
-        """Write a point of the curves, and show its loss beside the progress bar."""
+    def point(self, point: dict) -> None:
+        """Write a point of the curves, and show its losses beside the bar."""
         self.points.append(point)
         self.progress.set_postfix({name: f"{point[name]:.3f}" for name in ("loss", "cps")})
 
-    def log(self, line: dict[str, Any]) -> None:
+    def log(self, line: dict) -> None:
         """Write the line of an epoch, to wandb, too."""
         self.lines.append(line)
         self._to_wandb(line)
 
     def picture(self, name: str, draw: Callable[[Path], None]) -> None:
-        """Let `draw` write a picture; one that fails is a warning, as no picture is worth a run."""
+        """Let `draw` write a picture; one that fails is a warning: no picture is worth a run."""
         path = self.outputs.claim(name)
         try:
             draw(path)
         except Exception as error:  # whatever a drawing library raises
-            return self.say(f"warning: {path} could not be drawn ({type(error).__name__}: {first_line(error)})")
-        if self.wandb_run:
-            self._to_wandb({path.stem.split("_")[0]: import_module("wandb").Image(str(path))})
+            self.say(f"warning: {path} could not be drawn ({type(error).__name__}: {first_line(error)})")
+        else:
+            if self.wandb_run:
+                self._to_wandb({path.stem.split("_")[0]: import_module("wandb").Image(str(path))})
 
-    def save_best(self, nets: list[nn.Module], metadata: dict[str, Any]) -> None:
-        save_networks(self.folder / "best.safetensors", nets, metadata)
-
-    def keep_epoch(self, epoch: int, count: int, nets: list[nn.Module], metadata: dict[str, Any]) -> None:
+    def keep_epoch(self, epoch: int, count: int, nets: list[nn.Module], metadata: dict) -> None:
         """Keep the networks of the last `count` epochs, this one among them."""
-        name = "epochs/epoch_{:03d}.safetensors"
-        save_networks(self.outputs.claim(name.format(epoch)), nets, metadata)
-        for old in {name.format(number) for number in range(epoch - count + 1)} & self.outputs.made:
+        name = "epochs/epoch_{:03d}.safetensors".format
+        save_networks(self.outputs.claim(name(epoch)), nets, metadata)
+        for old in {*map(name, range(epoch - count + 1))} & self.outputs.made:
             (self.folder / old).unlink(missing_ok=True)
 
-    def save_checkpoint(self, state: dict[str, Any]) -> None:
-        save_checkpoint(self.folder, state)
-
     def finish(self, text: str) -> None:
-        """Print the last line; what only an unfinished run needs leaves the disk."""
+        """Print the last line, and delete what only an unfinished run needs."""
         (self.folder / "previous.pt").unlink(missing_ok=True)
         self.say(text)
 
     def __enter__(self) -> "Logger":
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type | None, *_) -> None:
         self.progress.close()
         if self.wandb_run:
             self._guarded(lambda: self.wandb_run.finish(exit_code=0 if kind is None else 1))
 
-    def _to_wandb(self, content: dict[str, Any]) -> None:
+    def _to_wandb(self, content: dict) -> None:
         if self.wandb_run:
             self._guarded(lambda: self.wandb_run.log(content, step=self.lines[-1]["step"]))
 
-    def _guarded(self, call: Callable[[], Any]) -> Any:
+    def _guarded(self, call: Callable):
         """Return what `call` returns; when it fails or hangs, warn and go on without wandb."""
         outcome = _within(WANDB_PATIENCE, call)
-        if not isinstance(outcome, Exception):
-            return outcome
-        self.say(f"warning: wandb failed ({first_line(outcome)}); from here on the log is in {self.lines.path} only")
-        self.wandb_run = None
-        # Its work at the program's end would wait for its service for ever.
-        _within(1, lambda: import_module("wandb").teardown())
-        return None
+        if isinstance(outcome, Exception):
+            self.say(f"warning: wandb failed ({first_line(outcome)}); the log is in {self.lines.path} only")
+            # Its work at the program's end would wait for its service for ever.
+            _within(1, lambda: import_module("wandb").teardown())
+            self.wandb_run = outcome = None
+        return outcome
 
 
 class JsonLines(list):
-    """The lines of a file; those after step `since` are cut off, to be written again."""
+    """The lines of a file; those after step `since` are cut off."""
 
     def __init__(self, path: Path, since: int):
         super().__init__(line for line in read_log(path) if line["step"] <= since)
@@ -114,14 +106,14 @@ class JsonLines(list):
         with atomic_write(path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in self))
 
-    def append(self, line: dict[str, Any]) -> None:
+    def append(self, line: dict) -> None:
         super().append(line)
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read a log; a last line that a kill left unfinished is dropped, other bad ones are named."""
+def read_log(path: Path) -> list[dict]:
+    """Read a log; a last line that a kill cut off is dropped, other bad ones are named."""
     lines = []
     texts = path.read_text(errors="replace").splitlines() if path.exists() else []
     for number, text in enumerate(texts, start=1):
@@ -134,9 +126,9 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
+def _within(seconds: float, call: Callable):
     """Return what `call` returns or raises; a TimeoutError when it takes longer."""
-    outcome: list[Any] = [TimeoutError(f"no answer within {seconds:g} s")]
+    outcome = [TimeoutError(f"no answer within {seconds:g} s")]
 
     def run() -> None:
         try:
@@ -144,14 +136,14 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
         except Exception as error:
             outcome.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)  # no thread of a pool: these delay the end
+    thread = threading.Thread(target=run, daemon=True)  # a pool's would delay the end
     thread.start()
     thread.join(seconds)
     return outcome[-1]
 
 
-def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
-    """Start or continue the folder's wandb run: online with an account, else offline; no prompt."""
+def _start_wandb(folder: Path, config: dict):
+    """Start or continue the folder's wandb run: online with an account, else offline."""
     if os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes"):
         return None
     import wandb  # imported here: it takes seconds
@@ -162,7 +154,8 @@ def _start_wandb(folder: Path, config: dict[str, Any]) -> Any:
     id_file = folder / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
-    # Without console capture: a dead service would otherwise block everything that prints.
-    settings = wandb.Settings(silent=True, init_timeout=30, console="off")
-    names = {"project": "semidg-seg", "name": folder.resolve().name, "id": id_file.read_text(), "dir": folder}
-    return wandb.init(**names, resume="allow", config=config, mode=mode, settings=settings)
+    return wandb.init(
+        project="semidg-seg", name=folder.resolve().name, id=id_file.read_text(), dir=folder, resume="allow",
+        # Its capture of the console would let a dead service block everything that prints.
+        config=config, mode=mode, settings=wandb.Settings(silent=True, init_timeout=30, console="off"),
+    )  # fmt: skip
