@@ -83,7 +83,9 @@ def test_uncertainty_gathers_slices_and_patients():
     for patient, sure, dice, label in (("a", 1.0, 1.0, truth), ("b", 0.6, 0.25, 1 - truth)):
         probability = torch.where(nn.functional.one_hot(label, 2).bool(), sure, 1 - sure).movedim(-1, 1)
         agreement = torch.where(label > 0, sure, 0.0)
-        scan = ScanPrediction(patient, "ED", None, None, probability, agreement, truth, np.array([dice]), 1 - agreement)
+        scan = ScanPrediction(
+            patient, "ED", None, None, probability, agreement, truth, np.array([dice]), None, 1 - agreement
+        )
         uncertainty.add(scan)
     summary = uncertainty.summary()
     for kind in ("slices", "patients"):  # kept first is the right one: risks 0, then (0 + 75) / 2
