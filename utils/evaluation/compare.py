@@ -79,7 +79,7 @@ def by_method(summaries: Sequence[dict], names: Sequence[str], dataset: DatasetI
 
 
 def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list[Table]:
-    """Return a table by the paper's protocol, with published rows, and one per structure."""
+    """Return tables of the paper's and of the pooled Dice, each with its published rows, and one per structure."""
     summaries = [summary for runs in methods.values() for summary in chain(*runs.values())]
     ratio, data = summaries[0]["ratio"], summaries[0]["data"]
     checkpoints = {f"{s['checkpoint'].split(',')[0]}, selection: {s['selection']}" for s in summaries}
