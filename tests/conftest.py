@@ -11,9 +11,10 @@ from helpers import TinyNetwork
 
 import mms_dataloader
 import scgm_dataloader
-from config import MMS_DEMO, SCGM_DEMO
+from config import MMS, MMS_DEMO, ROBUST, SCGM_DEMO
 from utils.data.prepare import prepare_dataset
 
+PAPER = {key: getattr(MMS, key) for key in ROBUST}  # in place of the recipe, which the demos take
 # A test that needs one of these prepares phantoms or trains: it is slow, and need not say so itself.
 SLOW_FIXTURES = {"mms_raw", "scgm_raw"}
 
@@ -55,6 +56,7 @@ def mms_config(mms_root, tmp_path):
     """A short run on the M&Ms phantom: 8 steps of everything the method has."""
     return replace(
         MMS_DEMO,
+        **PAPER,
         demo=False,
         data_root=str(mms_root),
         out_root=str(tmp_path / "runs"),
@@ -72,7 +74,7 @@ def mms_config(mms_root, tmp_path):
 @pytest.fixture
 def scgm_config(scgm_root, tmp_path):
     return replace(
-        SCGM_DEMO, demo=False, data_root=str(scgm_root), out_root=str(tmp_path / "runs"), run_name="run",
+        SCGM_DEMO, **PAPER, demo=False, data_root=str(scgm_root), out_root=str(tmp_path / "runs"), run_name="run",
         image_size=32, batch_size=16, num_epoch=2, cps_warmup=0.5, device="cpu",
     )  # fmt: skip
 

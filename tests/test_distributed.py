@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import ROOT, run_python, start_python, tiny_trainer
 
+from config import ROBUST
 from utils.device import autocast_context, bf16_is_faster, choose_device, process_group
 from utils.errors import UserError
 from utils.run.checkpoint import load_checkpoint, load_networks
@@ -77,7 +78,7 @@ def test_two_processes_train_as_one(short, tmp_path, mms_config):
     # The shared evaluation is that of one process, to the last digit.
     line = json.loads((tmp_path / "run/log.jsonl").read_text())
     assert json.loads((tmp_path / "run/config.json").read_text())["processes"] == 2
-    cfg = replace(mms_config, **{name: short[name] for name in ("ratio", "image_size", "batch_size")})
+    cfg = replace(mms_config, **ROBUST, **{name: short[name] for name in ("ratio", "image_size", "batch_size")})
     trainer = tiny_trainer(cfg)
     load_networks(tmp_path / "run/best.safetensors", trainer.nets)
     assert trainer.validate() == pytest.approx(line["val_dice"], abs=1e-9)

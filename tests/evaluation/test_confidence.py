@@ -158,7 +158,7 @@ class Known(nn.Module):
 
 def test_figures_of_known_predictions():
     """Right everywhere but in the upper half of the truth's structures; there, and only there, the views disagree."""
-    cfg = replace(MMS_DEMO, image_size=32)
+    cfg = replace(MMS_DEMO, image_size=32, field=288)
     rng = np.random.default_rng(0)
     images, masks = rng.random((8, 300, 300)).astype(np.float16), np.zeros((8, 300, 300), np.uint8)
     for number, mask in enumerate(masks):
