@@ -55,7 +55,7 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
         test_domain: Annotated[str, tyro.conf.arg(aliases=["--test-vendor"])] = cfg.test_domain,
         ratio: float = cfg.ratio,
     ) -> None:
-        """Print the patients that a training labels, a code per line, as --labeled-patients takes them.
+        """Print the patients that a training labels, for --labeled-patients.
 
         Args:
             data: folder of the prepared data.

@@ -154,7 +154,7 @@ def split_patients(data: PreparedData, dataset: DatasetInfo, cfg: Config) -> Spl
 
 
 def _named_patients(cfg: Config, group_of: dict[str, tuple[str, str]], has_mask: list[str]) -> set[str]:
-    """Return the patients in the first column of a file; UserError that names all that cannot be labelled."""
+    """Return the patients in a file's first column; UserError for those that cannot be labelled."""
     columns, rows = read_table(Path(cfg.labeled_patients))
     codes = [row[columns[0].casefold()] for row in rows] if columns else []
     codes += [column for column in columns[:1] if column in group_of]  # a file without a header

@@ -66,6 +66,8 @@ def evaluate_run(
             write_volume(outputs.claim(name), segmented, truth, PROGRAM)
     paper_dice = mean_dice(slice_dice)
     cases = [{**case, "paper_dice": paper_dice[case["patient"]]} for case in cases]
+    number = len(paper_dice)
+    few = [f"{count(number, 'patient')}: an interval over fewer than 6 says little"] if number < 6 else []
     voxels, outside = (sum(case[key] for case in cases) for key in ("voxels", "outside_field"))
     summary = {
         **run_facts(run),
@@ -76,7 +78,7 @@ def evaluate_run(
         "unfinished": remark,
         "other_data": is_other(run.metadata, data.info),
         "keep_largest": keep_largest,
-        "patients": len(paper_dice),
+        "patients": number,
         "paper_dice": paper_dice,
         "paper_protocol": mean_std_interval([*paper_dice.values()]),
         "pooled": pooled_dice(np.array([*overlaps.values()]), dataset.class_names[1:]),
@@ -85,7 +87,7 @@ def evaluate_run(
         **{key: data.info[key] for key in ("phantom", "open_data", "content_hash")},
         **uncertainty.summary(),
         "labels": list(labels),
-        "warnings": exchanged_phases(cases, dataset) + few_patients(len(paper_dice)),
+        "warnings": exchanged_phases(cases, dataset) + few,
         "clinical": clinical_figures(cases, dataset),
     }
     tables = summary_tables(summary)
@@ -107,7 +109,7 @@ def evaluate_run(
     volumetric = [f"{name} {Cell(s['dice'])}" for name, s in summary["volumetric"].items()]
     for text in summary["warnings"]:
         print(f"warning: {text}")
-    print(f"{run.folder}: {title}: paper Dice {paper} % of {count(len(paper_dice), 'patient')}; "
+    print(f"{run.folder}: {title}: paper Dice {paper} % of {count(number, 'patient')}; "
           f"volumetric Dice (%) {', '.join(volumetric)}; report in {out / 'report.html'}")  # fmt: skip
     return summary
 
@@ -190,11 +192,6 @@ def exchanged_phases(cases: Sequence[dict], dataset: DatasetInfo) -> list[str]:
     ml = {(c["patient"], c["phase"]): c["truth_ml"] for c in cases if c["structure"] in names}
     patients = [p for p, phase in ml if phase == "ED" and ml[p, "ED"] < ml.get((p, "ES"), 0)]
     return [f"{patient}: the true {names[0]} is larger at ES than at ED: exchanged?" for patient in patients]
-
-
-def few_patients(number: int) -> list[str]:
-    """Return a warning where intervals over so few patients say little."""
-    return [f"{count(number, 'patient')}: an interval over fewer than 6 says little"] if number < 6 else []
 
 
 def case_drawing(scan: ScanPrediction, grid: Volume) -> dict:

@@ -75,8 +75,8 @@ def pooled_dice(overlaps: np.ndarray, names: Sequence[str]) -> dict:
 def two_level_interval(differences: Sequence[np.ndarray]) -> list[float]:
     """Return the 95 % bootstrap interval of a mean over seeds and patients, which are both drawn anew.
 
-    Each array is (seeds, patients), of one domain; the mean weighs by patients. One seed and one patient fewer than
-    there are is drawn: so the variance of the mean is not underestimated.
+    Each array is (seeds, patients), of one domain. One fewer than there are is drawn, so that the mean's variance is
+    not underestimated.
     """
     rng, total = np.random.default_rng(0), 0
     for values in differences:

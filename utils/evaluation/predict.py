@@ -122,10 +122,7 @@ def paper_dice(probability: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def structure_overlap(probability: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return (K - 1, 2) sums over slices: twice the intersection, and both sizes, of each structure (argmax).
-
-    Arguments as in `paper_dice`; the quotient of the sums over a list is its pooled Dice.
-    """
+    """Return twice the intersection and both sizes of each structure (argmax), summed over slices: (K - 1, 2)."""
     classes = torch.arange(1, probability.shape[1], device=labels.device)[:, None, None, None]
     predicted, truth = probability.argmax(1) == classes, labels == classes  # (K - 1, B, H, W)
     sums = 2 * (predicted & truth).sum((1, 2, 3)), predicted.sum((1, 2, 3)) + truth.sum((1, 2, 3))

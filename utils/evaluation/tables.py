@@ -63,7 +63,7 @@ class Published(NamedTuple):
 
 
 def published_rows(dataset: str, ratio: float, kind: str) -> tuple[list[Published], list[str]]:
-    """Return the rows that published a Dice of one kind for a ratio, and notes on these and on the others."""
+    """Return the published rows of one kind of Dice, and notes on these and on the others."""
     rows = []
     with open(Path(__file__).with_name("published.csv"), encoding="utf-8") as file:
         for line in csv.DictReader(file):
