@@ -251,7 +251,7 @@ def test_teachers_move_the_statistics_of_batchnorm(mms_config):
 def test_other_settings_and_data_are_refused_and_restart_begins_anew(mms_config):
     cfg = replace(mms_config, max_steps=2)
     train(cfg)
-    loaders = build_loaders(cfg, MMS)
+    loaders = build_loaders(replace(cfg, max_steps=3), MMS)
     loaders.data.info["content_hash"] = "another"
     with pytest.raises(UserError, match="holds other data than this run began with"):
         fit(replace(cfg, max_steps=3), loaders, TinyNetwork, Process(CPU))

@@ -181,7 +181,7 @@ def test_changed_description_is_refused(mms_root, tmp_path):
         with pytest.raises(UserError):
             PreparedData.open(root, MMS)
     for before, after, said in ((b'"spacing_mm": 1.1', b'"spacing_mm": 1.3', changed_said),
-                                (b'"format": 5', b'"format": 4', "format 4, not mms 5")):  # fmt: skip
+                                (b'"format": 6', b'"format": 5', "format 5, not mms 6")):  # fmt: skip
         (root / "dataset.json").write_bytes(content.replace(before, after))
         with pytest.raises(UserError, match=said):
             PreparedData.open(root, MMS)
