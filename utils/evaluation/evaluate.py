@@ -42,10 +42,7 @@ def evaluate_run(
     run: TrainedRun, dataset: DatasetInfo, data: PreparedData, out: Path, *, domain: str,
     title: str, save_predictions=False, keep_largest=False, labels: Sequence[str] = (),
 ) -> dict:  # fmt: skip
-    """Evaluate a run on a domain's patients with masks, into `out`; return summary.json.
-
-    `labels` says what the values in the user's masks meant, for the record.
-    """
+    """Evaluate a run on a domain's patients with masks, into `out`; return summary.json, with the user's `labels`."""
     remark, patients = unfinished(run.folder), patients_to_evaluate(run, data, domain)
     outputs = OutputFolder(out)
     outputs.require_free(*RESULT_FILES)  # before the work

@@ -94,10 +94,7 @@ def is_other(training: dict, data: dict) -> bool:
 
 
 def patients_to_evaluate(run: TrainedRun, data: PreparedData, domain: str) -> list[str]:
-    """Return a domain's patients with masks; UserError for none, or one that the training has seen.
-
-    Such a one bears a training patient's name, or its scan has a training scan's voxels.
-    """
+    """Return a domain's patients with masks; UserError for none, or one seen in training, by name or voxels."""
     patients = data.patients_with_masks(domain)
     if not patients:
         raise UserError(f"{data.root}: no masks of domain {domain} to evaluate on: check --data-root")

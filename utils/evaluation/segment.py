@@ -37,8 +37,8 @@ def segment_files(
 ) -> None:  # fmt: skip
     """Segment files, and NIfTI files of folders, into OUTPUT/STEM_seg.nii.gz; measures into quality.csv.
 
-    `confidence` adds STEM_confidence.nii.gz (exp(-V), V the KL variance between plain and Fourier
-    view) and STEM_agreement.nii.gz (exp(-KL) of the networks); `volumes` adds volumes.csv.
+    `confidence` adds STEM_confidence.nii.gz (exp(-V)) and STEM_agreement.nii.gz (exp(-KL) of the
+    networks); `volumes` adds volumes.csv.
 
     Without `overwrite`, only scans that lack a map or lines in a table are done. UserError for wrong
     inputs or outputs, and in the end for the files that failed.
@@ -173,7 +173,7 @@ def _predict_slices(slices, plane, predictor, dataset, batch_size, confidence=Fa
     # Slice by slice: a whole scan takes gigabytes.
     normalized = (dataset.normalize(image[None].astype(np.float32)) for image in slices)
     canvas = np.concatenate([plane.to_canvas(image).astype(np.float16) for image in normalized])
-    # A new scan has no partners from other scanners: half the scan away is another amplitude.
+    # A new scan has no partners from other scanners.
     partners = np.roll(canvas, len(canvas) // 2, 0)
     for first in range(0, len(canvas), batch_size):
         images, others = (part[first : first + batch_size, None] for part in (canvas, partners))
@@ -238,8 +238,8 @@ def structure_quality(
 def clinical_figures(volume: Volume, labels: np.ndarray, dataset: DatasetInfo) -> tuple[dict, str]:
     """Return clinical quantities by name, None with fewer than two usable frames, and a remark.
 
-    ED and ES are the frames, not constant, in which the LV is largest and smallest; one of less than a tenth of the
-    largest counts as not found.
+    ED and ES are the frames, not constant, in which the LV is largest and smallest; below a tenth of
+    the largest it counts as not found.
     """
     names, frames = dataset.class_names[1:], frame_count(volume)
     labels = labels.reshape(*labels.shape[:3], frames)

@@ -21,7 +21,7 @@ def amplitude_swap(
     """Give `image` the low-frequency amplitude of `other`, keeping its phase (mode AS).
 
     Only the (2b+1)^2 Fourier coefficients in the centred square of half-width b = floor(min(H, W) * window)
-    change, so they alone are computed, by products with thin bases, and only their change is brought back.
+    change, so they alone are computed, by products with thin bases.
 
     Args:
         image, other: (B, 1, H, W) float32.

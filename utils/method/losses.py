@@ -57,7 +57,7 @@ def cross_pseudo_loss(
         variance: (B, H, W), the other network's uncertainty V; not read in mode "plain".
         mode: "pixel": mean(exp(-V) * CE + V), the paper's equation; "scalar": the same with CE averaged before
             it is weighted, as in the released code; "plain": mean(CE), cross pseudo supervision alone.
-        teacher_logits: (B, K, H, W), whose argmax the pseudo label is, without gradient; no mode reads them so far.
+        teacher_logits: (B, K, H, W), whose argmax the pseudo label is, without gradient; no mode reads them.
         cfg: the run's settings, for a mode with settings of its own (docs/new_idea.md).
     """
     cross_entropy = F.cross_entropy(logits.float(), pseudo_label, reduction="none")  # (B, H, W)
