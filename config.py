@@ -18,7 +18,7 @@ FIELD_PX = 288  # the field of view: the paper's image size
 CANVAS_PX = 300  # the prepared images: a margin of 6 px around the field of view, for random shifts
 
 
-# What the settings can be; `Config` has the rules that are not so simple.
+# What the settings can be.
 RANGES = {"image_size": (32, FIELD_PX), "field": (96, FIELD_PX), "max_shift": (0, (CANVAS_PX - FIELD_PX) // 2),
           "rotation": (0, 360), "fourier_ratio": (0, 1), "fourier_alpha": (0, 1)}  # fmt: skip
 LEAST = dict.fromkeys(("seed", "val_patients", "save_every", "keep_epochs", "workers", "cps_weight", "cps_warmup",

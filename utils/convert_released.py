@@ -6,7 +6,6 @@ A pickle is a program: it is read only if it names nothing but networks' classes
 """
 
 import pickletools
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +26,13 @@ from utils.run.checkpoint import run_metadata, save_networks
 
 # What a released network names, as "module name": classes, each read as a StandIn, and what
 # torch.load makes itself. It would make more, and whatever libraries have allowed it.
-CLASS = re.compile(r"(network|torch\.nn\.modules|torch\.nn\.parallel)\.\w+ [A-Z]\w+", re.ASCII)
+CLASSES = {f"{module} {name}" for module, names in {
+    "network.deeplabv3p": "SingleNetwork Head ASPP Normalize", "network.resnet": "ResNet Bottleneck",
+    "torch.nn.modules.activation": "LeakyReLU ReLU", "torch.nn.modules.batchnorm": "BatchNorm2d SyncBatchNorm",
+    "torch.nn.modules.container": "ModuleList Sequential", "torch.nn.modules.conv": "Conv2d",
+    "torch.nn.modules.dropout": "Dropout2d", "torch.nn.modules.loss": "CrossEntropyLoss",
+    "torch.nn.modules.pooling": "MaxPool2d", "torch.nn.parallel.data_parallel": "DataParallel",
+}.items() for name in names.split()}  # fmt: skip
 VALUES = {
     "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch FloatStorage", "torch HalfStorage",
     "torch LongStorage", "torch Size", "torch device", "collections OrderedDict", "__builtin__ set",
@@ -45,10 +50,9 @@ def read_released(path: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.PyTorchFileReader(str(path)).get_record("data.pkl")  # as torch.load
         names = {value for opcode, value, _ in pickletools.genops(content) if opcode.name == "GLOBAL"}
-        classes = set(filter(CLASS.fullmatch, names))
-        if others := names - classes - VALUES:
+        if others := names - CLASSES - VALUES:
             raise ValueError(f"it names {min(others).replace(' ', '.')}")
-        with torch.serialization.safe_globals([(StandIn, name.replace(" ", ".")) for name in classes]):
+        with torch.serialization.safe_globals([(StandIn, name.replace(" ", ".")) for name in CLASSES]):
             root = torch.load(path, map_location="cpu", weights_only=True)
         state = root if isinstance(root, dict) else dict(_named_tensors(root))
         tensors = {key.removeprefix("module."): value.detach() for key, value in state.items()}  # by DataParallel

@@ -84,7 +84,7 @@ def begun(trainer: Trainer, total: int) -> Iterator[Logger | NullLogger]:
     """Write the settings of a run, say how it begins or goes on, and yield its logger."""
     cfg, process, loaders = trainer.cfg, trainer.process, trainer.loaders
     if cfg.monitor_pseudo_labels:
-        hidden_rows(loaders.data, loaders.split)  # raises before the work
+        hidden_rows(loaders.data, loaders.split)
     with ExitStack() as stack:
         logger = NullLogger()
         with main_first(process):

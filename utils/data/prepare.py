@@ -57,9 +57,9 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
         raise UserError(f"{unfinished} was not left by this program: move it, or choose another --out")
     with folder_lock(unfinished):
         try:
-            if out.exists():  # asked under the lock: another process may have made it just now
+            if out.exists():
                 raise UserError(f"{out} exists already: remove it, or choose another --out")
-            shutil.rmtree(unfinished / "truth", ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(unfinished / "truth", ignore_errors=True)
             cases, reports = _check_all(raw, dataset, workers, unfinished)
             if not _summarise(raw, dataset, cases, reports):
                 raise UserError(f"{raw} has the errors listed above")

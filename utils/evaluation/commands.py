@@ -123,7 +123,7 @@ def evaluate_runs(load: Callable, dataset: DatasetInfo, flags: Inference) -> Non
     """Evaluate runs on their held-out domains; of several, write tables, too."""
     folders, root, out = flags.run, flags.held_out.data_root, flags.held_out.out
     several = len(folders) > 1
-    if several:  # before the first evaluation
+    if several:
         metadata = [read_run(folder, flags.checkpoint, dataset)[1] for folder in folders]
         names = compare.name_rows(folders, metadata, flags.held_out.label, same_data=root is not None)
         facts = (sorted(map(str, folders)), flags.checkpoint, flags.tta, flags.keep_largest, root)
@@ -144,7 +144,7 @@ def evaluate_runs(load: Callable, dataset: DatasetInfo, flags: Inference) -> Non
 
 def evaluate_user_scans(run: TrainedRun, dataset: DatasetInfo, flags: Inference) -> None:
     """Evaluate a run on the user's labelled scans, prepared as a data set."""
-    source, scans = flags.input[0], flags.labeled_scans  # it names the results
+    source, scans = flags.input[0], flags.labeled_scans
     dataset = labeled(flags.input, scans.truth, scans.labels, dataset)
     with tempfile.TemporaryDirectory(prefix="semidg_") as folder, memory_errors(source):
         raw, prepared = source if source.is_dir() else source.parent, Path(folder) / source.resolve().name

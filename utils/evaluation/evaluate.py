@@ -45,7 +45,7 @@ def evaluate_run(
     """Evaluate a run on a domain's patients with masks, into `out`; return summary.json, with the user's `labels`."""
     remark, patients = unfinished(run.folder), patients_to_evaluate(run, data, domain)
     outputs = OutputFolder(out)
-    outputs.require_free(*RESULT_FILES)  # before the work
+    outputs.require_free(*RESULT_FILES)
     require_writable(out, "--out or --output")
     slice_dice, cases, drawings, overlaps = [], [], {}, defaultdict(int)
     uncertainty, loader = Uncertainty(), scan_loader(data, patients)
@@ -101,7 +101,7 @@ def evaluate_run(
         outputs.claim("report.html"), title=title, summary=summary, tables=tables,
         config=asdict(run.config), cases=cases_table(cases), pictures=pictures,
     )  # fmt: skip
-    outputs.remove_stale()  # of an earlier evaluation
+    outputs.remove_stale()
     paper = Cell(**summary["paper_protocol"])._replace(ci95=None)
     volumetric = [f"{name} {Cell(s['dice'])}" for name, s in summary["volumetric"].items()]
     for text in summary["warnings"]:

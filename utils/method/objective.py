@@ -1,15 +1,11 @@
-"""The training objective, in the symbols of the paper (Yao, Hu and Li, AAAI 2022, section 3).
+"""The training objective, in the symbols of the paper (Yao, Hu and Li, AAAI 2022, section 3; docs/method.md).
 
 | paper | here |
 |---|---|
-| X, Z: image and Fourier view | `UnlabeledViews.plain`, `.fourier`; made by `augment.fourier_view` |
 | P_O, P_F: predictions on X and Z | `plain`, `fourier` logits in `cross_pseudo_supervision` |
 | Y = argmax P_E, P_E = (P_O + P_F) / 2: pseudo label | `pseudo_label` (the mean of the logits, as released) |
 | V = KL(P_F, P_O): uncertainty per pixel | `losses.kl_variance` |
 | L_a, L_b: one network learns from the other | `losses.cross_pseudo_loss` |
-| L_cacps = L_a + L_b | `cross_pseudo_supervision` |
-| L_s: Dice loss of both networks on labelled images | `losses.dice_loss` |
-| L = L_s + beta L_cacps | `training_step` |
 """
 
 from collections.abc import Callable, Sequence
