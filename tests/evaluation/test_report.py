@@ -146,7 +146,7 @@ def test_values_are_there(report):
         ["RV", "86.00 [80.00, 90.00]"],
         ["mean", "87.00 [80.00, 90.00]"],
     ]
-    assert published[1] == ["this run", "65.00 ± 35.36", "patients", "labelled source"]
+    assert published[1] == ["this run", "65.00 ± 35.36", "patients", "as noted"]
     assert ["VDPL (U-Net)", "85.42", "–", "labelled source"] in published and len(later) == 3
     assert "This run is not comparable: plain CPS." in page.text
     assert calibration[1:] == [["field of view", "1.50"], ["foreground", "–"]]

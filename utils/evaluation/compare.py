@@ -98,7 +98,7 @@ def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list
         ("pooled", "Pooled over the list", "Dice (%) of sums over all slices, mean over structures"),
     ):
         published, notes = published_rows(dataset.key, ratio, kind)
-        rows = [[f"this implementation, {name}", *_cells(runs, kind), "labelled source"]
+        rows = [[f"this implementation, {name}", *_cells(runs, kind), "as noted"]
                 for name, runs in methods.items()]  # fmt: skip
         rows += [[row.method, *(row.dice[d] for d in dataset.domains), row.average, row.over, row.chosen_on]
                  for row in published]  # fmt: skip

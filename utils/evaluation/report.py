@@ -84,7 +84,7 @@ def summary_tables(summary: dict) -> list[Table]:
         if rows:
             notes += [f"This run is not comparable: {', '.join(reasons)}."] if reasons else []
             header = ["", domain, "± over", "checkpoint chosen on"]
-            tables.append(Table(title, header, [["this run", *ours, "labelled source"], *rows], notes))
+            tables.append(Table(title, header, [["this run", *ours, "as noted"], *rows], notes))
     if clinical := summary["clinical"]:
         tables.append(Table(
             "Clinical quantities",
