@@ -84,7 +84,7 @@ def test_worker_that_stalls_or_dies_ends_in_a_clear_error(kind):
         "    for item in loaders.batch_loader(Numbers(before), range(50), 2):\n"
         "        print(int(item[1]))\n"
     )
-    done = run_python("-c", code, timeout=40)
+    done = run_python("-c", code, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: a process that reads the data stalled or died (DataLoader" in done.stderr
     assert "use --workers 0" in done.stderr and wait_until_gone(set(map(int, done.stdout.split())), 10)
