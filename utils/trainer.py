@@ -61,8 +61,8 @@ class Trainer:
                 net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
             self.nets.append(net.to(self.device, memory_format=torch.channels_last).train())
         split = loaders.split
-        pairs = zip(*(loaders.data.index[name].tolist() for name in ("patient", "domain")), strict=True)
-        self.labeled = {patient: domain for patient, domain in pairs if patient in split.labeled}
+        index, rows = loaders.data.index, loaders.labeled.dataset.rows
+        self.labeled = dict(zip(index["patient"][rows].tolist(), index["domain"][rows].tolist(), strict=True))
         # Patients whose images the networks learn or have learnt from, by checksum of a frame.
         self.seen = loaders.data.checksums([*split.labeled, *split.unlabeled, *split.validation])
         held_out = loaders.data.checksums(split.held_out)
