@@ -20,7 +20,7 @@ CANVAS_PX = 300  # the prepared images: a margin of 6 px around the field of vie
 
 # What the settings can be.
 RANGES = {"image_size": (32, FIELD_PX), "field": (96, FIELD_PX), "max_shift": (0, (CANVAS_PX - FIELD_PX) // 2),
-          "rotation": (0, 360), "fourier_ratio": (0, 1), "fourier_alpha": (0, 1)}  # fmt: skip
+          "rotation": (0, 360), "zoom": (0, 1), "fourier_ratio": (0, 1), "fourier_alpha": (0, 1), "style_aug": (0, 1)}  # fmt: skip
 LEAST = dict.fromkeys(("seed", "val_patients", "save_every", "keep_epochs", "workers", "cps_weight", "cps_warmup",
                        "cps_ramp", "weight_decay", "lr_power", "cross_entropy"), 0)  # fmt: skip
 LEAST |= {"num_epoch": 1, "accumulate": 1, "batch_size": 2}
@@ -53,6 +53,7 @@ class AugmentationSettings:
     rotation: int = 90  # Largest rotation in degrees, 0 to 360.
     max_shift: int = 6  # Largest shift along each axis in px, 0 to 6.
     flip: bool = True  # Flip horizontally and vertically, each with probability 0.5.
+    zoom: float = 0  # Scale by a factor of exp(-zoom) to exp(zoom); 0 keeps it.
     blur: bool = True  # Blur with a Gaussian of a sigma drawn from 0.25 to 1.25 px.
     histogram_matching: bool = True  # Match histograms to the first source domain.
     fourier_aug: bool = True  # Make Fourier views, which all but --cps-loss plain need.
@@ -60,6 +61,7 @@ class AugmentationSettings:
     fourier_window: float = 0.01  # Half-width of what AS swaps, a share of 288 px (L).
     fourier_ratio: float = 1.0  # Share of the other image's amplitude in AS, 0 to 1 (lambda).
     fourier_alpha: float = 0.3  # Largest share of its amplitude in AM, 0 to 1 (alpha).
+    style_aug: float = 0  # Share of the images to learn from that get a random style, 0 to 1.
     cutmix: bool = True  # Give the pseudo supervision pairs of images that are mixed by boxes.
 
 

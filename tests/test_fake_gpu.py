@@ -45,7 +45,8 @@ def canvases(count, dtype=torch.float16):
 
 @pytest.mark.parametrize("mode", ["AS", "AM"])
 def test_augmentation(mode):
-    cfg = replace(MMS, image_size=SIZE, fourier_mode=mode, field=200 if mode == "AM" else 288)
+    cfg = replace(MMS, image_size=SIZE, fourier_mode=mode)
+    cfg = replace(cfg, field=200, zoom=0.2, style_aug=0.5) if mode == "AM" else cfg
     augmentation = augment.Augmentation(cfg, torch.zeros(9, 256, device=CUDA), 4)
     quantiles, mask = torch.zeros(4, 256, device=CUDA), canvases(4, torch.uint8)
     made = [*augmentation.labeled(canvases(4), mask, quantiles, Generator())]
@@ -58,7 +59,7 @@ def test_augmentation(mode):
 @pytest.mark.parametrize("mode", ["pixel", "scalar", "plain"])
 def test_objective_of_both_networks(nets, mode):
     image = torch.zeros(2, 1, SIZE, SIZE, device=CUDA)
-    views = UnlabeledViews((image, image), (image, image), image)
+    views = UnlabeledViews((image, image), (image, image), (image, image), image)
     assert pseudo_label(nets[0], views)[0].device == CUDA
     loss, variance = cross_pseudo_supervision(nets, views, mode, nullcontext)
     supervised = losses.dice_loss(nets[0](image).softmax(1), torch.zeros_like(image[:, 0]).long())

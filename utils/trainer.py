@@ -132,7 +132,9 @@ class Trainer:
         parts, box_mask = 1, None
         if self.cfg.cutmix:
             parts, box_mask = 2, cutmix_mask(len(image) // 2, self.cfg.image_size, generator=self.generator)
-        return UnlabeledViews(plain.chunk(parts), None if fourier is None else fourier.chunk(parts), box_mask)
+        student = self.augmentation.styled(plain, self.generator)
+        pairs = [None if view is None else view.chunk(parts) for view in (plain, fourier, student)]
+        return UnlabeledViews(*pairs, box_mask)
 
     def _on_device(self, batch: Batch, *names: str) -> list[torch.Tensor]:
         return [batch[name].to(self.device, non_blocking=True) for name in names]
@@ -231,7 +233,7 @@ class Trainer:
         self.generator.manual_seed(derive_seed(self.cfg.seed, 6, self.step))
         views = self.unlabeled_views(loader.dataset[np.concatenate([part[:4] for part in parts])])
         fourier = views.fourier or views.plain
-        mixed = [views.mix(views.plain), views.mix(fourier)]
+        mixed = [views.mix(views.student), views.mix(fourier)]
         with self.evaluating(), self.autocast():
             labels = [pseudo_label(net, views)[0] for net in self.nets]
             variances = [kl_variance(*(net(image).float() for image in mixed)) for net in self.nets]

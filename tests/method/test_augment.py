@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import FIXTURES
 from scipy import ndimage
 from skimage.exposure import match_histograms
@@ -26,6 +27,7 @@ from utils.method.augment import (
     match_histogram,
     random_affine,
     random_partner,
+    style_view,
 )
 
 PLAIN = replace(MMS, image_size=64, rotation=0, max_shift=0, flip=False, blur=False)
@@ -162,6 +164,51 @@ def test_gaussian_blur_equals_torchvision():
         torch.testing.assert_close(blurred[i], torchvision_blur(image[i], [5, 5], [sigma[i].item()]))
 
 
+def numpy_style(image, draws):
+    """The random style of one image, in NumPy and SciPy; `draws` in the order in which they are made."""
+    gamma, *layers, share, contrast, brightness, field, sigma, white = draws
+    image = view = np.clip(image, 0, 1) ** np.exp(-0.7 + 1.4 * gamma.item())
+    channels = [image]
+    for number, (weight, small) in enumerate(zip(layers[::2], layers[1::2], strict=True)):
+        if small.item() < 0.5:
+            weight = weight * (np.indices((3, 3)) == 1).all(0)
+        if number:
+            channels = [np.where(c > 0, c, 0.01 * c) for c in channels]
+        channels = [sum(ndimage.correlate(c, k, mode="constant") for c, k in zip(channels, kernels, strict=True))
+                    for kernels in weight]  # fmt: skip
+    view = (1 - share.item()) * image + share.item() * channels[0]
+    view *= np.linalg.norm(image) / np.linalg.norm(view)
+    view = (view - view.mean()) * (0.6 + 0.9 * contrast.item()) + view.mean() - 0.15 + 0.3 * brightness.item()
+    size = list(view.shape)
+    smooth_field = F.interpolate(torch.tensor(0.25 * field)[None], size=size, mode="bicubic", align_corners=True)
+    return view * np.exp(smooth_field[0, 0].numpy()) + 0.05 * sigma.item() * white[0]
+
+
+def test_style_view_equals_numpy_image_by_image():
+    image, generator = noise(3, 1, 20, 24), seeded(5)
+    one = (3, 1, 1, 1)
+    shapes = [(torch.rand, one)]
+    for inputs, outputs in ((1, 2), (2, 2), (2, 2), (2, 1)):
+        shapes += [(torch.randn, (3, outputs, inputs, 3, 3)), (torch.rand, (*one, 1))]
+    shapes += [(torch.rand, one)] * 3 + [(torch.randn, (3, 1, 3, 3)), (torch.rand, one), (torch.randn, (3, 1, 20, 24))]
+    draws = [draw(shape, generator=generator).numpy() for draw, shape in shapes]
+    made = style_view(image, seeded(5))
+    for i in range(3):
+        expected = numpy_style(image[i, 0].numpy(), [values[i] for values in draws])
+        np.testing.assert_allclose(made[i, 0], expected, rtol=0, atol=2e-4)
+
+
+def test_style_keeps_edges_where_they_are():
+    """A style is a matter of gray values: a step between two organs stays the strongest edge, wherever it is faint."""
+    image = torch.full((64, 1, 32, 32), 0.3)
+    image[..., 16:] = 0.7
+    made = style_view(image, seeded())
+    assert torch.isfinite(made).all() and (made - image).abs().mean((1, 2, 3)).min() > 0.01
+    steps = made[:, 0, 4:-4, 4:-4].mean(1).diff().abs()  # between neighbouring columns
+    assert ((steps.argmax(1) - 11).abs() <= 2).float().mean() > 0.8
+    assert torch.isfinite(style_view(torch.zeros(4, 1, 32, 32), seeded())).all()  # an empty slice
+
+
 # --- geometry
 
 
@@ -234,6 +281,22 @@ def test_shifts_are_whole_px_within_the_window():
         x, y = shift[i].round().int().tolist()
         view = canvas_to_view(image, FIELD_PX, theta[i : i + 1])
         torch.testing.assert_close(view, image[..., 6 + y : 294 + y, 6 + x : 294 + x], rtol=0, atol=1e-4)
+
+
+def test_zoom_scales_about_the_middle_by_factors_even_in_their_logarithm():
+    theta = random_affine(2000, generator=seeded(), rotation=90, max_shift=0, flip=True, zoom=0.25)
+    log_scale = theta[:, :, :2].det().abs().log() / 2
+    assert -0.25 <= log_scale.min() < -0.24 and 0.24 < log_scale.max() <= 0.25 and log_scale.mean().abs() < 0.02
+    theta, image = random_affine(1, generator=seeded(2), rotation=0, max_shift=0, flip=False, zoom=0.25), smooth(1)
+    scale = theta[0, 0, 0].item()
+    centre = (CANVAS_PX - 1) / 2
+    matrix, offset = [scale, scale], [centre * (1 - scale)] * 2
+    inner = np.s_[40:-40, 40:-40]  # inside the canvas at every scale
+    expected = ndimage.affine_transform(image[0, 0].numpy(), matrix, offset, order=1)[6:-6, 6:-6]
+    view = canvas_to_view(image, FIELD_PX, theta)[0, 0]
+    np.testing.assert_allclose(view[inner], expected[inner], rtol=0, atol=1e-3)
+    plain = {"generator": seeded(), "rotation": 90, "max_shift": 6, "flip": True}
+    assert torch.equal(random_affine(5, **plain), random_affine(5, **plain | {"generator": seeded()}, zoom=0))
 
 
 def test_flips_are_independent_and_mirror_the_field_of_view():
@@ -330,6 +393,14 @@ def test_unlabeled_views(mode):
     assert torch.equal(plain, again[0]) and torch.equal(fourier, again[1])
     assert not torch.equal(plain, other[0])
     assert unlabeled(image, fourier_aug=False, cps_loss="plain", **settings)[1] is None
+
+
+def test_a_share_of_the_images_to_learn_on_gets_a_random_style():
+    image, masks = smooth(64), torch.zeros(64, 1, CANVAS_PX, CANVAS_PX, dtype=torch.uint8)
+    views = {share: Augmentation(replace(PLAIN, style_aug=share)).labeled(image, masks, None, seeded())[0]
+             for share in (0, 0.25, 1)}  # fmt: skip
+    changed = [((views[share] - views[0]).abs().amax((1, 2, 3)) > 0).float().mean().item() for share in (0.25, 1)]
+    assert 0.1 < changed[0] < 0.4 and changed[1] == 1
 
 
 @pytest.mark.parametrize("off", [{"fourier_ratio": 0.0}, {"fourier_mode": "AM", "fourier_alpha": 0.0}])

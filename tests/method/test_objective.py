@@ -30,14 +30,17 @@ def plain_dice(nets, image, mask, classes):
     return loss
 
 
-def plain_objective(nets, image, mask, u0, u1, f0, f1, box, mode, beta):
-    """L = L_s + beta L_cacps written out as the paper says it, for networks without randomness."""
+def plain_objective(nets, image, mask, u0, u1, f0, f1, s0, s1, box, mode, beta):
+    """L = L_s + beta L_cacps written out as the paper says it, for networks without randomness.
+
+    Labels come from u and f; what is learnt on is s, which is u in the paper.
+    """
     with torch.no_grad():
         labels = []
         for net in nets:
             logits0, logits1 = (net(u0) + net(f0)) / 2, (net(u1) + net(f1)) / 2
             labels.append(torch.where(box > 0, logits1, logits0).argmax(1))
-    plain, fourier = torch.where(box > 0, u1, u0), torch.where(box > 0, f1, f0)
+    plain, fourier = torch.where(box > 0, s1, s0), torch.where(box > 0, f1, f0)
     outputs = [(net(plain), net(fourier)) for net in nets]
     loss = 0
     for (o, f), (student, _), label in zip(outputs, outputs[::-1], labels, strict=True):
@@ -54,13 +57,13 @@ def plain_objective(nets, image, mask, u0, u1, f0, f1, box, mode, beta):
 def test_step_equals_the_equations(build_tiny, mode, weight):
     torch.manual_seed(0)
     nets = [build_tiny(4).double().eval() for _ in range(2)]  # eval: no dropout, fixed BatchNorm
-    image, u0, u1, f0, f1 = torch.rand(5, 3, 1, 16, 16, dtype=torch.double)
+    image, *views = torch.rand(7, 3, 1, 16, 16, dtype=torch.double)
     mask, box = torch.randint(0, 4, (3, 16, 16)), torch.randint(0, 2, (3, 1, 16, 16)).double()
-    expected = plain_objective(nets, image, mask, u0, u1, f0, f1, box, mode, 3.0)
+    expected = plain_objective(nets, image, mask, *views, box, mode, 3.0)
     expected -= weight * sum(net(image).softmax(1).gather(1, mask[:, None]).log().mean() for net in nets)
     reference = torch.autograd.grad(expected, [p for net in nets for p in net.parameters()])
     scalars = training_step(
-        nets, image, mask, UnlabeledViews((u0, u1), (f0, f1), box),
+        nets, image, mask, UnlabeledViews(views[:2], views[2:4], views[4:], box),
         dice_classes=slice(0, None), cps_loss=mode, cps_weight=3.0, autocast=float32, loss_scale=0.5,
         cfg=replace(MMS, cross_entropy=weight),
     )  # fmt: skip
@@ -99,7 +102,7 @@ def released_step():
     image = {name: torch.from_numpy(released[name]) for name in ("x_l", "x_u0", "x_u1", "x_a0", "x_a1", "box")}
     scalars = training_step(
         nets, image["x_l"], torch.from_numpy((released["labels"].astype(np.int64) + 1) % 4),
-        UnlabeledViews((image["x_u0"], image["x_u1"]), (image["x_a0"], image["x_a1"]), image["box"]),
+        UnlabeledViews(*([image[f"x_{kind}{i}"] for i in (0, 1)] for kind in "uau"), image["box"]),
         dice_classes=slice(0, None), cps_loss="scalar", cps_weight=3.0, autocast=float32,
     )  # fmt: skip
     return released, nets, scalars
@@ -144,7 +147,7 @@ def test_the_loss_gets_the_logits_behind_the_pseudo_label_and_the_settings(monke
     nets = [nn.Conv2d(1, 3, 1) for _ in range(2)]
     u0, u1, z0, z1 = torch.rand(4, 2, 1, 4, 4)
     box_mask = (torch.rand(2, 1, 4, 4) > 0.5).float()
-    cross_pseudo_supervision(nets, UnlabeledViews((u0, u1), (z0, z1), box_mask), "pixel", float32, settings)
+    cross_pseudo_supervision(nets, UnlabeledViews((u0, u1), (z0, z1), (u0, u1), box_mask), "pixel", float32, settings)
     for (label, logits, cfg), teacher in zip(seen, nets, strict=True):
         expected = torch.where(box_mask > 0, (teacher(u1) + teacher(z1)) / 2, (teacher(u0) + teacher(z0)) / 2)
         assert torch.allclose(logits, expected, atol=1e-6) and not logits.requires_grad

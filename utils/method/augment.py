@@ -126,6 +126,37 @@ def gaussian_blur(image: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return image
 
 
+def style_view(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Show each image (B, 1, H, W), about 0 to 1, in a random style that no scanner needs to have.
+
+    The gray values are curved (gamma), pass a random network (four convolutions, of 3x3 or 1x1 px; Ouyang et al., IEEE
+    TMI 2023), with which the image is blended at the image's norm, and change in contrast, brightness, smoothly over
+    the field of view, and by noise.
+    """
+    count, _, *size = image.shape
+    options = {"generator": generator, "device": image.device}
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return low + (high - low) * torch.rand(count, 1, 1, 1, **options)
+
+    image = image.clamp(0, 1) ** uniform(-0.7, 0.7).exp()
+    view = image.view(1, count, *size)  # one group of channels per image
+    for layer, (inputs, outputs) in enumerate(((1, 2), (2, 2), (2, 2), (2, 1))):
+        weight = torch.randn(count, outputs, inputs, 3, 3, **options)
+        centre = F.pad(weight[..., 1:2, 1:2], (1, 1, 1, 1))
+        weight = torch.where(torch.rand(count, 1, 1, 1, 1, **options) < 0.5, centre, weight)
+        view = F.leaky_relu(view) if layer else view
+        view = F.conv2d(view, weight.flatten(0, 1), padding=1, groups=count)
+    view = torch.lerp(image, view.view_as(image), uniform(0, 1))
+    norm, new_norm = (torch.linalg.vector_norm(each, dim=(1, 2, 3), keepdim=True) for each in (image, view))
+    view = view * norm / new_norm.clamp_min(1e-12)
+    mean = view.mean((1, 2, 3), keepdim=True)
+    view = (view - mean) * uniform(0.6, 1.5) + mean + uniform(-0.15, 0.15)
+    field = 0.25 * torch.randn(count, 1, 3, 3, **options)
+    view = view * F.interpolate(field, size=size, mode="bicubic", align_corners=True).exp()
+    return view + uniform(0, 0.05) * torch.randn(image.shape, **options)
+
+
 # --- geometry---
 
 
@@ -164,13 +195,16 @@ def canvas_to_view(
     return sampled
 
 
-def random_affine(count: int, *, generator: torch.Generator, rotation: int, max_shift: int, flip: bool) -> torch.Tensor:
+def random_affine(
+    count: int, *, generator: torch.Generator, rotation: int, max_shift: int, flip: bool, zoom: float = 0
+) -> torch.Tensor:
     """Draw affine maps (count, 2, 3) float32 for `canvas_to_view`: turned and mirrored, then moved over the canvas.
 
     Args:
         rotation: largest angle; the angle is an integer, U{0..rotation} degrees.
         max_shift: px (at 288 px), the largest shift in each direction; shifts are whole px.
         flip: horizontal and vertical flips, each with probability 0.5.
+        zoom: largest logarithm of the scale, which is drawn evenly from -zoom to zoom; 0 draws nothing.
     """
     device = generator.device
     angle = torch.randint(0, rotation + 1, (count,), generator=generator, device=device).deg2rad()
@@ -178,7 +212,10 @@ def random_affine(count: int, *, generator: torch.Generator, rotation: int, max_
     sign = 1 - 2 * torch.randint(0, 2, (count, 2), generator=generator, device=device) * flip
     cos, sin = angle.cos(), angle.sin()
     rotate = torch.stack([cos, -sin, sin, cos], dim=1).view(count, 2, 2)
-    return torch.cat([rotate * sign[:, None, :], (rotate @ (offset * 2 / CANVAS_PX)[:, :, None])], dim=2)
+    linear = rotate * sign[:, None, :]
+    if zoom:
+        linear = linear * (zoom * (2 * torch.rand(count, 1, 1, generator=generator, device=device) - 1)).exp()
+    return torch.cat([linear, (rotate @ (offset * 2 / CANVAS_PX)[:, :, None])], dim=2)
 
 
 def cutmix_mask(count: int, size: int, *, generator: torch.Generator, boxes: int = 3) -> torch.Tensor:
@@ -237,7 +274,7 @@ class Augmentation:
         """
         theta = self._affine(len(image), generator)
         view = self._match(self._view(image, theta), quantiles, generator)
-        view = self._blur(view, generator)[0]
+        view = self.styled(self._blur(view, generator)[0], generator)
         mask = self._view(mask, theta)
         return view, mask[:, 0].long()
 
@@ -260,8 +297,15 @@ class Augmentation:
         view = fourier_view(plain, partner, mode=cfg.fourier_mode, window=cfg.fourier_window, ratio=ratio)
         return self._blur(plain, generator, view)
 
+    def styled(self, view: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Give a share `style_aug` of the views, drawn one by one, a random style; at 0 draw nothing."""
+        if not self.cfg.style_aug:
+            return view
+        chosen = torch.rand(len(view), 1, 1, 1, generator=generator, device=view.device) < self.cfg.style_aug
+        return torch.where(chosen, style_view(view, generator), view)
+
     def _affine(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        settings = {name: getattr(self.cfg, name) for name in ("rotation", "max_shift", "flip")}
+        settings = {name: getattr(self.cfg, name) for name in ("rotation", "max_shift", "flip", "zoom")}
         return random_affine(count, generator=generator, **settings)
 
     def _view(self, canvas: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:

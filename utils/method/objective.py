@@ -27,6 +27,7 @@ class UnlabeledViews(NamedTuple):
 
     plain: Sequence[torch.Tensor]  # (u0,) or (u0, u1)
     fourier: Sequence[torch.Tensor] | None  # as plain; None without Fourier augmentation
+    student: Sequence[torch.Tensor]  # what is learnt on: `plain`, with `style_aug` partly in a random style
     box_mask: torch.Tensor | None  # (B, 1, H, W), 1 where u1 shows
 
     def mix(self, pair: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -61,7 +62,7 @@ def cross_pseudo_supervision(
     with autocast():
         lessons = [pseudo_label(net, views) for net in nets]
     with autocast():  # a context of its own: the teachers' bf16 copies of the weights carry no gradient
-        plain = [net(views.mix(views.plain)).float() for net in nets]
+        plain = [net(views.mix(views.student)).float() for net in nets]
         variances = [None, None]
         if mode != "plain":
             fourier = [net(views.mix(views.fourier)).float() for net in nets]
