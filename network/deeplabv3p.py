@@ -8,14 +8,14 @@ from torchvision.ops import Conv2dNormActivation
 from network.resnet import AtrousConv2d, ResNet, load_pretrained
 
 
-def build_network(num_classes: int, in_channels: int = 1, pretrained: str = "none") -> nn.Module:
-    """Build one of the two networks: (B, in_channels, H, W) -> logits (B, num_classes, H, W).
+def build_network(num_classes: int, pretrained: str = "none") -> nn.Module:
+    """Build one of the two networks: (B, 1, H, W) -> logits (B, num_classes, H, W).
 
     Classes are in the order of the label values, with the background; with 4 it has 40.47 M parameters.
     `pretrained` is "none", "timm" (ImageNet weights by timm) or the path of a `resnet50_v1c.pth`. Raises
     UserError when the weights cannot be had or do not fit.
     """
-    network = DeepLabV3Plus(num_classes, in_channels)
+    network = DeepLabV3Plus(num_classes)
     if pretrained != "none":
         load_pretrained(network.backbone, pretrained)
     return network
@@ -65,9 +65,9 @@ class Head(nn.Module):
 class DeepLabV3Plus(nn.Module):
     """The whole network, from the image to the logits."""
 
-    def __init__(self, num_classes: int, in_channels: int):
+    def __init__(self, num_classes: int):
         super().__init__()
-        self.backbone = ResNet(in_channels)
+        self.backbone = ResNet()
         self.head = Head()
         self.classifier = nn.Conv2d(256, num_classes, 1)
         for module in (*self.head.modules(), self.classifier):

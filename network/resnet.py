@@ -47,13 +47,13 @@ def _pad(image: torch.Tensor, sides: list[int]) -> torch.Tensor:
 class ResNet(nn.Module):
     """ResNet-50 with a deep stem, dilated as in Chen et al. 2018, DeepLabv3+.
 
-    (B, C, H, W) -> stage 1 (B, 256, H/4, W/4), stage 4 (B, 2048, H/16, W/16).
+    (B, 1, H, W) -> stage 1 (B, 256, H/4, W/4), stage 4 (B, 2048, H/16, W/16).
     State-dict keys equal those of timm's `resnet50s` without `fc`.
     """
 
-    def __init__(self, in_channels: int):
+    def __init__(self):
         super().__init__()
-        net = timm.create_model("resnet50s", in_chans=in_channels, num_classes=0, output_stride=16)
+        net = timm.create_model("resnet50s", in_chans=1, num_classes=0, output_stride=16)
         for block, rate in zip(net.layer4, (2, 4, 8), strict=True):
             plain = block.conv2
             block.conv2 = AtrousConv2d(plain.in_channels, plain.out_channels, rate)
@@ -72,23 +72,16 @@ def load_pretrained(backbone: ResNet, source: str) -> None:
     Raises UserError, naming the keys, when anything but `fc.*` does not fit.
     """
     state = {key: value for key, value in _pretrained_weights(source).items() if not key.startswith("fc.")}
-    own, stem = backbone.state_dict(), "conv1.0.weight"
-    if stem in state and state[stem].shape[1:2] == (3,) and own[stem].shape[1] == 1:  # RGB to grey
+    stem = "conv1.0.weight"
+    if stem in state and state[stem].shape[1:2] == (3,):  # RGB to grey
         state[stem] = state[stem].sum(dim=1, keepdim=True)
-    problems = [f"unexpected {key}" for key in state if key not in own]
-    for key, value in own.items():
-        if key.endswith("num_batches_tracked"):  # unused; older files lack it
-            state.setdefault(key, value)
-        if key not in state:
-            problems.append(f"missing {key}")
-        elif state[key].shape != value.shape:
-            problems.append(f"{key} has shape {tuple(state[key].shape)}, the network wants {tuple(value.shape)}")
-    if problems:
+    try:
+        backbone.load_state_dict(state)
+    except RuntimeError as error:
         raise UserError(
             f"pretrained weights {source!r} do not fit the backbone, a ResNet-50 with the deep stem 64/64/128 "
-            f"(timm's resnet50s, or resnet50_v1c): {len(problems)} keys differ:\n  " + "\n  ".join(problems[:12])
-        )
-    backbone.load_state_dict(state)
+            f"(timm's resnet50s, or resnet50_v1c)\n{str(error)[:2000]}"
+        ) from error
 
 
 def _pretrained_weights(source: str) -> dict[str, torch.Tensor]:

@@ -40,7 +40,7 @@ def network(keys, released):
 @pytest.fixture(scope="module")
 def pretrained_state():
     """A resnet50_v1c state dict of an RGB network: random, but zeros of one stored element where nothing is read."""
-    state = build_network(2, in_channels=3).backbone.state_dict()
+    state = build_network(2).backbone.state_dict()
     torch.manual_seed(0)
     state = {key: torch.zeros((), dtype=value.dtype).expand(value.shape) for key, value in state.items()}
     state |= {STEM: torch.randn(64, 3, 3, 3), "layer4.2.conv2.weight": torch.full((512, 512, 3, 3), 0.25)}
@@ -120,20 +120,20 @@ def test_pretrained_rgb_file_is_loaded_with_its_stem_summed(tmp_path, pretrained
         assert torch.equal(own[key], pretrained_state[key]), key
 
 
-def test_pretrained_file_fits_a_network_of_three_channels(tmp_path, pretrained_state):
+def test_pretrained_file_without_counters_of_batches_fits(tmp_path, pretrained_state):
     counters = {key for key in pretrained_state if key.endswith("num_batches_tracked")}  # absent in old files
     state = {key: value for key, value in pretrained_state.items() if key not in counters}
     path = save(tmp_path / "old.pth", {"state_dict": state})
-    network = build_network(2, in_channels=3, pretrained=path)
-    assert torch.equal(network.backbone.state_dict()[STEM], pretrained_state[STEM])
+    own = build_network(2, pretrained=path).backbone.state_dict()
+    assert own.keys() >= counters and torch.equal(own["conv1.3.weight"], pretrained_state["conv1.3.weight"])
 
 
 @pytest.mark.parametrize(("change", "named"), [
-    (lambda s: s | {"conv1.weight": torch.zeros(64, 3, 7, 7)}, "unexpected conv1.weight"),  # the stem of v1b
-    (lambda s: {k: v for k, v in s.items() if not k.startswith("conv1.3")}, "missing conv1.3.weight"),
-    (lambda s: {k: v for k, v in s.items() if k != "bn1.running_var"}, "missing bn1.running_var"),
-    (lambda s: s | {"conv1.3.weight": torch.zeros(32, 32, 3, 3)}, r"conv1.3.weight has shape \(32, 32, 3, 3\)"),
-    (lambda s: s | {STEM: torch.zeros(64, 4, 3, 3)}, r"conv1.0.weight has shape \(64, 4, 3, 3\)"),
+    (lambda s: s | {"conv1.weight": torch.zeros(64, 3, 7, 7)}, "Unexpected key.*conv1.weight"),  # the stem of v1b
+    (lambda s: {k: v for k, v in s.items() if not k.startswith("conv1.3")}, "Missing key.*conv1.3.weight"),
+    (lambda s: {k: v for k, v in s.items() if k != "bn1.running_var"}, "Missing key.*bn1.running_var"),
+    (lambda s: s | {"conv1.3.weight": torch.zeros(32, 32, 3, 3)}, r"(?s)conv1.3.weight: .*\[32, 32, 3, 3\]"),
+    (lambda s: s | {STEM: torch.zeros(64, 4, 3, 3)}, r"(?s)conv1.0.weight: .*\[64, 4, 3, 3\]"),
 ], ids=["other stem", "missing layer", "missing key", "misshapen", "four channels"])  # fmt: skip
 def test_pretrained_weights_that_do_not_fit_are_refused(tmp_path, pretrained_state, change, named):
     path = save(tmp_path / "other.pth", change(pretrained_state))
