@@ -1,10 +1,4 @@
-"""M&Ms: the facts of the data set, and its commands.
-
-python mms_dataloader.py phantom data/mms_phantom_raw          # synthetic data in the raw layout
-python mms_dataloader.py check RAW                             # every problem of a raw data set; exit 1 if any
-python mms_dataloader.py prepare RAW --out data/mms            # check, then convert
-python mms_dataloader.py preview --data data/mms --out preview.png
-"""
+"""M&Ms: the facts of the data set, and its commands, which python mms_dataloader.py --help lists."""
 
 import math
 import re

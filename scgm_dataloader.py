@@ -1,11 +1,4 @@
-"""SCGM: the facts of the data set, and its commands.
-
-python scgm_dataloader.py phantom data/scgm_phantom_raw        # synthetic data in the raw layout
-python scgm_dataloader.py open-data RAW                        # real scans of several sites, free for all, 29 MB
-python scgm_dataloader.py check RAW                            # every problem of a raw data set; exit 1 if any
-python scgm_dataloader.py prepare RAW --out data/scgm          # check, then convert
-python scgm_dataloader.py preview --data data/scgm --out preview.png
-"""
+"""SCGM: the facts of the data set, and its commands, which python scgm_dataloader.py --help lists."""
 
 import math
 import re
