@@ -1,6 +1,5 @@
 """Errors that are a user's to mend: one clear message, exit status 1, no traceback."""
 
-import errno
 import io
 import multiprocessing
 import signal
@@ -8,10 +7,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-# Full disk, quota, missing rights, wrong kind of file, limits on files, failing disk.
-REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
-REFUSED |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EIO, errno.ESTALE}
 
 
 class UserError(Exception):
@@ -52,9 +47,7 @@ def clear_errors() -> Iterator[None]:
             "and the memory, or use --workers 0; what was saved before is intact"
         )
     except OSError as error:
-        if error.errno not in REFUSED:
-            raise
-        sys.exit(f"error: {error.filename or 'a file'}: {error.strerror}; what was saved before is intact")
+        sys.exit(f"error: {error.filename or 'a file'}: {first_line(error)}; what was saved before is intact")
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(130)
