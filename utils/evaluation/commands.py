@@ -19,7 +19,7 @@ from utils.errors import UserError, clear_errors, memory_errors
 from utils.evaluation import compare
 from utils.evaluation.evaluate import evaluate_run
 from utils.evaluation.runs import CHECKPOINT, TrainedRun, load_run, open_data, read_run
-from utils.evaluation.segment import segment_files
+from utils.evaluation.segment import Center, segment_files
 from utils.files import OutputFolder, folder_lock, require_writable
 
 
@@ -50,7 +50,7 @@ class NewScans:
     volumes: bool = False  # Write volumes.csv, the clinical quantities of 4D scans of the heart.
     confidence: bool = False  # Write maps in [0, 1] of confidence exp(-V) and agreement, too.
     # Look around this voxel of a slice, not its centre; auto: around what the networks find.
-    center: tuple[float, float] | Literal["auto"] | None = None
+    center: Center = None
     batch_size: int = 8  # Predict so many slices at a time (at least 1); fewer take less memory.
 
 

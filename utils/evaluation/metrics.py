@@ -103,7 +103,6 @@ def agreement_limits(truth: Sequence[float], predicted: Sequence[float]) -> dict
     bias, sd, bias_ci95 = mean_std_interval(predicted - truth).values()
     mae, _, mae_ci95 = mean_std_interval(np.abs(predicted - truth)).values()
     limits = None if sd is None else [bias - 1.96 * sd, bias + 1.96 * sd]
-    means = {"truth_mean": truth, "predicted_mean": predicted}
-    means = {key: float(values.mean()) if len(values) else None for key, values in means.items()}
+    means = {"truth_mean": mean_std_interval(truth)["mean"], "predicted_mean": mean_std_interval(predicted)["mean"]}
     figures = {"n": len(truth), "bias": bias, "sd": sd, "limits": limits, "mae": mae}
     return figures | means | {"bias_ci95": bias_ci95, "mae_ci95": mae_ci95}
