@@ -266,8 +266,8 @@ STACK = phantom((80, 70, 3, 2), (1.5, 1.25, 8))
     (np.full((60, 60, 2), 7), (2, 2, 8), {}, "all voxels lie in 7000 to 7000"),
     (np.arange(7200).reshape(60, 60, 2) % 30, (20, 20, 8), {}, "correct the header"),
     (phantom((100, 100, 1), (2, 2, 8)), (2, 2, 8), {"confidence": True}, "--confidence compares with another slice"),
-    (np.swapaxes(STACK, 0, 2), (8, 1.25, 1.5), {}, "axis 1, not 3: exchange the axes"),
-    (np.swapaxes(STACK, 1, 2), (1.5, 8, 1.25), {}, "axis 2, not 3: exchange the axes"),
+    (np.swapaxes(STACK, 0, 2), (8, 1.25, 1.5), {}, "belong on axis 3, frames on 4: exchange the axes"),
+    (np.swapaxes(STACK, 1, 2), (1.5, 8, 1.25), {}, "belong on axis 3, frames on 4: exchange the axes"),
 ])  # fmt: skip
 def test_no_scan_is_refused_and_the_others_go_on(tmp_path, array, zooms, options, reason):
     """Slices may be thinner than their square pixels are wide."""

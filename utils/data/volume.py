@@ -106,15 +106,15 @@ def frame_slices(volume: Volume, frame: int) -> np.ndarray:
     return np.moveaxis(array, 2, 0)
 
 
-def implausible(volume: Volume, *, any_thickness: bool = False) -> list[str]:
+def implausible(volume: Volume) -> list[str]:
     """Return reasons why a scan cannot be a stack of slices along its third axis."""
     zooms, low, high = np.round(volume.zooms, 3).tolist(), volume.array.min(), volume.array.max()
     field = np.round(np.multiply(volume.array.shape[:2], volume.zooms[:2]), 1).tolist()
     values = np.unique(volume.array[::3, ::3])
-    turned = not any_thickness and (max(zooms[:2]) > 1.05 * zooms[2] or zooms[2] > 25)
+    turned = max(zooms[:2]) > 1.05 * sorted(zooms)[1] or zooms[2] > 25
     faults = {
         f"the slices measure {field} mm, not 20 to 1000: correct the header": min(field) < 20 or max(field) > 1000,
-        f"voxels of {zooms} mm: slices (up to 25 mm) belong on axis 3, frames on 4": turned,
+        f"voxels of {zooms} mm: slices (up to 25 mm) belong on axis 3, frames on 4: exchange the axes": turned,
         f"its voxels hold only {values.tolist()}: is it a label map?": 1 < len(values) < 9
         and values.max() < 1000
         and not (values % 1).any(),

@@ -117,11 +117,7 @@ def _write_lines(path: Path, key: dict[str, str], lines: Sequence[dict]) -> None
 
 def _read_scan(path: Path) -> Volume:
     volume = read_volume(path)
-    zooms, axis = np.round(volume.zooms, 2), int(np.argmax(volume.zooms))
-    if axis != 2 and zooms[axis] > 1.05 * sorted(zooms)[1]:
-        problem = f"voxels of {zooms.tolist()} mm: slices on axis {axis + 1}, not 3"
-        raise UserError(f"{problem}: exchange the axes (nibabel)")
-    if reasons := implausible(volume, any_thickness=True):
+    if reasons := implausible(volume):
         raise UserError("; ".join(reasons))
     if volume.warning:
         tqdm.write(f"warning: {path}: {volume.warning}")
