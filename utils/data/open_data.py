@@ -29,14 +29,13 @@ The one manual mask stands for all four raters: 1 grey matter, 2 the rest of the
 
 
 def write_open_data(
-    raw: Positional[Path], /, *, source: Annotated[Path | None, tyro.conf.arg(name="from")] = None, seed: int = 0
+    raw: Positional[Path], /, *, source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
 ) -> None:
     """Download real cord scans of several sites (CC0, 29 MB) into the raw SCGM layout.
 
     Args:
         raw: folder to write; must not be there.
         source: folder or zip file with a copy of the data, or of a part, instead of the download.
-        seed: seed of the cord's distance from the centre of the images, from 0.
     """
     from torchvision.datasets.utils import download_url, extract_archive  # slow to import
 
@@ -54,7 +53,7 @@ def write_open_data(
         counts = dict.fromkeys(SESSIONS, 0)
         for site, sessions in SESSIONS.items():
             for number, session in enumerate(sessions, start=1):
-                counts[site] += _write_session(files, session, f"site{site}-sc", number, new, seed)
+                counts[site] += _write_session(files, session, f"site{site}-sc", number, new)
         if not any(counts.values()):
             raise UserError(f"{source or URL}: no session of the data set, such as sub-9418, in it")
         (new / OPEN_NOTE).write_text(SOURCE)
@@ -62,7 +61,7 @@ def write_open_data(
     print(f"{raw}: sessions by site: {', '.join(f'{site}: {count}' for site, count in counts.items())}")
 
 
-def _write_session(files: dict[str, Path], session: str, prefix: str, number: int, raw: Path, seed: int) -> bool:
+def _write_session(files: dict[str, Path], session: str, prefix: str, number: int, raw: Path) -> bool:
     """Write both runs of a session; return False where it is not in this copy."""
     scan = f"{session}_run-{{}}_T2starw{{}}.nii.gz".format
     if scan(1, "") not in files:
@@ -72,7 +71,7 @@ def _write_session(files: dict[str, Path], session: str, prefix: str, number: in
     for path in (*runs, *masks):
         if path.stat().st_size < 1000:
             raise UserError(f"{path}: only a pointer of git-annex or git-lfs: get the file itself")
-    rng, volumes = np.random.default_rng([seed, *session.encode()]), [read_volume(path, 3) for path in runs]
+    rng, volumes = np.random.default_rng([0, *session.encode()]), [read_volume(path, 3) for path in runs]
     first = volumes[0]
     middle = first.affine @ [*(np.array(first.array.shape) - 1) / 2, 1]  # mm
     if labeled := len(masks) == 2:
