@@ -26,7 +26,6 @@ from utils.device import Process, choose_device
 from utils.errors import UserError, clear_errors
 from utils.evaluation.predict import predict
 from utils.evaluation.tables import Table, to_markdown
-from utils.files import write_json
 from utils.trainer import Trainer
 
 WARM_UP = 2  # calls before the timed ones
@@ -35,7 +34,7 @@ WARM_UP = 2  # calls before the timed ones
 def benchmark(
     device: str = "auto", image_size: int = 288, batch_size: int = 32, accumulate: int = 1,
     precision: tuple[Literal["auto", "bf16", "fp32"], ...] = ("auto",), baseline: bool = False, compile: bool = False,
-    checkpoint_activations: bool = False, workers: int = 4, steps: int = 10, out: Path | None = None,
+    checkpoint_activations: bool = False, workers: int = 4, steps: int = 10,
 ) -> None:  # fmt: skip
     """Measure the training step and inference: medians of synchronised times after a warm-up.
 
@@ -50,7 +49,6 @@ def benchmark(
         checkpoint_activations: recompute activations in the backward pass.
         workers: processes of each loader.
         steps: timed calls behind each median.
-        out: JSON file to write.
     """
     if steps < 1:
         raise UserError(f"--steps {steps}: at least 1 must be timed")
@@ -67,8 +65,6 @@ def benchmark(
     title = f"{machine}, torch {torch.__version__}: {image_size} px, steps of {batch_size} x {accumulate} images"
     rows = [[name, *(f"{column[name]:.4g}" for column in columns.values())] for name in columns[precision[0]]]
     print("\n" + to_markdown([Table(title, ["", *columns], rows)]))
-    if out:
-        write_json(out, {"machine": machine, "torch": torch.__version__, **settings, "measured": columns})
 
 
 def measure(column: str, cfg: Config, process: Process, steps: int) -> dict[str, float]:
