@@ -19,8 +19,9 @@ CANVAS_PX = 300  # the prepared images: a margin of 6 px around the field of vie
 
 
 # What the settings can be.
-RANGES = {"image_size": (32, FIELD_PX), "field": (96, FIELD_PX), "max_shift": (0, (CANVAS_PX - FIELD_PX) // 2),
-          "rotation": (0, 360), "zoom": (0, 1), "fourier_ratio": (0, 1), "fourier_alpha": (0, 1), "style_aug": (0, 1)}  # fmt: skip
+RANGES = dict.fromkeys(("zoom", "fourier_ratio", "fourier_alpha", "style_aug"), (0, 1))
+RANGES |= {"image_size": (32, FIELD_PX), "field": (96, FIELD_PX), "rotation": (0, 360),
+           "max_shift": (0, (CANVAS_PX - FIELD_PX) // 2)}  # fmt: skip
 LEAST = dict.fromkeys(("seed", "val_patients", "save_every", "keep_epochs", "workers", "cps_weight", "cps_warmup",
                        "cps_ramp", "weight_decay", "lr_power", "cross_entropy"), 0)  # fmt: skip
 LEAST |= {"num_epoch": 1, "accumulate": 1, "batch_size": 2}
