@@ -84,22 +84,22 @@ def run_data_command(dataset: DatasetInfo, cfg: Config) -> None:
         tyro.extras.subcommand_cli_from_dict(commands | dataset.more_commands)
 
 
-def draw_preview(root: Path, out: Path, dataset: DatasetInfo, cfg: Config, count: int = 4) -> None:
-    """Draw `count` labelled slices of the data in `root`, of all domains, as the PNG file `out`."""
+def draw_preview(root: Path, out: Path, dataset: DatasetInfo, cfg: Config) -> None:
+    """Draw four labelled slices of the data in `root`, of all domains, as the PNG file `out`."""
     data, rng = PreparedData.open(root, dataset), np.random.default_rng(cfg.seed)
     masks, domain = data.index["mask"], data.index["domain"]
     labeled = np.array([row for row in np.flatnonzero(masks >= 0) if data.masks[masks[row]].any()])
     if not len(labeled):
         raise UserError(f"no slice in {data.root} has a label: there is nothing to show")
-    domains = islice(cycle(np.unique(domain[labeled])), count)
+    domains = islice(cycle(np.unique(domain[labeled])), 4)
     rows = np.array([rng.choice(labeled[domain[labeled] == name]) for name in domains])
     reference = torch.from_numpy(data.quantiles[domain == min(domain)])
     cfg = replace(cfg, image_size=FIELD_PX, rotation=0, max_shift=0, flip=False, blur=False, fourier_aug=True)
     augmentation = Augmentation(cfg, reference if cfg.histogram_matching else None)
     generator = torch.Generator().manual_seed(cfg.seed)
-    batch = SliceDataset(data, rows, with_mask=True)[list(range(count))]
+    batch = SliceDataset(data, rows, with_mask=True)[:]
     plain, fourier = augmentation.unlabeled(batch["image"], batch["quantiles"], generator)
-    mixed = torch.where(cutmix_mask(count, FIELD_PX, generator=generator) > 0, plain.roll(1, 0), plain)
+    mixed = torch.where(cutmix_mask(4, FIELD_PX, generator=generator) > 0, plain.roll(1, 0), plain)
     names = [data.index[name][rows] for name in ("domain", "patient", "phase", "slice")]
     scans = [read_volume(path, 3) for path in map(data.truth_path, *names[1:3])]
     mask = canvas_to_view(batch["mask"], FIELD_PX)
