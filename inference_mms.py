@@ -1,7 +1,6 @@
 """Evaluate an M&Ms run on the vendor that its training never saw.
 
 python inference_mms.py --run runs/mms_demo
-python inference_mms.py --run runs/NAME --save-predictions --out results
 """
 
 from mms_dataloader import DATASET

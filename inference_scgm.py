@@ -1,7 +1,6 @@
 """Evaluate an SCGM run on the site that its training never saw.
 
 python inference_scgm.py --run runs/scgm_demo
-python inference_scgm.py --run runs/NAME --save-predictions --out results
 """
 
 from network import build_network
