@@ -67,10 +67,7 @@ class ResNet(nn.Module):
 
 
 def load_pretrained(backbone: ResNet, source: str) -> None:
-    """Load ImageNet weights into `backbone`: of timm's hub (`source="timm"`) or of the v1c file `source`.
-
-    Raises UserError, naming the keys, when anything but `fc.*` does not fit.
-    """
+    """Load ImageNet weights, less `fc.*`, into `backbone`; source and errors as in `build_network`."""
     state = {key: value for key, value in _pretrained_weights(source).items() if not key.startswith("fc.")}
     stem = "conv1.0.weight"
     if stem in state and state[stem].shape[1:2] == (3,):  # RGB to grey

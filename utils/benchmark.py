@@ -1,7 +1,4 @@
-"""How fast this machine trains, on phantoms and with the engine of a training.
-
-python -m utils.benchmark --image-size 128 --batch-size 4 --baseline --precision fp32 auto --steps 5
-"""
+"""How fast this machine trains, on phantoms and with the engine of a training (docs/benchmark.md)."""
 
 import resource
 import statistics

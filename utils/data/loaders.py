@@ -22,7 +22,7 @@ from utils.errors import UserError
 
 Batch = dict[str, torch.Tensor]  # of a SliceDataset
 Pairs = list[tuple[Batch, Batch | None]]  # labelled and unlabelled batches of a step
-SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over batches, on Linux
+SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over batches
 PREFETCH = 2  # batches that each worker reads ahead
 STALL_S = 300  # seconds without a batch after which a worker counts as stalled
 

@@ -1,4 +1,4 @@
-"""Real cord scans (CC0) in the raw SCGM layout: python scgm_dataloader.py open-data RAW"""
+"""Real cord scans (CC0) in the raw SCGM layout."""
 
 import tempfile
 from pathlib import Path

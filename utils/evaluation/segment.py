@@ -37,9 +37,7 @@ def segment_files(
 ) -> None:  # fmt: skip
     """Segment files, and NIfTI files of folders, into OUTPUT/STEM_seg.nii.gz; measures into quality.csv.
 
-    `confidence` adds STEM_confidence.nii.gz (exp(-V)) and STEM_agreement.nii.gz (exp(-KL) of the
-    networks); `volumes` adds volumes.csv.
-
+    `confidence` adds STEM_confidence.nii.gz and STEM_agreement.nii.gz, `volumes` adds volumes.csv.
     Without `overwrite`, only scans that lack a map or lines in a table are done. UserError for wrong
     inputs or outputs, and in the end for the files that failed.
     """
