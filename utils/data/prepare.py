@@ -66,11 +66,9 @@ def prepare_dataset(raw: Path, out: Path, dataset: DatasetInfo, *, workers: int)
             rows = [row for report in reports for row in report.rows]
             with open(unfinished / "index.csv", "w", newline="") as file:
                 csv.writer(file).writerows([prepared.INDEX_COLUMNS, *rows])
-            paths, notes = (
-                [raw / "any", *(case.image for case in cases)],
-                {"phantom": PHANTOM_NOTE, "open_data": OPEN_NOTE},
-            )
+            paths = [raw / "any", *(case.image for case in cases)]
             folders = {folder for path in paths for folder in path.absolute().parents}
+            notes = {"phantom": PHANTOM_NOTE, "open_data": OPEN_NOTE}
             info = {
                 "format": prepared.FORMAT_VERSION,
                 "dataset": dataset.key,
