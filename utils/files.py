@@ -158,8 +158,7 @@ def read_table(path: Path) -> Table:
         if path.suffix.lower() == ".xlsx":
             import openpyxl  # slow to import
 
-            with open(path, "rb") as file:  # a read-only workbook would keep it open
-                lines = list(openpyxl.load_workbook(file, read_only=True, data_only=True).active.values)
+            lines = list(openpyxl.load_workbook(path, data_only=True).active.values)
         else:
             content = path.read_bytes()
             try:

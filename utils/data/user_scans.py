@@ -214,10 +214,9 @@ def _name_phases(cases: list[Case], dataset: DatasetInfo, warnings: list[str]) -
                 for case, name in numbered:
                     mask = frame_slices(read_volume(case.masks[0]), case.phases[name])
                     sizes[patient, name] = np.isin(np.rint(mask), cavity).sum()
-                if len({*sizes.values()}) < 2:
-                    raise UserError("no LV is larger")
-                phase_of |= zip(sorted(sizes, key=sizes.get, reverse=True), ("ED", "ES"), strict=True)
-                warnings.append(f"{patient}: ED and ES have the larger and the smaller LV")
+                if len({*sizes.values()}) == 2:
+                    phase_of |= zip(sorted(sizes, key=sizes.get, reverse=True), ("ED", "ES"), strict=True)
+                    warnings.append(f"{patient}: ED and ES have the larger and the smaller LV")
     for number, case in enumerate(cases):
         phases = {phase_of.get((case.patient, name), name): n for name, n in case.phases.items()}
         cases[number] = case._replace(phases=phases)
