@@ -1,6 +1,4 @@
-"""The method's released checkpoints, pickled modules, as a run folder.
-
-python -m utils.convert_released L.pt R.pt --out runs/released_D --dataset mms --test-domain D --data data/mms
+"""The method's released checkpoints, pickled modules, as a run folder (docs/method.md).
 
 A pickle is a program: it is read only if it names nothing but networks' classes and their values.
 """
