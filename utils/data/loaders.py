@@ -5,7 +5,7 @@ import shutil
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -168,9 +168,9 @@ def ignore_signals(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def scan_loader(data: PreparedData, patients: Sequence[str], *, rank: int = 0, world_size: int = 1) -> DataLoader:
+def scan_loader(data: PreparedData, patients: list[str], *, rank: int = 0, world_size: int = 1) -> DataLoader:
     """Return a loader of a process's share of the scans with masks of `patients`, a batch each."""
-    dataset = SliceDataset(data, data.rows(list(patients), with_mask=True), with_mask=True)
+    dataset = SliceDataset(data, data.rows(patients, with_mask=True), with_mask=True)
     scans = defaultdict(list)  # positions by patient and phase, in the order of the slices
     for position, row in enumerate(dataset.rows):
         scans[data.index["patient"][row], data.index["phase"][row]].append(position)

@@ -30,8 +30,7 @@ def structure_metrics(prediction: np.ndarray, truth: np.ndarray, spacing: Sequen
     pair = [torch.from_numpy(np.ascontiguousarray(mask[box])) for mask in (prediction, truth)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # monai's notes on itself
-        millimetres = [float(s) for s in spacing]
-        _, distances, _ = get_edge_surface_distance(*pair, spacing=millimetres, symmetric=True)
+        _, distances, _ = get_edge_surface_distance(*pair, spacing=spacing, symmetric=True)
     hd95 = float(max(torch.quantile(directed, 0.95) for directed in distances))
     dice = 200 * np.count_nonzero(prediction & truth) / sum(voxels)
     return {"dice": dice, "hd95": hd95, "assd": float(torch.cat(distances).mean()), "missed": 0}
