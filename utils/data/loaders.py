@@ -179,4 +179,4 @@ def scan_loader(data: PreparedData, patients: list[str], *, rank: int = 0, world
 
 def usable_cores() -> int:
     """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
