@@ -125,8 +125,9 @@ def _allocate(cases: list[Case], out: Path) -> list[Target]:
     require_space(out.parent, need, "the prepared data")
     for name, kind, shape in zip(prepared.ARRAYS, kinds, shapes, strict=True):
         open_memmap(out / f"{name}.npy", "w+", kind, shape)
-        with open(out / f"{name}.npy", "rb+") as file:  # take the space now: a full disk kills a memory map
-            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        if hasattr(os, "posix_fallocate"):  # take the space now: a full disk kills a memory map
+            with open(out / f"{name}.npy", "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     return targets
 
 
