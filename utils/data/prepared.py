@@ -138,7 +138,9 @@ def split_patients(data: PreparedData, dataset: DatasetInfo, cfg: Config) -> Spl
             count = dataset.labeled_count(len(members), cfg.ratio)
             if count > len(members) and cfg.ratio < 1:
                 few = f"group {group[1]} has {len(members)} patients with masks, not {count}"
-                raise UserError(f"ratio {cfg.ratio}: {few}: use --ratio 1 for all, or a smaller one")
+                least = dataset.labeled_count(len(members), 1e-6)
+                smaller = "" if least > len(members) else ", or a smaller one"
+                raise UserError(f"ratio {cfg.ratio}: {few}: use --ratio 1 for all{smaller}")
             chosen += members[:count]
         training = len(chosen) - cfg.val_patients
         if training < 1 and (chosen or named is None):
