@@ -19,7 +19,7 @@ CANVAS_PX = 300  # the prepared images: a margin of 6 px around the field of vie
 
 
 # What the settings can be.
-RANGES = dict.fromkeys(("zoom", "fourier_ratio", "fourier_alpha", "style_aug"), (0, 1))
+RANGES = dict.fromkeys(("fourier_ratio", "fourier_alpha", "style_aug"), (0, 1))
 RANGES |= {"image_size": (32, FIELD_PX), "field": (96, FIELD_PX), "rotation": (0, 360),
            "max_shift": (0, (CANVAS_PX - FIELD_PX) // 2)}  # fmt: skip
 LEAST = dict.fromkeys(("seed", "val_patients", "save_every", "keep_epochs", "workers", "cps_weight", "cps_warmup",
@@ -54,7 +54,6 @@ class AugmentationSettings:
     rotation: int = 90  # Largest rotation in degrees, 0 to 360.
     max_shift: int = 6  # Largest shift along each axis in px, 0 to 6.
     flip: bool = True  # Flip horizontally and vertically, each with probability 0.5.
-    zoom: float = 0  # Scale by a factor of exp(-zoom) to exp(zoom); 0 keeps it.
     blur: bool = True  # Blur with a Gaussian of a sigma drawn from 0.25 to 1.25 px.
     histogram_matching: bool = True  # Match histograms to the first source domain.
     fourier_aug: bool = True  # Make Fourier views, which all but --cps-loss plain need.

@@ -195,16 +195,13 @@ def canvas_to_view(
     return sampled
 
 
-def random_affine(
-    count: int, *, generator: torch.Generator, rotation: int, max_shift: int, flip: bool, zoom: float = 0
-) -> torch.Tensor:
+def random_affine(count: int, *, generator: torch.Generator, rotation: int, max_shift: int, flip: bool) -> torch.Tensor:
     """Draw affine maps (count, 2, 3) float32 for `canvas_to_view`: turned and mirrored, then moved over the canvas.
 
     Args:
         rotation: largest angle; the angle is an integer, U{0..rotation} degrees.
         max_shift: px (at 288 px), the largest shift in each direction; shifts are whole px.
         flip: horizontal and vertical flips, each with probability 0.5.
-        zoom: largest logarithm of the scale, which is drawn evenly from -zoom to zoom; 0 draws nothing.
     """
     device = generator.device
     angle = torch.randint(0, rotation + 1, (count,), generator=generator, device=device).deg2rad()
@@ -212,10 +209,7 @@ def random_affine(
     sign = 1 - 2 * torch.randint(0, 2, (count, 2), generator=generator, device=device) * flip
     cos, sin = angle.cos(), angle.sin()
     rotate = torch.stack([cos, -sin, sin, cos], dim=1).view(count, 2, 2)
-    linear = rotate * sign[:, None, :]
-    if zoom:
-        linear = linear * (zoom * (2 * torch.rand(count, 1, 1, generator=generator, device=device) - 1)).exp()
-    return torch.cat([linear, (rotate @ (offset * 2 / CANVAS_PX)[:, :, None])], dim=2)
+    return torch.cat([rotate * sign[:, None, :], (rotate @ (offset * 2 / CANVAS_PX)[:, :, None])], dim=2)
 
 
 def cutmix_mask(count: int, size: int, *, generator: torch.Generator, boxes: int = 3) -> torch.Tensor:
@@ -305,7 +299,7 @@ class Augmentation:
         return torch.where(chosen, style_view(view, generator), view)
 
     def _affine(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        settings = {name: getattr(self.cfg, name) for name in ("rotation", "max_shift", "flip", "zoom")}
+        settings = {name: getattr(self.cfg, name) for name in ("rotation", "max_shift", "flip")}
         return random_affine(count, generator=generator, **settings)
 
     def _view(self, canvas: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
