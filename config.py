@@ -19,7 +19,7 @@ CANVAS_PX = 300  # the prepared images: a margin of 6 px around the field of vie
 
 
 # What the settings can be.
-RANGES = dict.fromkeys(("fourier_ratio", "fourier_alpha", "style_aug"), (0, 1))
+RANGES = dict.fromkeys(("fourier_ratio", "fourier_alpha", "intensity_aug"), (0, 1))
 RANGES |= {"image_size": (32, FIELD_PX), "field": (96, FIELD_PX), "rotation": (0, 360),
            "max_shift": (0, (CANVAS_PX - FIELD_PX) // 2)}  # fmt: skip
 LEAST = dict.fromkeys(("seed", "val_patients", "save_every", "keep_epochs", "workers", "cps_weight", "cps_warmup",
@@ -61,7 +61,7 @@ class AugmentationSettings:
     fourier_window: float = 0.01  # Half-width of what AS swaps, a share of 288 px (L).
     fourier_ratio: float = 1.0  # Share of the other image's amplitude in AS, 0 to 1 (lambda).
     fourier_alpha: float = 0.3  # Largest share of its amplitude in AM, 0 to 1 (alpha).
-    style_aug: float = 0  # Share of the images to learn from that get a random style, 0 to 1.
+    intensity_aug: float = 0  # Share of the images to learn on whose gray values change, 0 to 1.
     cutmix: bool = True  # Give the pseudo supervision pairs of images that are mixed by boxes.
 
 
@@ -189,7 +189,7 @@ SCGM = Config(
 FROM_SCRATCH = {"lr": 1e-3, "cps_warmup": 15, "cps_ramp": 5}
 
 # What replaces the paper's settings under --robust: measured on scanners never seen (docs/results.md).
-ROBUST = {"robust": True, "lr_power": 0.9, "cross_entropy": 1.0, "field": 200}
+ROBUST = {"robust": True, "lr_power": 0.9, "cross_entropy": 1.0, "field": 200, "intensity_aug": 0.5}
 
 # What is wanted within minutes, on a CPU and from scratch: small images and batches, a larger rate, and pseudo labels
 # only after the networks have learnt something from the labelled images.

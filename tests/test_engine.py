@@ -39,15 +39,15 @@ def test_switching_cutmix_off_reads_one_batch_and_mixes_nothing(mms_config):
     assert torch.equal(views.student[0], views.plain[0])
 
 
-def test_networks_learn_on_a_random_style_of_the_plain_views_and_label_these(mms_config):
-    trainer = tiny_trainer(replace(mms_config, style_aug=1.0))
+def test_networks_learn_on_changed_gray_values_and_label_the_plain_views(mms_config):
+    trainer = tiny_trainer(replace(mms_config, intensity_aug=1.0))
     [(_, batch)] = first_batches(trainer, 1)
     views = trainer.unlabeled_views(batch)
     plain, student = torch.cat(views.plain), torch.cat(views.student)
     assert student.shape == plain.shape and ((student - plain).abs().amax((1, 2, 3)) > 0.01).all()
     trainer.generator.manual_seed(0)
     before = trainer.unlabeled_views(batch)
-    trainer.cfg = replace(trainer.cfg, style_aug=0.0)
+    trainer.cfg = replace(trainer.cfg, intensity_aug=0.0)
     trainer.augmentation = replace(trainer.augmentation, cfg=trainer.cfg)
     trainer.generator.manual_seed(0)
     without = trainer.unlabeled_views(batch)

@@ -46,7 +46,7 @@ def canvases(count, dtype=torch.float16):
 @pytest.mark.parametrize("mode", ["AS", "AM"])
 def test_augmentation(mode):
     cfg = replace(MMS, image_size=SIZE, fourier_mode=mode)
-    cfg = replace(cfg, field=200, style_aug=0.5) if mode == "AM" else cfg
+    cfg = replace(cfg, field=200, intensity_aug=0.5) if mode == "AM" else cfg
     augmentation = augment.Augmentation(cfg, torch.zeros(9, 256, device=CUDA), 4)
     quantiles, mask = torch.zeros(4, 256, device=CUDA), canvases(4, torch.uint8)
     made = [*augmentation.labeled(canvases(4), mask, quantiles, Generator())]

@@ -132,7 +132,7 @@ class Trainer:
         parts, box_mask = 1, None
         if self.cfg.cutmix:
             parts, box_mask = 2, cutmix_mask(len(image) // 2, self.cfg.image_size, generator=self.generator)
-        student = self.augmentation.styled(plain, self.generator)
+        student = self.augmentation.changed(plain, self.generator)
         pairs = [None if view is None else view.chunk(parts) for view in (plain, fourier, student)]
         return UnlabeledViews(*pairs, box_mask)
 

@@ -119,8 +119,12 @@ def test_rows_are_told_apart_by_what_differs():
     assert names({}, {"cps_loss": "plain", "num_epoch": 8}) == expected
     assert names({}, ROBUST) == ["full", "robust"]
     assert names({}, ROBUST | {"field": 160}, ROBUST) == [
-        f"{name}, cross_entropy {ce}, field {px}, lr_power {power}"
-        for name, ce, px, power in (("full", 0, 288, 0), ("robust", 1, 160, 0.9), ("robust", 1, 200, 0.9))
+        f"{name}, cross_entropy {ce}, field {px}, intensity_aug {share}, lr_power {power}"
+        for name, ce, px, share, power in (
+            ("full", 0, 288, 0, 0),
+            ("robust", 1, 160, 0.5, 0.9),
+            ("robust", 1, 200, 0.5, 0.9),
+        )
     ]
     begun = {"init_from": "a"}, {"init_from": "b", "seed": 1}
     assert names(*begun) == ["full"] * 2

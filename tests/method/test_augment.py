@@ -26,8 +26,8 @@ from utils.method.augment import (
     gaussian_blur,
     match_histogram,
     random_affine,
+    random_intensity,
     random_partner,
-    style_view,
 )
 
 PLAIN = replace(MMS, image_size=64, rotation=0, max_shift=0, flip=False, blur=False)
@@ -164,49 +164,19 @@ def test_gaussian_blur_equals_torchvision():
         torch.testing.assert_close(blurred[i], torchvision_blur(image[i], [5, 5], [sigma[i].item()]))
 
 
-def numpy_style(image, draws):
-    """The random style of one image, in NumPy and SciPy; `draws` in the order in which they are made."""
-    gamma, *layers, share, contrast, brightness, field, sigma, white = draws
-    image = view = np.clip(image, 0, 1) ** np.exp(-0.7 + 1.4 * gamma.item())
-    channels = [image]
-    for number, (weight, small) in enumerate(zip(layers[::2], layers[1::2], strict=True)):
-        if small.item() < 0.5:
-            weight = weight * (np.indices((3, 3)) == 1).all(0)
-        if number:
-            channels = [np.where(c > 0, c, 0.01 * c) for c in channels]
-        channels = [sum(ndimage.correlate(c, k, mode="constant") for c, k in zip(channels, kernels, strict=True))
-                    for kernels in weight]  # fmt: skip
-    view = (1 - share.item()) * image + share.item() * channels[0]
-    view *= np.linalg.norm(image) / np.linalg.norm(view)
-    view = (view - view.mean()) * (0.6 + 0.9 * contrast.item()) + view.mean() - 0.15 + 0.3 * brightness.item()
-    size = list(view.shape)
-    smooth_field = F.interpolate(torch.tensor(0.25 * field)[None], size=size, mode="bicubic", align_corners=True)
-    return view * np.exp(smooth_field[0, 0].numpy()) + 0.05 * sigma.item() * white[0]
-
-
-def test_style_view_equals_numpy_image_by_image():
-    image, generator = noise(3, 1, 20, 24), seeded(5)
-    one = (3, 1, 1, 1)
-    shapes = [(torch.rand, one)]
-    for inputs, outputs in ((1, 2), (2, 2), (2, 2), (2, 1)):
-        shapes += [(torch.randn, (3, outputs, inputs, 3, 3)), (torch.rand, (*one, 1))]
-    shapes += [(torch.rand, one)] * 3 + [(torch.randn, (3, 1, 3, 3)), (torch.rand, one), (torch.randn, (3, 1, 20, 24))]
-    draws = [draw(shape, generator=generator).numpy() for draw, shape in shapes]
-    made = style_view(image, seeded(5))
-    for i in range(3):
-        expected = numpy_style(image[i, 0].numpy(), [values[i] for values in draws])
-        np.testing.assert_allclose(made[i, 0], expected, rtol=0, atol=2e-4)
-
-
-def test_style_keeps_edges_where_they_are():
-    """A style is a matter of gray values: a step between two organs stays the strongest edge, wherever it is faint."""
-    image = torch.full((64, 1, 32, 32), 0.3)
-    image[..., 16:] = 0.7
-    made = style_view(image, seeded())
-    assert torch.isfinite(made).all() and (made - image).abs().mean((1, 2, 3)).min() > 0.01
-    steps = made[:, 0, 4:-4, 4:-4].mean(1).diff().abs()  # between neighbouring columns
-    assert ((steps.argmax(1) - 11).abs() <= 2).float().mean() > 0.8
-    assert torch.isfinite(style_view(torch.zeros(4, 1, 32, 32), seeded())).all()  # an empty slice
+def test_random_intensity_equals_numpy_image_by_image():
+    image, generator, one = 1.2 * noise(3, 1, 20, 24) - 0.1, seeded(5), (3, 1, 1, 1)
+    draws = [torch.rand(one, generator=generator).flatten() for _ in range(3)]
+    coil = 0.25 * torch.randn(3, 1, 3, 3, generator=generator)
+    made = random_intensity(image, seeded(5))
+    for i, (gamma, contrast, brightness) in enumerate(zip(*(d.tolist() for d in draws), strict=True)):
+        view = np.clip(image[i, 0].numpy(), 0, 1) ** np.exp(1.4 * gamma - 0.7)
+        view = view.mean() + (view - view.mean()) * (0.6 + 0.9 * contrast) + 0.3 * brightness - 0.15
+        factor = np.exp(F.interpolate(coil[i : i + 1], size=[20, 24], mode="bicubic", align_corners=True)[0, 0].numpy())
+        np.testing.assert_allclose(made[i, 0], view * factor, rtol=0, atol=2e-5)
+        for rows, row in ((0, 0), (1, -1)):  # the factor's corners are those of its grid
+            assert factor[row, 0] == pytest.approx(np.exp(coil[i, 0, 2 * rows, 0].item()), rel=1e-5)
+    assert torch.isfinite(random_intensity(torch.zeros(4, 1, 32, 32), seeded())).all()  # an empty slice
 
 
 # --- geometry
@@ -379,9 +349,9 @@ def test_unlabeled_views(mode):
     assert unlabeled(image, fourier_aug=False, cps_loss="plain", **settings)[1] is None
 
 
-def test_a_share_of_the_images_to_learn_on_gets_a_random_style():
+def test_a_share_of_the_images_to_learn_on_changes_its_gray_values():
     image, masks = smooth(64), torch.zeros(64, 1, CANVAS_PX, CANVAS_PX, dtype=torch.uint8)
-    views = {share: Augmentation(replace(PLAIN, style_aug=share)).labeled(image, masks, None, seeded())[0]
+    views = {share: Augmentation(replace(PLAIN, intensity_aug=share)).labeled(image, masks, None, seeded())[0]
              for share in (0, 0.25, 1)}  # fmt: skip
     changed = [((views[share] - views[0]).abs().amax((1, 2, 3)) > 0).float().mean().item() for share in (0.25, 1)]
     assert 0.1 < changed[0] < 0.4 and changed[1] == 1

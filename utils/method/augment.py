@@ -126,35 +126,22 @@ def gaussian_blur(image: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return image
 
 
-def style_view(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Show each image (B, 1, H, W), about 0 to 1, in a random style that no scanner needs to have.
+def random_intensity(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Change the gray values of each image (B, 1, H, W), about 0 to 1, as another scanner might.
 
-    The gray values are curved (gamma), pass a random network (four convolutions, of 3x3 or 1x1 px; Ouyang et al., IEEE
-    TMI 2023), with which the image is blended at the image's norm, and change in contrast, brightness, smoothly over
-    the field of view, and by noise.
+    A gamma from 0.5 to 2, contrast and brightness about the mean, and a smooth factor over the field of view, as of a
+    receiving coil: the intensity part of the views of Ouyang et al. (IEEE TMI 2023).
     """
-    count, _, *size = image.shape
-    options = {"generator": generator, "device": image.device}
+    count, options = len(image), {"generator": generator, "device": image.device}
 
     def uniform(low: float, high: float) -> torch.Tensor:
         return low + (high - low) * torch.rand(count, 1, 1, 1, **options)
 
-    image = image.clamp(0, 1) ** uniform(-0.7, 0.7).exp()
-    view = image.view(1, count, *size)  # one group of channels per image
-    for layer, (inputs, outputs) in enumerate(((1, 2), (2, 2), (2, 2), (2, 1))):
-        weight = torch.randn(count, outputs, inputs, 3, 3, **options)
-        centre = F.pad(weight[..., 1:2, 1:2], (1, 1, 1, 1))
-        weight = torch.where(torch.rand(count, 1, 1, 1, 1, **options) < 0.5, centre, weight)
-        view = F.leaky_relu(view) if layer else view
-        view = F.conv2d(view, weight.flatten(0, 1), padding=1, groups=count)
-    view = torch.lerp(image, view.view_as(image), uniform(0, 1))
-    norm, new_norm = (torch.linalg.vector_norm(each, dim=(1, 2, 3), keepdim=True) for each in (image, view))
-    view = view * norm / new_norm.clamp_min(1e-12)
+    view = image.clamp(0, 1) ** uniform(-0.7, 0.7).exp()
     mean = view.mean((1, 2, 3), keepdim=True)
     view = (view - mean) * uniform(0.6, 1.5) + mean + uniform(-0.15, 0.15)
-    field = 0.25 * torch.randn(count, 1, 3, 3, **options)
-    view = view * F.interpolate(field, size=size, mode="bicubic", align_corners=True).exp()
-    return view + uniform(0, 0.05) * torch.randn(image.shape, **options)
+    coil = 0.25 * torch.randn(count, 1, 3, 3, **options)
+    return view * F.interpolate(coil, size=image.shape[-2:], mode="bicubic", align_corners=True).exp()
 
 
 # --- geometry---
@@ -268,7 +255,7 @@ class Augmentation:
         """
         theta = self._affine(len(image), generator)
         view = self._match(self._view(image, theta), quantiles, generator)
-        view = self.styled(self._blur(view, generator)[0], generator)
+        view = self.changed(self._blur(view, generator)[0], generator)
         mask = self._view(mask, theta)
         return view, mask[:, 0].long()
 
@@ -291,12 +278,12 @@ class Augmentation:
         view = fourier_view(plain, partner, mode=cfg.fourier_mode, window=cfg.fourier_window, ratio=ratio)
         return self._blur(plain, generator, view)
 
-    def styled(self, view: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Give a share `style_aug` of the views, drawn one by one, a random style; at 0 draw nothing."""
-        if not self.cfg.style_aug:
+    def changed(self, view: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Change the gray values of a share `intensity_aug` of the views, drawn one by one; at 0 draw nothing."""
+        if not self.cfg.intensity_aug:
             return view
-        chosen = torch.rand(len(view), 1, 1, 1, generator=generator, device=view.device) < self.cfg.style_aug
-        return torch.where(chosen, style_view(view, generator), view)
+        chosen = torch.rand(len(view), 1, 1, 1, generator=generator, device=view.device) < self.cfg.intensity_aug
+        return torch.where(chosen, random_intensity(view, generator), view)
 
     def _affine(self, count: int, generator: torch.Generator) -> torch.Tensor:
         settings = {name: getattr(self.cfg, name) for name in ("rotation", "max_shift", "flip")}

@@ -27,7 +27,7 @@ class UnlabeledViews(NamedTuple):
 
     plain: Sequence[torch.Tensor]  # (u0,) or (u0, u1)
     fourier: Sequence[torch.Tensor] | None  # as plain; None without Fourier augmentation
-    student: Sequence[torch.Tensor]  # what is learnt on: `plain`, with `style_aug` partly in a random style
+    student: Sequence[torch.Tensor]  # what is learnt on: `plain`, changed by `intensity_aug`
     box_mask: torch.Tensor | None  # (B, 1, H, W), 1 where u1 shows
 
     def mix(self, pair: Sequence[torch.Tensor]) -> torch.Tensor:
