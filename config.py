@@ -191,33 +191,30 @@ FROM_SCRATCH = {"lr": 1e-3, "cps_warmup": 15, "cps_ramp": 5}
 # What replaces the paper's settings under --robust: measured on scanners never seen (docs/results.md).
 ROBUST = {"robust": True, "lr_power": 0.9, "cross_entropy": 1.0, "field": 200, "intensity_aug": 0.5}
 
-# What is wanted within minutes, on a CPU and from scratch: small images and batches, a larger rate, and pseudo labels
-# only after the networks have learnt something from the labelled images.
-DEMO = {"demo": True, "lr": 1e-3, "pretrained": "none", "workers": 0, "wandb": False}
+# What is wanted within minutes, on a CPU and from scratch: small images of the middle, a larger rate that falls, and
+# pseudo labels only after the networks have learnt something from the labelled images.
+DEMO = {"demo": True, "lr": 1e-3, "lr_power": 0.9, "cross_entropy": 1.0, "image_size": 64, "batch_size": 8,
+        "pretrained": "none", "workers": 0, "wandb": False}  # fmt: skip
 MMS_DEMO = replace(
     MMS,
     **DEMO,
-    **ROBUST,
     data_root="data/mms_demo",
     run_name="mms_demo",
     ratio=0.3,
-    image_size=64,
-    batch_size=8,
+    field=200,
     num_epoch=2,
-    max_steps=160,
-    cps_warmup=1.55,
+    max_steps=152,
+    cps_warmup=1.7,
 )
 SCGM_DEMO = replace(
     SCGM,
     **DEMO,
     data_root="data/scgm_demo",
     run_name="scgm_demo",
-    image_size=112,
-    batch_size=4,
-    num_epoch=3,
-    max_steps=180,
-    cps_warmup=2.7,
-    cps_ramp=0.08,
+    field=144,
+    num_epoch=5,
+    max_steps=150,
+    cps_warmup=4.35,
 )
 
 

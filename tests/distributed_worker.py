@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from helpers import MMS, TinyNetwork
 
-from config import MMS_DEMO
+from config import MMS_DEMO, ROBUST
 from utils.data.loaders import build_loaders
 from utils.device import average, process_group
 from utils.engine import fit
@@ -40,7 +40,7 @@ def joined_gradients(process):
 def main():
     settings = json.loads(sys.argv[1])
     die_at, stop_at = settings.pop("die_at", None), settings.pop("stop_at", None)
-    cfg = replace(MMS_DEMO, demo=False, device="cpu", **settings)
+    cfg = replace(MMS_DEMO, **ROBUST | {"demo": False, "device": "cpu"} | settings)
     seen, trainers = [], []
     original = Trainer.train_step
 
