@@ -2,9 +2,6 @@ PYTHON ?= python3
 BIN = .venv/bin
 
 FROM =
-CORD = --data-root data/cord --test-domain 1 --ratio 1 --use-extra-unlabeled --image-size 64 --batch-size 8 \
-  --pretrained none --workers 0 --no-wandb --num-epoch 100 --lr 1e-3 --robust --field 144 --max-steps 160
-
 .PHONY: setup demo demo-real test
 
 setup: .venv/ready
@@ -26,9 +23,10 @@ data/cord: | data/cord_raw
 	$(BIN)/python scgm_dataloader.py prepare data/cord_raw --out $@
 
 demo-real: data/cord
-	$(BIN)/python scgm_train.py $(CORD) --run-name cord_supervised --cps-weight 0
-	$(BIN)/python scgm_train.py $(CORD) --run-name cord --cps-warmup 6.5 --cps-ramp 0
-	$(BIN)/python inference_scgm.py --run runs/cord_supervised runs/cord --label supervised full
+	$(BIN)/python scgm_train.py --data-root data/cord --test-domain 1 --ratio 1 --use-extra-unlabeled --image-size 64 \
+	  --batch-size 16 --pretrained none --workers 0 --no-wandb --num-epoch 100 --max-steps 160 --cps-warmup 13 --cps-ramp 0 \
+	  --robust --field 144 --run-name cord
+	$(BIN)/python inference_scgm.py --run runs/cord
 
 test: setup
 	$(BIN)/ruff check .
