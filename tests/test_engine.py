@@ -8,6 +8,7 @@ import signal
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -142,6 +143,14 @@ def test_stopped_and_resumed_run_equals_the_uninterrupted_one(mms_config, interv
     assert points[0] == points[1] and [json.loads(line)["step"] for line in points[0].splitlines()] == [3, 6, 8]
     best = [load_file(f"{cfg.out_root}/{name}/best.safetensors") for name in ("whole", "parts")]
     assert not differing(*best)
+
+
+def test_run_that_dies_in_its_first_epoch_begins_anew_by_the_same_command(mms_config):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Trainer, "train_step", Mock(side_effect=MemoryError))
+        run(mms_config)
+    assert (mms_config.folder / "log.jsonl").read_text() == ""
+    assert run(mms_config)[0]["step"] == 8
 
 
 def test_moments_in_another_memory_layout_are_resumed_alike(mms_config):

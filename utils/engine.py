@@ -18,7 +18,7 @@ from utils.evaluation.confidence import hidden_rows, monitor_pseudo_labels
 from utils.plots import plot_curves
 from utils.run.checkpoint import load_checkpoint, read_metadata
 from utils.run.folder import begin_run, hold_run, unfinished
-from utils.run.logger import Logger, NullLogger
+from utils.run.logger import Logger, NullLogger, read_log
 from utils.trainer import MAX_BAD_STEPS, BuildNetwork, State, Trainer
 
 EXIT_INTERRUPTED = 75  # after a signal: the state is saved, and the same command goes on from there
@@ -74,7 +74,8 @@ def opened(cfg: Config, process: Process) -> Iterator[State | None]:
             if process.is_main:
                 stack.enter_context(hold_run(cfg, process.world_size))
         state = None if cfg.restart else load_checkpoint(cfg.folder)
-        if state is None and not cfg.restart and (cfg.folder / "log.jsonl").exists() and not unfinished(cfg.folder):
+        logged = read_log(cfg.folder / "log.jsonl")  # empty of a run that was killed in its first epoch
+        if state is None and not cfg.restart and logged and not unfinished(cfg.folder):
             raise UserError(f"{cfg.folder}: a finished run without last.pt: use another --run-name, or --restart")
         yield state
 
