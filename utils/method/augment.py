@@ -86,7 +86,7 @@ def fourier_view(
     raise ValueError(f"unknown Fourier mode {mode!r}")
 
 
-# --- intensity--
+# --- intensity
 
 
 def match_histogram(image: torch.Tensor, source: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
@@ -144,7 +144,7 @@ def random_intensity(image: torch.Tensor, generator: torch.Generator) -> torch.T
     return view * F.interpolate(coil, size=image.shape[-2:], mode="bicubic", align_corners=True).exp()
 
 
-# --- geometry---
+# --- geometry
 
 
 def canvas_to_view(
