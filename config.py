@@ -214,7 +214,7 @@ SCGM_DEMO = replace(
     field=144,
     num_epoch=5,
     max_steps=150,
-    cps_warmup=4.2,
+    cps_warmup=4.5,
 )
 
 
