@@ -217,9 +217,8 @@ def test_faults_of_an_evaluation_are_named(trained, tmp_path):
     assert "ub.edu" not in done.stderr  # nobody needs to register
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_output_that_is_not_utf_8_loses_no_work(trained, encoding):
+def test_output_that_is_not_utf_8_loses_no_work(trained):
     """An evaluation prints a ±."""
-    done = infer(trained, PYTHONIOENCODING=encoding)
+    done = infer(trained, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "±" in (trained / "results/D/summary.md").read_text(encoding="utf-8")
