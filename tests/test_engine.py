@@ -448,6 +448,6 @@ def test_scgm_trains_with_the_same_engine(scgm_config):
 
 def test_training_learns(mms_config):
     """With a network this small the loss must still fall clearly."""
-    _, lines = run(mms_config, max_steps=None, num_epoch=5, batch_size=4, lr=1e-2, cps_weight=0.0)
+    _, lines = run(mms_config, max_steps=None, num_epoch=9, lr=1e-2, cps_weight=0.0)
     assert lines[-1]["supervised"] < 0.8 * lines[0]["supervised"]
     assert lines[-1]["val_dice"] > 15
