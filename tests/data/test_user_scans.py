@@ -263,7 +263,7 @@ def test_public_acdc_layout_gives_the_figures_of_prepare_to_the_last_digit(
     run = train(mms_config, max_steps=1)
 
     def inference(*arguments):
-        monkeypatch.setattr("sys.argv", ["x", "--run", str(run), "--device", "cpu", *map(str, arguments)])
+        monkeypatch.setattr("sys.argv", ["x", "--device", "cpu", "--run", str(run), *map(str, arguments)])
         run_inference(MMS, TinyNetwork)
 
     own = ["--input", tmp_path / "acdc", "--truth", tmp_path / "acdc", "--labels", "1=RV", "2=MYO", "3=LV"]
@@ -275,6 +275,15 @@ def test_public_acdc_layout_gives_the_figures_of_prepare_to_the_last_digit(
     for key in ("paper_protocol", "volumetric", "clinical", "paper_dice", "calibration", "risk"):
         assert summary[key] == expected[key], key
     assert (found / "report.html").exists() and len(list((found / "overlays").iterdir())) >= 2
+    # Of several runs, one in their own folders, beside a table.
+    other = train(mms_config, max_steps=1, run_name="other", seed=1)
+    inference(str(other), *own, "--label", "a", "b", "--output", tmp_path / "both")
+    assert (tmp_path / "both" / run.name / "per_case.csv").read_text() == (found / "per_case.csv").read_text()
+    assert (tmp_path / "both/other/report.html").exists()
+    assert str(round(summary["paper_protocol"]["mean"], 2)) in (tmp_path / "both/own_scans.md").read_text()
+    assert "| b, acdc | 4 |" in (tmp_path / "both/comparison.md").read_text()
+    with pytest.raises(SystemExit, match="runs of different names"):
+        inference(str(tmp_path / "elsewhere" / run.name), *own, "--output", tmp_path / "refused")
     bad = tmp_path / "acdc" / "alone_frame01.nii.gz"
     bad.write_bytes(b"no image")
     with pytest.raises(SystemExit, match="has the errors listed above"):

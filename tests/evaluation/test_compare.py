@@ -13,7 +13,14 @@ from config import MMS as DEFAULTS
 from config import ROBUST
 from utils.errors import UserError
 from utils.evaluation import commands
-from utils.evaluation.compare import COMPARISON_FILES, by_method, compare_methods, name_rows, write_comparison
+from utils.evaluation.compare import (
+    COMPARISON_FILES,
+    by_method,
+    compare_methods,
+    leave_one_domain_out,
+    name_rows,
+    write_comparison,
+)
 from utils.evaluation.metrics import holm
 from utils.run.checkpoint import run_metadata, save_networks
 
@@ -72,6 +79,28 @@ def test_every_figure_against_scipy():
     assert holm([0.7, 0.6]) == [1, 1] and holm([0.2]) == [0.2]
 
 
+def test_own_scans_have_a_table_of_trainings_and_pairs_of_them():
+    """Four trainings, of two seeds and held-out domains, of each method on the same two patients, in any order."""
+    dice, summaries = {("full", 0, "A"): [60, 70], ("full", 0, "B"): [50, 70], ("full", 1, "A"): [40, 60],
+                       ("full", 1, "B"): [70, 80]}, []  # fmt: skip
+    dice |= {("new", *key[1:]): [a + 10 * key[1] + 4 * (key[2] == "B"), b] for key, (a, b) in dice.items()}
+    for (method, seed, held_out), values in sorted(dice.items(), key=lambda one: (one[0][0], one[0][2], -one[0][1])):
+        one = scored(method, "mine", values, seed)
+        summaries.append(one | {"settings": one["settings"] | {"test_domain": held_out}})
+    dataset = replace(MMS, domains=("mine",))
+    methods = by_method(summaries, [s["method"] for s in summaries], dataset)
+    ((name, row),) = rows(compare_methods(methods)).items()
+    gains = [np.mean([10 * seed + 4 * (held_out == "B"), 0]) for seed in (0, 1) for held_out in "AB"]
+    assert (name, row[0]) == ("new, mine", 2) and row[1].mean == pytest.approx(np.mean(gains))
+    assert row[5].mean == pytest.approx(np.std(gains, ddof=1))
+    tables = leave_one_domain_out(methods, dataset)
+    assert tables[0].header == ["", "mine", "± over", "checkpoint chosen on"]
+    means = [np.mean(values) for key, values in dice.items() if key[0] == "full"]
+    expected = f"{np.mean(means):.2f} ± {np.std(means, ddof=1):.2f} (4 trainings)"
+    assert [str(text) for text in rows(tables[0])["this implementation, full"][:2]] == [expected, "trainings"]
+    assert len(tables[0].rows) == 2 and "own scans" in tables[0].notes[0]
+
+
 def test_what_limits_a_comparison_is_said():
     full = [scored("full", "A", [80.0] * 8), scored("full", "B", [80.0] * 5), scored("full", "C", [80.0] * 6)]
     new = [scored("new", "A", [80.0] * 6, 1), scored("new", "B", [81.0] * 5), scored("new", "D", [81.0] * 9)]
@@ -80,7 +109,7 @@ def test_what_limits_a_comparison_is_said():
     assert rows(table)["new, A"][2] == "1"  # no difference at all
     assert table.notes[1:] == [
         "Warning: new, A: 0 patients differ, too few for p < 0.05.",
-        "Warning: new, A: other seeds or patients than full.",
+        "Warning: new, A: other trainings or patients than full.",
         "Warning: new, B: 5 patients differ, too few for p < 0.05.",
         "Warning: new, all: 5 patients differ, too few for p < 0.05.",
     ]
@@ -96,7 +125,8 @@ def test_files_of_a_comparison(tmp_path):
         write_comparison(grouped(*both), MMS, tmp_path / "mine")
     assert (tmp_path / "mine/comparison.md").read_text() == "mine"
     write_comparison(grouped(*both), MMS, tmp_path / "ours")
-    assert {path.name for path in (tmp_path / "ours").glob("[!.]*")} == set(COMPARISON_FILES)
+    assert {path.name for path in (tmp_path / "ours").glob("[!.]*")} < set(COMPARISON_FILES)
+    assert len(list((tmp_path / "ours").glob("[!.]*"))) == 6
     write_comparison(grouped(both[0]), MMS, tmp_path / "one")
     assert not list((tmp_path / "one").glob("comparison*"))
 
@@ -171,7 +201,7 @@ def test_the_command_refuses_first_and_gives_every_comparison_a_folder(monkeypat
         inference("--run", a, c, copy)
     assert not evaluated and not (tmp_path / "comparisons").exists()
     out = inference("--run", a, b, c)
-    assert "| full, cps_weight 1, D | 7 |" in out and "other seeds or patients than full, cps_weight 3" in out
+    assert "| full, cps_weight 1, D | 7 |" in out and "other trainings or patients than full, cps_weight 3" in out
     [folder] = (tmp_path / "comparisons").iterdir()
     assert folder.name.startswith("full-cps_weight-3_vs_full-cps_weight-1_")
     inference("--run", a, b, c)

@@ -42,7 +42,8 @@ def summary(domain="A", mean=80.0, std=5.0, *, seed=0, structures=("LV", "MYO", 
         "step": 9,
         "labeled": "A 3",
     }
-    facts |= {"settings": SETTINGS | {"seed": seed}, "ratio": 0.02, "seed": seed, "image_size": 288}
+    facts |= {"settings": SETTINGS | {"seed": seed, "test_domain": domain}, "ratio": 0.02, "seed": seed}
+    facts |= {"image_size": 288}
     facts |= {"pooled": {"mean": None if mean is None else mean + 5}}
     facts["paper_protocol"] = {"mean": mean, "std": std, "ci95": None}
     return facts | {"volumetric": dict.fromkeys(structures, metrics)} | changes
@@ -113,10 +114,10 @@ def test_methods_and_what_is_not_comparable():
     assert labels(tables[2])[:3] == ["Dice (%), full", "Dice (%), plain CPS", "HD95 (mm), full"]
     # What stands behind the numbers is said.
     remark = " (training not finished: epoch 12 of 50)"
-    other = {"seed": 3, "unfinished": remark, "settings": SETTINGS | {"seed": 3, "num_epoch": 8}}
+    other = {"seed": 3, "unfinished": remark, "settings": SETTINGS | {"seed": 3, "num_epoch": 8, "test_domain": "B"}}
     for table in combine([summary("A"), summary("B", **other)]):
         assert f"B seed 3{remark}, n = 50, labelled A 3, 9 steps. They differ in num_epoch." in table.notes[1]
-        assert "2 % labelled. Average ± population SD" in table.notes[0]
+        assert "each vendor held out in turn, average ± population SD of the means; 2 % labelled." in table.notes[0]
         assert f"Checkpoint: best, selection: {RULE}." in table.notes[0]
 
 

@@ -1,8 +1,9 @@
 """The inference command: runs on the held-out domain, on new and on labelled scans."""
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -18,7 +19,7 @@ from utils.device import autocast_context, choose_device
 from utils.errors import UserError, clear_errors, memory_errors
 from utils.evaluation import compare
 from utils.evaluation.evaluate import evaluate_run
-from utils.evaluation.runs import CHECKPOINT, TrainedRun, load_run, open_data, read_run
+from utils.evaluation.runs import CHECKPOINT, load_run, open_data, read_run
 from utils.evaluation.segment import Center, segment_files
 from utils.files import OutputFolder, folder_lock, require_writable
 
@@ -29,8 +30,6 @@ class HeldOut:
 
     data_root: Path | None = None  # Evaluate on these prepared data, not on the training's.
     out: Path | None = None  # Write here; by default into RUN/results/DOMAIN or "comparisons".
-    # Name the rows of a table over runs, one name per --run; equal names share a row.
-    label: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +59,8 @@ class Inference:
 
     # Load these folders of trained runs; of several, also write tables that compare them.
     run: tuple[Path, ...]
+    # Name the rows of a table over runs, one name per --run; equal names share a row.
+    label: tuple[str, ...] = ()
     input: tuple[Path, ...] = ()  # Read these NIfTI files or folders, or a table of such files.
     output: Path | None = None  # Write what comes of --input into this folder.
     checkpoint: str = "best"  # Load the best by source validation, the last, or epochs/epoch_007.
@@ -88,25 +89,24 @@ def run_inference(dataset: DatasetInfo, build_network: Callable) -> None:
             load_run, checkpoint=flags.checkpoint, dataset=dataset, build_network=build_network,
             device=device, autocast=partial(autocast_context, device, flags.precision), tta=flags.tta,
         )  # fmt: skip
-        if mode is flags.held_out:
-            evaluate_runs(load, dataset, flags)
-        elif mode is flags.labeled_scans:
-            evaluate_user_scans(load(flags.run[0]), dataset, flags)
-        else:
+        if mode is flags.new_scans:
             options = vars(mode) | {"keep_largest": flags.keep_largest}
             with folder_lock(flags.output):
                 segment_files(load(flags.run[0]), dataset, flags.input, flags.output, **options)
+        else:
+            evaluate_runs(load, dataset, flags)
 
 
 def check_flags(flags: Inference, mode, dataset: DatasetInfo) -> None:
     """Raise UserError that names all flags that do not belong together."""
-    runs, groups = flags.run, (flags.held_out, flags.labeled_scans, flags.new_scans)
-    held_out, _, new_scans = groups
+    runs, new_scans = flags.run, flags.new_scans
+    groups, names = (flags.held_out, flags.labeled_scans, new_scans), {path.resolve().name for path in runs}
     mistakes = {
         "--run takes runs, each once": not 0 < len({*map(Path.resolve, runs)}) == len(runs),
         "--input and --output belong together": bool(flags.input) != bool(flags.output),
-        "--input takes one --run": flags.input and len(runs) > 1,
-        "--label names rows of a table over several --run": held_out.label and len(runs) < 2,
+        "--input without --truth takes one --run": mode is new_scans and len(runs) > 1,
+        "--input takes runs of different names": flags.input and len(names) < len(runs),
+        "--label names rows of a table over several --run": flags.label and len(runs) < 2,
         "--checkpoint: best, last or as epochs/epoch_007": not CHECKPOINT.fullmatch(flags.checkpoint),
         f"--volumes: {dataset.name} has none": new_scans.volumes and not dataset.clinical,
         f"--batch-size {new_scans.batch_size}: at least 1 slice": new_scans.batch_size < 1,
@@ -120,40 +120,42 @@ def check_flags(flags: Inference, mode, dataset: DatasetInfo) -> None:
 
 
 def evaluate_runs(load: Callable, dataset: DatasetInfo, flags: Inference) -> None:
-    """Evaluate runs on their held-out domains; of several, write tables, too."""
-    folders, root, out = flags.run, flags.held_out.data_root, flags.held_out.out
-    several = len(folders) > 1
+    """Evaluate runs on the domains that they held out, or on the user's scans; of several, write tables, too."""
+    folders, root, out = flags.run, flags.held_out.data_root, flags.held_out.out or flags.output
+    several, summaries = len(folders) > 1, []
+    metadata = [read_run(folder, flags.checkpoint, dataset)[1] for folder in folders]
     if several:
-        metadata = [read_run(folder, flags.checkpoint, dataset)[1] for folder in folders]
-        names = compare.name_rows(folders, metadata, flags.held_out.label, same_data=root is not None)
+        own = bool(flags.input)
+        names = compare.name_rows(folders, metadata, flags.label, same_data=own or root is not None, own=own)
         facts = (sorted(map(str, folders)), flags.checkpoint, flags.tta, flags.keep_largest, root)
         tables_at = out or compare.comparison_folder(folders[0].parent, names, facts)
         OutputFolder(tables_at).require_free(*compare.COMPARISON_FILES)
-        require_writable(tables_at, "--out")
-    summaries = []
-    for folder in folders:
-        run = load(folder)
-        data, name, title = open_data(run, root, dataset)
-        results = out if out and not several else folder / "results" / name
-        options = {"domain": run.config.test_domain, "title": title}
-        with memory_errors(folder):
-            summaries.append(evaluate_run(run, dataset, data, results, **options, **_common(flags)))
+        require_writable(tables_at, "--out or --output")
+    with own_scans(dataset, flags) if flags.input else nullcontext((dataset, None)) as (dataset, own):
+        for folder in folders:
+            run = load(folder)
+            if own:
+                data, title = own, f"{dataset.name}, own scans"
+                domain, results = dataset.domains[0], out / folder.resolve().name
+            else:
+                data, name, title = open_data(run, root, dataset)
+                domain, results = run.config.test_domain, folder / "results" / name
+            options = {"domain": domain, "title": title, "labels": flags.labeled_scans.labels}
+            options |= {name: getattr(flags, name) for name in ("save_predictions", "keep_largest")}
+            with memory_errors(folder):
+                results = out if out and not several else results
+                summaries.append(evaluate_run(run, dataset, data, results, **options))
     if several:
         compare.write_comparison(compare.by_method(summaries, names, dataset), dataset, tables_at)
 
 
-def evaluate_user_scans(run: TrainedRun, dataset: DatasetInfo, flags: Inference) -> None:
-    """Evaluate a run on the user's labelled scans, prepared as a data set."""
+@contextmanager
+def own_scans(dataset: DatasetInfo, flags: Inference) -> Iterator[tuple[DatasetInfo, PreparedData]]:
+    """Prepare the user's labelled scans, and yield them as a data set of one domain."""
     source, scans = flags.input[0], flags.labeled_scans
     dataset = labeled(flags.input, scans.truth, scans.labels, dataset)
     with tempfile.TemporaryDirectory(prefix="semidg_") as folder, memory_errors(source):
         raw, prepared = source if source.is_dir() else source.parent, Path(folder) / source.resolve().name
         prepare_dataset(raw, prepared, dataset, workers=usable_cores())
         data = PreparedData.open(prepared, dataset)
-        options = {"domain": data.index["domain"][0], "title": f"{dataset.name}, own scans"}
-        options |= {"labels": scans.labels, **_common(flags)}
-        evaluate_run(run, dataset, data, flags.output, **options)
-
-
-def _common(flags: Inference) -> dict[str, bool]:
-    return {name: getattr(flags, name) for name in ("save_predictions", "keep_largest")}
+        yield replace(dataset, domains=(data.index["domain"][0],)), data

@@ -22,14 +22,14 @@ from utils.files import OutputFolder
 from utils.run.folder import DEFAULTS
 
 FORMATS = {"md": to_markdown, "csv": to_csv, "tex": to_latex}
-COMPARISON_FILES = [f"{n}.{f}" for n in ("leave_one_domain_out", "comparison") for f in FORMATS]
+COMPARISON_FILES = [f"{n}.{f}" for n in ("leave_one_domain_out", "own_scans", "comparison") for f in FORMATS]
 VARYING = {"seed", "test_domain", "init_from"}  # in which the runs of a row may differ
 METHOD_SETTINGS = {"cps_loss", "fourier_aug", "fourier_mode", "cutmix"}  # named by the method
-Runs = dict[str, list[dict]]  # one method's summary.json in order of seeds, by held-out domain
+Runs = dict[str, list[dict]]  # one method's summary.json in order of trainings, by evaluated domain
 
 
 def name_rows(
-    folders: Sequence[Path], metadata: Sequence[dict], labels: Sequence[str], *, same_data: bool
+    folders: Sequence[Path], metadata: Sequence[dict], labels: Sequence[str], *, same_data: bool, own=False
 ) -> list[str]:
     """Return names of rows, by labels or methods and settings; UserError if runs do not fit."""
     settings = []
@@ -42,7 +42,7 @@ def name_rows(
     problems, places = [], defaultdict(list)  # of method, domain and seed
     for folder, name, values in zip(folders, names, settings, strict=True):
         places[name, values["test_domain"], values["seed"]].append(str(folder))
-        if values["test_domain"] == NO_DOMAIN:
+        if values["test_domain"] == NO_DOMAIN and not own:
             problems.append(f"{folder} held out no domain: it has no place in the table")
     for key, remedy in {"ratio": "", "data": "; --data-root names data for all"}.items():
         if len({values[key] for values in settings}) > 1 and not (same_data and key == "data"):
@@ -71,33 +71,42 @@ def _names_by_settings(methods: Sequence[str], settings: Sequence[dict]) -> list
 
 
 def by_method(summaries: Sequence[dict], names: Sequence[str], dataset: DatasetInfo) -> dict[str, Runs]:
-    """Return summaries by rows' names and held-out domain, in order of seeds."""
+    """Return summaries by rows' names and evaluated domain, in order of seeds and held-out domains."""
     methods: dict[str, Runs] = {name: {domain: [] for domain in dataset.domains} for name in names}
-    for name, summary in sorted(zip(names, summaries, strict=True), key=lambda one: one[1]["seed"]):
+    for name, summary in sorted(zip(names, summaries, strict=True), key=lambda one: _training(one[1])):
         methods[name][summary["test_domain"]].append(summary)
     return methods
 
 
+def _training(summary: dict) -> tuple[int, str]:
+    """Return what tells the trainings of one method apart; of two methods, those alike are paired."""
+    return summary["seed"], summary["settings"]["test_domain"]
+
+
 def leave_one_domain_out(methods: dict[str, Runs], dataset: DatasetInfo) -> list[Table]:
-    """Return tables of the paper's and of the pooled Dice, each with its published rows, and one per structure."""
+    """Return tables of the paper's and of the pooled Dice, each with its published rows, and one per structure.
+
+    A data set of one domain, the user's scans, has no published rows.
+    """
     summaries = [summary for runs in methods.values() for summary in chain(*runs.values())]
     ratio, data = summaries[0]["ratio"], summaries[0]["data"]
     checkpoints = {f"{s['checkpoint'].split(',')[0]}, selection: {s['selection']}" for s in summaries}
+    several = len(dataset.domains) > 1
+    turns = f"each {dataset.domain_kind} held out in turn, average ± population SD of the means"
     setting = (
-        f"{dataset.name}, data {data}, each {dataset.domain_kind} held out in turn, "
-        f"{100 * ratio:g} % labelled. Average ± population SD of the means. "
+        f"{dataset.name}, data {data}, {turns if several else 'own scans'}; {100 * ratio:g} % labelled. "
         f"Checkpoint: {'; '.join(sorted(checkpoints))}."
     )
     sources = [_sources(*item) for item in methods.items()]
     reasons = {name: dict.fromkeys(chain.from_iterable(map(incomparable, chain(*runs.values()))))
                for name, runs in methods.items()}  # fmt: skip
     marked = "; ".join(f"{name} ({', '.join(texts)})" for name, texts in reasons.items() if texts)
-    header, tables = ["", *dataset.domains, "average", "± over"], []
+    header, tables = ["", *dataset.domains, *["average"] * several, "± over"], []
     for kind, title, note in (
         ("paper", "Paper protocol", "Dice (%), structures pooled per slice, mean per patient"),
         ("pooled", "Pooled over the list", "Dice (%) of sums over all slices, mean over structures"),
     ):
-        published, notes = published_rows(dataset.key, ratio, kind)
+        published, notes = published_rows(dataset.key, ratio, kind) if several else ([], [])
         rows = [[f"this implementation, {name}", *_cells(runs, kind), "as noted"]
                 for name, runs in methods.items()]  # fmt: skip
         rows += [[row.method, *(row.dice[d] for d in dataset.domains), row.average, row.over, row.chosen_on]
@@ -118,9 +127,11 @@ def _cells(runs: Runs, kind: str, structure: str = "") -> list:
     cells, over = [], set()
     for seeds in runs.values():
         numbers = [_figure(summary, kind, structure) for summary in seeds]
-        cells.append(numbers[0] if len(numbers) == 1 else _average(numbers, stdev, "seed"))
-        over |= {"seeds" if len(numbers) > 1 else "patients"} if cells[-1].std is not None else set()
-    return [*cells, _average(cells, pstdev, "domain"), " or ".join(sorted(over)) or "–"]
+        noun = "seed" if len({summary["seed"] for summary in seeds}) == len(seeds) else "training"
+        cells.append(numbers[0] if len(numbers) == 1 else _average(numbers, stdev, noun))
+        over |= {f"{noun}s" if len(numbers) > 1 else "patients"} if cells[-1].std is not None else set()
+    average = [_average(cells, pstdev, "domain")] if len(cells) > 1 else []
+    return [*cells, *average, " or ".join(sorted(over)) or "–"]
 
 
 def _figure(summary: dict, kind: str, structure: str) -> Cell:
@@ -134,14 +145,14 @@ def _figure(summary: dict, kind: str, structure: str) -> Cell:
 def _average(cells: Sequence[Cell], deviation, noun: str) -> Cell:
     """Return mean and deviation of the known means; remark their number where it is not plain."""
     known = [cell.mean for cell in cells if cell.mean is not None]
-    remark = count(len(known), noun) if noun == "seed" or len(known) < len(cells) else ""
+    remark = count(len(known), noun) if noun != "domain" or len(known) < len(cells) else ""
     spread = deviation(known) if len(known) > 1 else None
     return Cell(fmean(known) if known else None, spread, remark=remark)
 
 
 def _sources(method: str, runs: Runs) -> str:
     runs = list(chain(*runs.values()))
-    sources = [f"{s['test_domain']} seed {s['seed']}{s['unfinished']}, n = {s['patients']}, labelled "
+    sources = [f"{s['settings']['test_domain']} seed {s['seed']}{s['unfinished']}, n = {s['patients']}, labelled "
                f"{s['labeled']}, {s['step']} steps" for s in runs]  # fmt: skip
     first, *others = [run["settings"] for run in runs]
     differ = [k for k in sorted(first.keys() - VARYING) if any(s[k] != first[k] for s in others)]
@@ -153,8 +164,9 @@ def compare_methods(methods: dict[str, Runs]) -> Table:
     """Compare methods with the first, by domain and patient; the last notes are warnings."""
     reference, *others = methods
     rows, warnings = [], []
-    for domain in [*methods[reference], "all"]:
-        domains, differences, by_seed = [domain] if domain != "all" else [*methods[reference]], {}, {}
+    places = [*methods[reference]]
+    for domain in [*places, "all"] if len(places) > 1 else places:
+        domains, differences, by_seed = [domain] if domain != "all" else places, {}, {}
         for method in others:
             matrices = [_differences(methods[method].get(d, []), methods[reference].get(d, [])) for d in domains]
             by_seed[method] = [matrix for matrix in matrices if matrix.size]
@@ -171,15 +183,15 @@ def compare_methods(methods: dict[str, Runs]) -> Table:
                 differ = count(len(unequal[n]), "patient")
                 warnings.append(f"{row}: {differ} differ, too few for p < 0.05.")
             ours, theirs = (methods[name].get(domain, []) for name in (method, reference))
-            ours, theirs = ([(s["seed"], {*s["paper_dice"]}) for s in seeds] for seeds in (ours, theirs))
+            ours, theirs = ([(_training(s), {*s["paper_dice"]}) for s in seeds] for seeds in (ours, theirs))
             if ours != theirs:
-                warnings.append(f"{row}: other seeds or patients than {reference}.")
+                warnings.append(f"{row}: other trainings or patients than {reference}.")
     note = (
-        f"Mean difference from {reference} in points of the paper's Dice, paired by patient (mean over "
-        "seeds) [95 % bootstrap interval over patients]; two-sided Wilcoxon signed-rank p, and by Holm over methods. "
-        "Of several seeds: the SD of their differences, and the interval over patients and seeds."
+        f"Mean difference from {reference} in points of the paper's Dice, paired by patient (mean over trainings) "
+        "[95 % bootstrap interval over patients]; two-sided Wilcoxon signed-rank p, and by Holm over methods. "
+        "Of several trainings: the SD of their differences, and the interval over patients and trainings."
     )
-    header = ["", "patients", "difference", "p", "p (Holm)", "SD of patients", "SD of seeds", "over both"]
+    header = ["", "patients", "difference", "p", "p (Holm)", "SD of patients", "SD of trainings", "over both"]
     return Table("Comparison", header, rows, [note, *(f"Warning: {text}" for text in warnings)])
 
 
@@ -188,7 +200,7 @@ def _differences(ours: list[dict], theirs: list[dict]) -> np.ndarray:
     runs = [summary["paper_dice"] for summary in (*ours, *theirs)]
     patients = sorted(set.intersection(*map(set, runs))) if ours and theirs else []
     first, second = (np.array([[s["paper_dice"][p] for p in patients] for s in seeds]) for seeds in (ours, theirs))
-    if not patients or [s["seed"] for s in ours] == [s["seed"] for s in theirs]:
+    if not patients or [*map(_training, ours)] == [*map(_training, theirs)]:
         return first - second if patients else np.empty((0, 0))
     return first.mean(0, keepdims=True) - second.mean(0, keepdims=True)
 
@@ -212,7 +224,8 @@ def comparison_folder(parent: Path, names: Sequence[str], facts) -> Path:
 def write_comparison(methods: dict[str, Runs], dataset: DatasetInfo, folder: Path) -> None:
     """Write the tables and the methods' comparison; print the first of each."""
     outputs = OutputFolder(folder)
-    written = {"leave_one_domain_out": leave_one_domain_out(methods, dataset)}
+    name = "leave_one_domain_out" if len(dataset.domains) > 1 else "own_scans"
+    written = {name: leave_one_domain_out(methods, dataset)}
     if len(methods) > 1:
         written["comparison"] = [compare_methods(methods)]
     for name, tables in written.items():
