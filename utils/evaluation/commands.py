@@ -125,8 +125,8 @@ def evaluate_runs(load: Callable, dataset: DatasetInfo, flags: Inference) -> Non
     several, summaries = len(folders) > 1, []
     metadata = [read_run(folder, flags.checkpoint, dataset)[1] for folder in folders]
     if several:
-        own = bool(flags.input)
-        names = compare.name_rows(folders, metadata, flags.label, same_data=own or root is not None, own=own)
+        options = {"same_data": bool(root or flags.input), "own": bool(flags.input)}
+        names = compare.name_rows(folders, metadata, flags.label, **options)
         facts = (sorted(map(str, folders)), flags.checkpoint, flags.tta, flags.keep_largest, root)
         tables_at = out or compare.comparison_folder(folders[0].parent, names, facts)
         OutputFolder(tables_at).require_free(*compare.COMPARISON_FILES)
@@ -142,8 +142,8 @@ def evaluate_runs(load: Callable, dataset: DatasetInfo, flags: Inference) -> Non
                 domain, results = run.config.test_domain, folder / "results" / name
             options = {"domain": domain, "title": title, "labels": flags.labeled_scans.labels}
             options |= {name: getattr(flags, name) for name in ("save_predictions", "keep_largest")}
+            results = out if out and not several else results
             with memory_errors(folder):
-                results = out if out and not several else results
                 summaries.append(evaluate_run(run, dataset, data, results, **options))
     if several:
         compare.write_comparison(compare.by_method(summaries, names, dataset), dataset, tables_at)
