@@ -41,7 +41,7 @@ def plot_curves(path, *, points, epochs, validated, title, selected_step=None) -
         return np.array([part.mean() for part in parts])
 
     steps, loss, supervised, variance = map(column, ("step", "loss", "supervised", "variance"))
-    losses = {"L = L_s + β L_cacps": loss, "L_s: Dice loss": supervised, "β L_cacps": loss - supervised}
+    losses = {"L = L_s + β L_cacps": loss, "L_s: labelled": supervised, "β L_cacps": loss - supervised}
     ends, dice = ([line[key] for line in epochs] for key in ("step", "val_dice"))
     panels = {  # the steps and the curves of each
         "loss, summed over both networks": (steps, losses),
